@@ -1,0 +1,134 @@
+"""From a documented dataclass to a command line, and from a user's mistake to one helpful sentence.
+
+Every script of the repository describes its settings as a dataclass whose fields are made with `option(...)`. The
+command line, its `--help` and its error messages are derived from that one description:
+
+    @dataclass
+    class Config:
+        presets: ClassVar[dict] = {"tiny": {"lr": 1e-3}}
+        lr: float = option(2e-4, "peak learning rate")
+
+    config = parse_config(Config, argv, description="train a model")
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence that names the thing and the remedy. The exit status is 2."""
+
+
+class Interrupted(Exception):
+    """A run stopped on request (Ctrl-C, SIGTERM) after saving its state. The exit status is 130."""
+
+
+def option(default: Any, help: str, *, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field with a default, a sentence of help and, where it applies, the values that are allowed.
+
+    `default` may also be the word `list` for a field that takes several values and is empty by default.
+    """
+    metadata = {"help": help, "choices": choices}
+    if default is list:
+        return dataclasses.field(default_factory=list, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that reports mistakes as `UserError` and accepts no abbreviated options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` lists the options")
+
+
+def _boolean(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+    return words[text.lower()]
+
+
+def _value_type(annotation: Any) -> tuple[Callable[[str], Any], bool]:
+    """The function that reads one value of a field from text, and whether the field takes several values."""
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0], True
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # `int | None` is read as an int
+        annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
+    return (_boolean if annotation is bool else annotation), False
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, *, description: str) -> Config:
+    """Build a config from command-line arguments.
+
+    A class attribute `presets: ClassVar[dict[str, dict]]` adds `--preset NAME`, which sets several fields at once;
+    options given explicitly win over the preset. Where the class has `validate() -> list[str]`, all its complaints
+    are reported together. The names of the fields that the user gave are left in `config.given`.
+
+    Raises:
+        UserError: an unknown option, a value of the wrong type, or anything `validate` complains about.
+    """
+    parser = _Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    presets = getattr(config_class, "presets", {})
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), default=None, help="set several options at once")
+    hints = typing.get_type_hints(config_class)
+    defaults = {}
+    for field in dataclasses.fields(config_class):
+        read, several = _value_type(hints[field.name])
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        defaults[field.name] = default
+        parser.add_argument(
+            f"--{field.name}",
+            type=read,
+            choices=field.metadata["choices"],
+            default=argparse.SUPPRESS,  # so that an option given by the user can be told from a default
+            help=f"{field.metadata['help']} (default: {default})",
+            **({"nargs": "*" if default == [] else "+"} if several else {}),
+            **({"nargs": "?", "const": True} if read is _boolean else {}),  # `--flag` alone means true
+            **({} if field.metadata["choices"] else {"metavar": getattr(read, "__name__", "value").strip("_").upper()}),
+        )
+    given = vars(parser.parse_args(argv))
+    preset = presets.get(given.pop("preset", None), {})
+    config = config_class(**{**defaults, **preset, **given})
+    config.given = frozenset(given)
+    complaints = config.validate() if hasattr(config, "validate") else []
+    if complaints:
+        raise UserError("; ".join(complaints))
+    return config
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and turn its end into an exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def require_file(path: str | Path, what: str, remedy: str = "check the path") -> Path:
+    """The path, if it is an existing file; otherwise a `UserError` that says what was expected there."""
+    path = Path(path)
+    if not path.is_file():
+        found = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise UserError(f"{what} {path} {found}; {remedy}")
+    return path

@@ -1,0 +1,135 @@
+"""Reading text that people have: `.txt`, `.jsonl` and `.parquet`, plain or gzipped, one file or a folder of them.
+
+A data path may be a file, a folder, or a name without its ending (`data/pretrain/train` finds `train.txt`). Documents
+are read one at a time, so a corpus never has to fit into memory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from command_line import UserError
+
+TEXT_ENDINGS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
+RECORD_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+
+def resolve_files(path: str | Path, endings: tuple[str, ...] = TEXT_ENDINGS) -> list[Path]:
+    """The files that a data path means, in a fixed order.
+
+    Raises:
+        UserError: nothing is there, or nothing with one of the endings.
+    """
+    path = Path(path)
+    if path.is_file():
+        if not path.name.endswith(endings):
+            raise UserError(f"{path} is none of the supported kinds of file; convert it to {' or '.join(endings)}")
+        return [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(endings))
+        if not files:
+            raise UserError(f"the folder {path} holds no file that ends in {' or '.join(endings)}; put the data there")
+        return files
+    candidates = [path.with_name(path.name + ending) for ending in endings]
+    files = [file for file in candidates if file.is_file()]
+    if not files:
+        raise UserError(f"there is no data at {path} (nor with one of the endings {', '.join(endings)}); check the path")
+    return files[:1]
+
+
+def _open_text(path: Path) -> TextIO:
+    raw = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+    # utf-8-sig: a byte-order mark, which Windows editors leave, is not part of the text
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
+
+
+def _text_of(record: object, where: str) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise UserError(f'{where} has no field "text" holding a string; each line must be like {{"text": "…"}}')
+    return record["text"]
+
+
+def _documents_of_file(path: Path) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError(f"reading {path} needs pyarrow; `pip install pyarrow` and try again") from None
+        table = pyarrow.parquet.ParquetFile(path)
+        if "text" not in table.schema_arrow.names:
+            raise UserError(f'{path} has no column "text"; its columns are {", ".join(table.schema_arrow.names)}')
+        for batch in table.iter_batches(columns=["text"]):
+            yield from (text for text in batch.column("text").to_pylist() if text and text.strip())
+        return
+    is_jsonl = ".jsonl" in path.suffixes
+    with _open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            line = line.rstrip("\r\n")
+            if "\0" in line:
+                raise UserError(f"{path} is a binary file (line {number} has a zero byte); give a text file")
+            if not line.strip():
+                continue
+            if is_jsonl:
+                line = _text_of(parse_json(line, f"line {number} of {path}"), f"line {number} of {path}")
+            if line.strip():
+                yield line
+
+
+def parse_json(text: str, where: str) -> object:
+    """Parse JSON; a mistake in it is a `UserError` that says where."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON ({error}); mend it and try again") from None
+
+
+def iter_documents(path: str | Path) -> Iterator[str]:
+    """The documents of a file or folder, one string each: a line of `.txt`, a record of `.jsonl` or `.parquet`.
+
+    Raises:
+        UserError: no such file, no text in it, not UTF-8, binary, or a record without "text".
+    """
+    for file in resolve_files(path):
+        count = 0
+        try:
+            for document in _documents_of_file(file):
+                count += 1
+                yield document
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise UserError(f"{file} is not a sound gzip file ({error}); make it anew") from None
+        if count == 0:
+            raise UserError(f"{file} holds no text; give a file with at least one line that is not blank")
+
+
+def iter_records(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """The records of JSON (one list) or JSONL (one object a line) files, each with a name for error messages.
+
+    Raises:
+        UserError: no such file, invalid JSON, not UTF-8, or a record that is not an object.
+    """
+    for file in resolve_files(path, RECORD_ENDINGS):
+        try:
+            with _open_text(file) as stream:
+                if ".jsonl" in file.suffixes:
+                    lines = ((f"record {number} of {file}", line) for number, line in enumerate(stream, start=1))
+                    records = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
+                else:
+                    content = parse_json(stream.read(), str(file))
+                    if not isinstance(content, list):
+                        raise UserError(f"{file} must hold a list of records like [{{…}}, {{…}}]")
+                    records = [(f"record {number} of {file}", record) for number, record in enumerate(content, start=1)]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        if not records:
+            raise UserError(f"{file} holds no record; give at least one")
+        for where, record in records:
+            if not isinstance(record, dict):
+                raise UserError(f"{where} is not an object like {{…}}")
+            yield where, record
