@@ -1,0 +1,338 @@
+"""The decoder-only language model.
+
+Two presets of one architecture, both of which exist in Hugging Face `transformers`, so that weights can move:
+
+    gpt2    learned positions, LayerNorm, GELU, biases                           = GPT2LMHeadModel
+    modern  rotary positions, RMSNorm, SwiGLU, grouped-query attention, QK-norm  = Qwen3ForCausalLM
+
+The letters of the shapes are explained in transformer_components.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+from transformer_components import KVCache, TransformerDecoderLayer, make_norm, rotary_angles, sinusoidal_positions
+
+IGNORED_LABEL = -100  # positions with this label count for nothing in the loss
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": dict(position="learned", norm="layernorm", activation="gelu", bias=True, qk_norm=False, norm_eps=1e-5),
+    "modern": dict(position="rotary", norm="rmsnorm", activation="swiglu", bias=False, qk_norm=True, norm_eps=1e-6),
+}
+
+
+@dataclass
+class GPTConfig:
+    """Everything that determines the model's function and the names and shapes of its weights."""
+
+    vocab_size: int
+    d_model: int = 768
+    n_layers: int = 12
+    n_heads: int = 12
+    d_ff: int | None = None  # None: 4 × d_model, or for SwiGLU 8/3 × d_model rounded up to a multiple of 32
+    max_seq_len: int = 1024
+    dropout: float = 0.0
+    pad_token_id: int = 1
+    n_kv_heads: int | None = None  # None: n_heads
+    head_dim: int | None = None  # None: d_model / n_heads
+    position: str = "learned"  # learned | rotary | sinusoidal
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    activation: str = "gelu"  # gelu | swiglu
+    bias: bool = True
+    qk_norm: bool = False
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.d_ff is None:
+            swiglu_width = math.ceil(self.d_model * 8 / 3 / 32) * 32
+            self.d_ff = swiglu_width if self.activation == "swiglu" else 4 * self.d_model
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.head_dim = self.head_dim or self.d_model // self.n_heads
+        complaints = self.complaints()
+        if complaints:
+            raise ValueError("; ".join(complaints))
+
+    def complaints(self) -> list[str]:
+        """What is wrong with this configuration, a sentence each; empty if nothing is."""
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "n_kv_heads", "head_dim")
+        found = [f"{name} must be at least 1" for name in sizes if getattr(self, name) < 1]
+        if found:
+            return found
+        if self.head_dim * self.n_heads != self.d_model and self.d_model % self.n_heads:
+            found.append(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
+        if self.n_heads % self.n_kv_heads:
+            found.append(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.position == "rotary" and self.head_dim % 2:
+            found.append(f"rotary positions need an even head_dim, not {self.head_dim}")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout must be in [0, 1), not {self.dropout}")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            found.append(f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}")
+        for name, known in (
+            ("position", ("learned", "rotary", "sinusoidal")),
+            ("norm", ("layernorm", "rmsnorm")),
+            ("activation", ("gelu", "swiglu")),
+        ):
+            if getattr(self, name) not in known:
+                found.append(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        return found
+
+    @classmethod
+    def for_architecture(cls, architecture: str, **sizes: Any) -> GPTConfig:
+        """A configuration of the `gpt2` or `modern` architecture with the given sizes."""
+        return cls(**{**ARCHITECTURES[architecture], **sizes})
+
+
+class GPTModel(nn.Module):
+    """A decoder-only Transformer language model.
+
+    The arguments are the fields of `GPTConfig`, whose defaults give GPT-2. `GPTModel.from_config(config)` takes them
+    together.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int = 768,
+        n_layers: int = 12,
+        n_heads: int = 12,
+        d_ff: int | None = None,
+        max_seq_len: int = 1024,
+        dropout: float = 0.0,
+        pad_token_id: int = 1,
+        **switches: Any,
+    ) -> None:
+        super().__init__()
+        config = GPTConfig(
+            vocab_size, d_model, n_layers, n_heads, d_ff, max_seq_len, dropout, pad_token_id, **switches
+        )
+        self.config = config
+        self.recompute_activations = False  # True trades time for memory in training
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model)
+        elif config.position == "sinusoidal":
+            table = sinusoidal_positions(config.max_seq_len, config.d_model)
+            self.register_buffer("position_table", table, persistent=False)
+        else:
+            angles = rotary_angles(config.max_seq_len, config.head_dim, config.rope_theta)
+            self.register_buffer("rotary_table", angles, persistent=False)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            TransformerDecoderLayer(
+                config.d_model,
+                config.n_heads,
+                config.d_ff,
+                config.dropout,
+                config.n_kv_heads,
+                config.head_dim,
+                config.norm,
+                config.activation,
+                config.bias,
+                config.qk_norm,
+                config.norm_eps,
+            )
+            for _ in range(config.n_layers)
+        )
+        self.final_norm = make_norm(config.norm, config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.initialize_weights()
+        if config.tie_embeddings:
+            self.lm_head.weight = self.token_embedding.weight
+
+    @classmethod
+    def from_config(cls, config: GPTConfig) -> GPTModel:
+        """A model with freshly initialised weights."""
+        return cls(**asdict(config))
+
+    def initialize_weights(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02²), branches into the residual stream smaller by √(2 · n_layers)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                into_residual = name.endswith(("output_proj", "down_proj"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02
+                nn.init.normal_(module.weight, mean=0.0, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def num_parameters(self) -> int:
+        """How many numbers training can change; tied weights count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def new_cache(self, batch_size: int, max_len: int) -> KVCache:
+        """An empty KV cache for `batch_size` rows of at most `max_len` tokens, where the model's weights are."""
+        config, weight = self.config, self.token_embedding.weight
+        return KVCache(
+            config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim, weight.device, weight.dtype
+        )
+
+    def embed(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:
+        """Token (and absolute position) embeddings of input_ids (B, T) at `positions` (B, T) or start, start + 1, …"""
+        x = self.token_embedding(input_ids)  # (B, T, D)
+        if self.config.position != "rotary":
+            learned = self.config.position == "learned"
+            table = self.position_embedding.weight if learned else self.position_table
+            here = slice(start, start + input_ids.size(1)) if positions is None else positions
+            x = x + table[here]  # (T, D) or (B, T, D)
+        return self.embedding_dropout(x)
+
+    def rotary(self, n_tokens: int, positions: torch.Tensor | None = None, start: int = 0) -> torch.Tensor | None:
+        """Rotary cosines and sines of the same positions as in `embed`, or None for other kinds of positions."""
+        if self.config.position != "rotary":
+            return None
+        if positions is None:
+            return self.rotary_table[:, start : start + n_tokens]  # (2, T, K)
+        return self.rotary_table[:, positions].unsqueeze(2)  # (2, B, 1, T, K)
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """The final, normed hidden states of input_ids (B, T), as (B, T, D).
+
+        Args:
+            attention_mask: (B, S), 1 for tokens and 0 for padding, over the cached and the new tokens. Positions count
+                only tokens, so padding on the left changes nothing.
+            cache: keys and values of what came before; the new tokens are added to it.
+        """
+        n_tokens, past = input_ids.size(1), 0 if cache is None else cache.length
+        if past + n_tokens > self.config.max_seq_len and attention_mask is None:
+            raise ValueError(f"{past + n_tokens} tokens do not fit into max_seq_len {self.config.max_seq_len}")
+        mask = positions = None
+        if attention_mask is not None:
+            positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, past:]  # (B, T)
+        if attention_mask is not None or (past and n_tokens > 1):
+            mask = visible_keys(n_tokens, past, attention_mask, input_ids.device)  # (B or 1, 1, T, S)
+        x = self.embed(input_ids, positions, past)  # (B, T, D)
+        rotary = self.rotary(n_tokens, positions, past)
+        for index, layer in enumerate(self.layers):
+            if self.recompute_activations and self.training:
+                x = recompute_in_backward(layer, x, mask, rotary, use_reentrant=False)
+            else:
+                x = layer(x, mask, rotary, cache, index)  # (B, T, D)
+        if cache is not None:
+            cache.advance(n_tokens)
+        return self.final_norm(x)  # (B, T, D)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> dict[str, torch.Tensor | None]:
+        """Next-token logits and, with labels, their mean cross-entropy.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, S), 1 for tokens, 0 for padding on either side; None if there is no padding.
+            labels: (B, T) int64, aligned with input_ids (the shift by one happens here); −100 is ignored.
+            cache: see `hidden_states`.
+
+        Returns:
+            {"logits": (B, T, V), "loss": scalar in nats a token, or None without labels}
+        """
+        logits = self.lm_head(self.hidden_states(input_ids, attention_mask, cache))  # (B, T, V)
+        return {"logits": logits, "loss": None if labels is None else next_token_loss(logits, labels)}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        max_gen_len: int = 64,
+        top_k: int = 0,
+        temperature: float = 1.0,
+        attention_mask: torch.Tensor | None = None,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Continue a batch of prompts, with a KV cache.
+
+        Args:
+            input_ids: (B, T) int64; prompts of different lengths are padded on the left with `pad_token_id`.
+            max_gen_len: at most so many new tokens a row; fewer where max_seq_len is reached.
+            top_k: sample among the k likeliest tokens; 0 means among all.
+            temperature: 0 always takes the likeliest token.
+            attention_mask: (B, T), 0 for padding; derived from `pad_token_id` if None.
+            eos_token_id: a row that produces it is finished.
+            generator: source of randomness, on the model's device.
+
+        Returns:
+            (B, T + n) int64 with n ≤ max_gen_len; after its end a row is filled with `pad_token_id`.
+        """
+        batch_size, prompt_len = input_ids.shape
+        pad_token_id = self.config.pad_token_id
+        mask = input_ids.ne(pad_token_id) if attention_mask is None else attention_mask.bool()
+        if mask.sum(dim=1).max() > self.config.max_seq_len or prompt_len == 0:
+            raise ValueError(f"a prompt must have 1 to {self.config.max_seq_len} tokens, not {prompt_len}")
+        max_gen_len = min(max_gen_len, self.config.max_seq_len - prompt_len)
+        was_training, padded = self.training, not bool(mask.all())
+        self.eval()
+        try:
+            cache = self.new_cache(batch_size, prompt_len + max(max_gen_len, 0))
+            rows = torch.arange(batch_size, device=input_ids.device)  # the rows that are still going
+            output = input_ids.new_full((batch_size, prompt_len + max(max_gen_len, 0)), pad_token_id)
+            output[:, :prompt_len] = input_ids
+            new_ids, length = input_ids, prompt_len
+            while length < output.size(1) and len(rows):
+                hidden = self.hidden_states(new_ids, mask if padded else None, cache)[:, -1]  # (B, D)
+                next_ids = sample_next(self.lm_head(hidden), temperature, top_k, generator)  # (B,)
+                output[rows, length] = next_ids
+                length += 1
+                if eos_token_id is not None and bool((ended := next_ids == eos_token_id).any()):
+                    rows, next_ids, mask = rows[~ended], next_ids[~ended], mask[~ended]
+                    cache.keep_rows(~ended)
+                mask = F.pad(mask, (0, 1), value=True)
+                new_ids = next_ids.unsqueeze(1)  # (B, 1)
+            return output[:, :length]
+        finally:
+            self.train(was_training)
+
+
+def visible_keys(
+    n_tokens: int, past: int, attention_mask: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Which keys each new token may look at: itself and every earlier one that is not padding, (B or 1, 1, T, S)."""
+    query = torch.arange(past, past + n_tokens, device=device).unsqueeze(1)  # (T, 1)
+    key = torch.arange(past + n_tokens, device=device)  # (S,)
+    visible = (key <= query)[None, None]  # (1, 1, T, S)
+    if attention_mask is not None:
+        # A padding token still sees itself: a softmax over nothing would be NaN and spread
+        visible = visible & attention_mask.bool()[:, None, None, :] | (key == query)  # (B, 1, T, S)
+    return visible
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of predicting labels[:, t + 1] from logits[:, t]; −100 is ignored.
+
+    Args:
+        logits: (B, T, V); labels: (B, T) int64.
+    """
+    # Shifting the labels and not the logits spares a copy of the largest tensor of the step
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # (B, T)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL)
+
+
+def sample_next(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """One token id for each row of logits (B, V), as (B,); temperature 0 is greedy, top_k 0 means every token."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.size(-1):
+        threshold = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < threshold, -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
