@@ -1,0 +1,527 @@
+"""Text ⇄ token ids: byte-level byte-pair encoding.
+
+A text is cut into words, digits and punctuation (`PRETOKENIZER_PATTERN`), each piece into its UTF-8 bytes, and then
+neighbours are merged, always the pair that training found first (Sennrich et al. 2016, "Neural Machine Translation of
+Rare Words with Subword Units", section 3.2; over bytes: Radford et al. 2019, "Language Models are Unsupervised
+Multitask Learners", section 2.2). Every byte is a token, so no text is ever unknown and `decode(encode(text))` is the
+text, whatever the script.
+
+    python byte_level_bpe.py --input data/pretrain/train.txt --vocab_size 4096 --output_dir models/bpe_tokenizer
+
+The work is done by the Rust library `tokenizers`; the saved folder loads in `transformers` as well. Folders of GPT-2
+and of Qwen load here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
+from command_line import UserError, option, parse_config, run_main
+from text_files import iter_documents
+
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+SPECIAL_ROLES = ("bos_token", "pad_token", "eos_token", "unk_token")  # what the first four special tokens are for
+
+# Qwen2's pattern: contractions, words, single digits, punctuation, line breaks, spaces.
+PRETOKENIZER_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+IGNORED_LABEL = -100  # the loss skips it
+BYTE_COUNT = 256
+
+# What a folder may hold; `save` writes the first four, `tokenizer.json` last.
+SAVED_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json")
+KNOWN_FILES = (*SAVED_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+class ByteLevelBPETokenizer:
+    """A byte-level BPE tokenizer with its special tokens and its chat template.
+
+    Before training it knows single bytes only, and already encodes every text.
+
+    Args:
+        vocab_size: how many tokens training aims at, special tokens and the 256 bytes included.
+        special_tokens: their ids are 0, 1, 2, …; the first four are the beginning of a text, padding, the end of a
+            text, and unknown.
+
+    Raises:
+        UserError: vocab_size leaves no room for the bytes, or the special tokens are unusable.
+    """
+
+    def __init__(self, vocab_size: int = 4096, special_tokens: Sequence[str] = SPECIAL_TOKENS):
+        special_tokens = tuple(special_tokens)
+        smallest = BYTE_COUNT + len(special_tokens)
+        if vocab_size < smallest:
+            raise UserError(
+                f"vocab_size is {vocab_size}, but the {BYTE_COUNT} bytes and {len(special_tokens)} special tokens "
+                f"already need {smallest}; choose a larger one"
+            )
+        pre_tokenizer = _split_and_map_bytes(PRETOKENIZER_PATTERN)
+        _check_special_tokens(special_tokens, pre_tokenizer)
+        self._wanted_vocab_size = vocab_size
+        vocab = {token: index for index, token in enumerate((*special_tokens, *sorted(_byte_alphabet())))}
+        engine = Tokenizer(models.BPE(vocab, []))
+        engine.pre_tokenizer = pre_tokenizer
+        engine.decoder = decoders.ByteLevel()
+        engine.add_special_tokens(list(special_tokens))
+        # So that `transformers` puts <s> before a text as `encode` does.
+        engine.post_processor = processors.TemplateProcessing(
+            single=f"{special_tokens[0]} $A", special_tokens=[(special_tokens[0], 0)]
+        )
+        roles = dict(zip(SPECIAL_ROLES, special_tokens, strict=False))
+        self._adopt(engine, roles, DEFAULT_CHAT_TEMPLATE, adds_bos=True)
+
+    def _adopt(self, engine: Tokenizer, roles: dict[str, str | None], chat_template: str, adds_bos: bool) -> None:
+        engine.encode_special_tokens = True  # the name misleads: special-token strings in a text are encoded as text
+        engine.no_padding()
+        engine.no_truncation()
+        self._engine = engine
+        self._roles = roles
+        self._adds_bos = adds_bos
+        self._chat_template = ChatTemplate(chat_template, roles)
+        self._special_tokens = [str(token) for token in engine.get_added_tokens_decoder().values() if token.special]
+        self._vocab_size = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def train(self, texts: Iterable[str], min_frequency: int = 2, *, show_progress: bool = False) -> None:
+        """Learn merges from texts, which are read once, one after another.
+
+        Fewer than `vocab_size` tokens come out when the texts are too small to yield more.
+
+        Args:
+            texts: documents, in any number.
+            min_frequency: a pair must occur this often to become a token.
+            show_progress: draw progress bars on standard error.
+
+        Raises:
+            UserError: min_frequency below 1, or no text at all.
+        """
+        if min_frequency < 1:
+            raise UserError(f"min_frequency is {min_frequency}; it must be at least 1")
+        character_count = 0
+
+        def checked() -> Iterator[str]:
+            nonlocal character_count
+            for text in texts:
+                character_count += len(text)
+                yield _replace_lone_surrogates(text)
+
+        engine = Tokenizer.from_str(self._engine.to_str())
+        trainer = trainers.BpeTrainer(
+            vocab_size=self._wanted_vocab_size,
+            min_frequency=min_frequency,
+            special_tokens=self._special_tokens,
+            initial_alphabet=_byte_alphabet(),  # without it, bytes that the texts lack would vanish when encoded
+            show_progress=show_progress,
+        )
+        engine.train_from_iterator(checked(), trainer)
+        if character_count == 0:
+            raise UserError("there is no text to train the tokenizer on; give at least one document")
+        self._adopt(engine, self._roles, self.chat_template, self._adds_bos)
+
+    # -- text and ids --------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, text: str, max_seq_len: int | None = None, add_special_tokens: bool = True
+    ) -> dict[str, list[int]]:
+        """The ids of a text that may be continued: nothing follows it, neither `</s>` nor padding.
+
+        The strings of special tokens inside `text` are ordinary text. Half of a surrogate pair, which is no character
+        and has no UTF-8, counts as U+FFFD.
+
+        Args:
+            text: any string.
+            max_seq_len: keep at most this many ids, from the beginning.
+            add_special_tokens: put `<s>` before the text (where the tokenizer has such a token).
+
+        Returns:
+            `{"input_ids": [...], "attention_mask": [1, ...]}`, of equal length.
+        """
+        if max_seq_len is not None and max_seq_len < 1:
+            raise UserError(f"max_seq_len is {max_seq_len}; it must be at least 1")
+        input_ids = self.encode_batch([text], add_special_tokens)[0][:max_seq_len]
+        return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """The ids of many texts, encoded in parallel; see `encode`."""
+        encodings = self._engine.encode_batch_fast(
+            [_replace_lone_surrogates(text) for text in texts], add_special_tokens=False
+        )
+        prefix = [self.bos_token_id] if add_special_tokens and self._adds_bos else []
+        return [prefix + encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids (a list, an array or a 1-D tensor). Bytes that are no UTF-8 become U+FFFD."""
+        return self._engine.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
+
+    # -- conversations -------------------------------------------------------------------------------------------------
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja template that turns messages into text."""
+        return self._chat_template.source
+
+    @chat_template.setter
+    def chat_template(self, source: str) -> None:
+        self._chat_template = ChatTemplate(source, self._roles)
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """A conversation as text, to be read by people; for ids use `encode_chat`, which keeps text and tokens apart.
+
+        Raises:
+            UserError: a message is malformed, or the template rejects the conversation.
+        """
+        check_messages(messages)
+        return self._chat_template.render(messages, add_generation_prompt)
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> dict[str, list[int]]:
+        """The ids of a conversation and the labels to train on it.
+
+        Nothing is added to what the template renders. The ids of a prompt (`add_generation_prompt=True`) are an exact
+        prefix of the ids of the same conversation with its answer.
+
+        Returns:
+            `{"input_ids": [...], "labels": [...]}`, of equal length; a label is the id itself where the assistant
+            speaks, through the token that closes the answer, and -100 elsewhere.
+
+        Raises:
+            UserError: a message is malformed, the template rejects the conversation, or it is not prefix-consistent.
+        """
+        check_messages(messages)
+        segments = self._chat_template.segments(messages, self._special_tokens, add_generation_prompt)
+        plain = [text for segment in segments for text, is_special in segment.pieces if not is_special]
+        plain_ids = iter(self.encode_batch(plain))
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for segment in segments:
+            ids, answer_length = [], 0
+            for text, is_special in segment.pieces:
+                ids += [self._engine.token_to_id(text)] if is_special else next(plain_ids)
+                if is_special:
+                    answer_length = len(ids)  # what follows the closing token, like ChatML's line break, is context
+            if not segment.is_answer:
+                answer_length = 0
+            elif answer_length == 0:
+                answer_length = len(ids)  # the template closes answers by text only
+            input_ids += ids
+            labels += ids[:answer_length] + [IGNORED_LABEL] * (len(ids) - answer_length)
+        return {"input_ids": input_ids, "labels": labels}
+
+    # -- what it consists of -------------------------------------------------------------------------------------------
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Tokens, in the byte alphabet of GPT-2 (`Ġ` is a space), and their ids."""
+        return self._engine.get_vocab(with_added_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of rows that an embedding for these ids needs."""
+        return self._vocab_size
+
+    def __len__(self) -> int:
+        return self._vocab_size
+
+    def _role_id(self, role: str) -> int | None:
+        token = self._roles.get(role)
+        return None if token is None else self._engine.token_to_id(token)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of the token before a text; None where the tokenizer has none (Qwen)."""
+        return self._role_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id of the token that ends a text or an answer."""
+        return self._role_id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills up a batch; the end-of-text token where the tokenizer has none of its own (GPT-2)."""
+        pad = self._role_id("pad_token")
+        return self.eos_token_id if pad is None else pad
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """The id of the unknown token, which no text ever yields; None where the tokenizer has none."""
+        return self._role_id("unk_token")
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256, in hexadecimal, of all that decides about ids: vocabulary, merges, special tokens, template."""
+        files = self.to_files()
+        parts = [json.loads(files[name]) for name in ("tokenizer.json", "tokenizer_config.json")]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def to_files(self) -> dict[str, str]:
+        """What `save` writes: file names and their contents."""
+        content = self._engine.to_str(pretty=True)
+        model = json.loads(content)["model"]
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,  # decoding must not "tidy" the text
+            "chat_template": self.chat_template,
+            **{role: token for role, token in self._roles.items() if token is not None},
+        }
+        if self.bos_token_id is not None and not self._adds_bos:
+            config["add_bos_token"] = False
+        return {
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+            "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
+            "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"]),
+            "tokenizer.json": content,
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write the tokenizer's folder. Stopped half-way, it leaves a folder that does not load, never half a one.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        directory = Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
+                for name, content in self.to_files().items():
+                    Path(staging, name).write_text(content, encoding="utf-8", newline="\n")
+                # No tokenizer.json, no tokenizer: the old one goes first and the new one comes last.
+                (directory / "tokenizer.json").unlink(missing_ok=True)
+                for name in SAVED_FILES:
+                    Path(staging, name).replace(directory / name)
+        except OSError as error:
+            raise UserError(f"the tokenizer cannot be saved in {directory} ({error.strerror}); mend that") from None
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> ByteLevelBPETokenizer:
+        """Load a folder that `save` wrote, or one of GPT-2 or Qwen as it is published.
+
+        The latter are used as they are: Qwen composes characters (NFC), so a decomposed one comes back composed.
+
+        Raises:
+            UserError: there is no such folder, or it does not hold a sound byte-level BPE tokenizer.
+        """
+        directory = Path(directory)
+        remedy = f"train one with `python byte_level_bpe.py --input TEXT --output_dir {directory}`"
+        if not directory.is_dir():
+            raise UserError(f"there is no tokenizer folder {directory}; {remedy}")
+        try:
+            files = {
+                name: (directory / name).read_text(encoding="utf-8")
+                for name in KNOWN_FILES
+                if (directory / name).is_file()
+            }
+            return cls.from_files(files)
+        except (UserError, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"the tokenizer folder {directory} cannot be used: {error}; {remedy}") from None
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, str]) -> ByteLevelBPETokenizer:
+        """Load from file names and contents, as `to_files` returns them.
+
+        Raises:
+            UserError: a file is missing or damaged, or this is not a byte-level BPE tokenizer.
+        """
+        config = _parse_object(files, "tokenizer_config.json")
+        named = {**_parse_object(files, "special_tokens_map.json"), **config}
+        kind = str(config.get("tokenizer_class", ""))
+        is_published = kind == "" or kind.startswith(("GPT2", "Qwen2"))
+        if "tokenizer.json" in files:
+            engine = _engine_from_json(files)
+        elif "vocab.json" in files and "merges.txt" in files and is_published:
+            engine = _engine_from_vocab_and_merges(files, config, is_qwen=kind.startswith("Qwen2"))
+        else:
+            raise UserError("tokenizer.json is missing")
+
+        known = engine.get_vocab(with_added_tokens=True)
+        # GPT-2's own folders name no special token; Qwen's have no token before a text.
+        usual = "<|endoftext|>" if "<|endoftext|>" in known else None
+        defaults = {"bos_token": None if kind.startswith("Qwen2") else usual, "eos_token": usual}
+        roles = {role: _token_string(named.get(role, defaults.get(role))) for role in SPECIAL_ROLES}
+        for role, token in roles.items():
+            if token is not None and token not in known:
+                raise UserError(f"its {role} {token!r} is not in the vocabulary")
+        if roles["eos_token"] is None:
+            raise UserError("tokenizer_config.json names no eos_token, without which no answer ends")
+        engine.add_special_tokens([token for token in roles.values() if token is not None])
+
+        template = files.get("chat_template.jinja", config.get("chat_template", DEFAULT_CHAT_TEMPLATE))
+        if isinstance(template, list):  # several by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default", DEFAULT_CHAT_TEMPLATE)
+        tokenizer = cls.__new__(cls)
+        adds_bos = roles["bos_token"] is not None and config.get("add_bos_token") is not False
+        tokenizer._adopt(engine, roles, template, adds_bos)
+        tokenizer._wanted_vocab_size = tokenizer.vocab_size
+        return tokenizer
+
+    def __reduce__(self) -> tuple:
+        return ByteLevelBPETokenizer.from_files, (self.to_files(),)  # the engine's own pickle forgets its switches
+
+
+# -- the parts of an engine --------------------------------------------------------------------------------------------
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's 256 printable characters that stand for the bytes."""
+    return pre_tokenizers.ByteLevel.alphabet()
+
+
+def _split_and_map_bytes(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _check_special_tokens(special_tokens: tuple[str, ...], pre_tokenizer: pre_tokenizers.PreTokenizer) -> None:
+    if len(special_tokens) < len(SPECIAL_ROLES) or len(set(special_tokens)) < len(special_tokens):
+        raise UserError(f"special_tokens needs {len(SPECIAL_ROLES)} or more different strings like {SPECIAL_TOKENS}")
+    for token in special_tokens:
+        # Merges stay inside one piece: a token that is cut into several cannot be merged out of ordinary text.
+        if len(pre_tokenizer.pre_tokenize_str(token)) < 2:
+            raise UserError(f"the special token {token!r} could arise from ordinary text; write it like '<{token}>'")
+
+
+def _replace_lone_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _parse_object(files: Mapping[str, str], name: str) -> dict:
+    try:
+        content = json.loads(files.get(name, "{}"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{name} is damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{name} is damaged (it is not a JSON object)")
+    return content
+
+
+def _token_string(value: str | dict | None) -> str | None:
+    """A special token as configurations write it: a string, or an object with its flags."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _engine_from_json(files: Mapping[str, str]) -> Tokenizer:
+    content = _parse_object(files, "tokenizer.json")
+    model = content.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    if kind != "BPE" or "ByteLevel" not in json.dumps(content.get("decoder")):
+        raise UserError(f"tokenizer.json is not a byte-level BPE tokenizer (its model is {kind})")
+    try:
+        return Tokenizer.from_str(files["tokenizer.json"])
+    except Exception as error:  # the Rust library raises nothing more precise
+        raise UserError(f"tokenizer.json is damaged ({error})") from None
+
+
+def _engine_from_vocab_and_merges(files: Mapping[str, str], config: dict, is_qwen: bool) -> Tokenizer:
+    """The older layout of published folders, which leaves the pre-tokenizer to the class that loads it."""
+    vocab = _parse_object(files, "vocab.json")
+    lines = [line.rstrip("\r") for line in files["merges.txt"].split("\n")]
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    try:
+        engine = Tokenizer(models.BPE(vocab, merges))
+    except Exception as error:  # the Rust library raises nothing more precise
+        raise UserError(f"vocab.json and merges.txt do not fit together ({error})") from None
+    add_prefix_space = bool(config.get("add_prefix_space", False))
+    if is_qwen:
+        engine.normalizer = normalizers.NFC()
+        engine.pre_tokenizer = _split_and_map_bytes(PRETOKENIZER_PATTERN)
+    else:
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    engine.decoder = decoders.ByteLevel()
+
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    added = {
+        int(index): AddedToken(entry["content"], **{flag: entry[flag] for flag in flags if flag in entry})
+        for index, entry in config.get("added_tokens_decoder", {}).items()
+    }
+    for token, index in _parse_object(files, "added_tokens.json").items():
+        added.setdefault(index, AddedToken(token, special=True))
+    for index, token in sorted(added.items()):
+        engine.add_tokens([token])
+        if engine.token_to_id(token.content) != index:
+            raise UserError(f"its added token {token.content!r} should have the id {index}, which does not follow")
+    if not added and "<|endoftext|>" in vocab:
+        engine.add_special_tokens(["<|endoftext|>"])
+    return engine
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenizerTrainingConfig:
+    """Options of `python byte_level_bpe.py`."""
+
+    input: list[str] = option(list, "text files, folders of them, or names without ending; none: the sample data")
+    vocab_size: int = option(4096, "how many tokens, the 256 bytes and the special tokens included")
+    min_frequency: int = option(2, "how often a pair must occur to become a token")
+    output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer")
+
+    def validate(self) -> list[str]:
+        smallest = BYTE_COUNT + len(SPECIAL_TOKENS)
+        complaints = []
+        if self.vocab_size < smallest:
+            complaints.append(f"--vocab_size must be at least {smallest} (bytes and special tokens)")
+        if self.min_frequency < 1:
+            complaints.append("--min_frequency must be at least 1")
+        if Path(self.output_dir).is_file():
+            complaints.append(f"--output_dir {self.output_dir} is a file; name a folder")
+        return complaints
+
+
+class _SampledDocuments:
+    """Passes documents through and keeps a uniform sample of them (Vitter 1985, algorithm R)."""
+
+    def __init__(self, paths: Sequence[str], size: int = 2000, max_characters: int = 4096):
+        self.paths, self.size, self.max_characters = paths, size, max_characters
+        self.sample: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        generator = random.Random(0)
+        documents = (document for path in self.paths for document in iter_documents(path))
+        for count, document in enumerate(documents, start=1):
+            yield document
+            if len(self.sample) < self.size:
+                self.sample.append(document[: self.max_characters])
+            elif (place := generator.randrange(count)) < self.size:
+                self.sample[place] = document[: self.max_characters]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train a tokenizer on text files and save it."""
+    config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
+    documents = _SampledDocuments(config.input or ["data/pretrain/train"])
+    tokenizer = ByteLevelBPETokenizer(config.vocab_size)
+    tokenizer.train(documents, config.min_frequency, show_progress=True)
+    tokenizer.save(config.output_dir)
+    byte_count = sum(len(text.encode()) for text in documents.sample)
+    token_count = sum(map(len, tokenizer.encode_batch(documents.sample)))
+    print(
+        f"tokenizer: {len(tokenizer)} tokens, {byte_count / token_count:.2f} bytes per token on a sample of the input, "
+        f"saved in {config.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
