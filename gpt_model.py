@@ -275,18 +275,19 @@ class GPTModel(nn.Module):
         batch_size, prompt_len = input_ids.shape
         pad_token_id = self.config.pad_token_id
         mask = input_ids.ne(pad_token_id) if attention_mask is None else attention_mask.bool()
-        if mask.sum(dim=1).max() > self.config.max_seq_len or prompt_len == 0:
-            raise ValueError(f"a prompt must have 1 to {self.config.max_seq_len} tokens, not {prompt_len}")
-        max_gen_len = min(max_gen_len, self.config.max_seq_len - prompt_len)
+        longest = int(mask.sum(dim=1).max()) if prompt_len else 0  # padding takes no position
+        if not 1 <= longest <= self.config.max_seq_len:
+            raise ValueError(f"a prompt must have 1 to {self.config.max_seq_len} tokens, not {longest}")
+        max_len = prompt_len + max(0, min(max_gen_len, self.config.max_seq_len - longest))
         was_training, padded = self.training, not bool(mask.all())
         self.eval()
         try:
-            cache = self.new_cache(batch_size, prompt_len + max(max_gen_len, 0))
+            cache = self.new_cache(batch_size, max_len)
             rows = torch.arange(batch_size, device=input_ids.device)  # the rows that are still going
-            output = input_ids.new_full((batch_size, prompt_len + max(max_gen_len, 0)), pad_token_id)
+            output = input_ids.new_full((batch_size, max_len), pad_token_id)
             output[:, :prompt_len] = input_ids
             new_ids, length = input_ids, prompt_len
-            while length < output.size(1) and len(rows):
+            while length < max_len and len(rows):
                 hidden = self.hidden_states(new_ids, mask if padded else None, cache)[:, -1]  # (B, D)
                 next_ids = sample_next(self.lm_head(hidden), temperature, top_k, generator)  # (B,)
                 output[rows, length] = next_ids
@@ -321,8 +322,9 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: (B, T, V); labels: (B, T) int64.
     """
     # Shifting the labels and not the logits spares a copy of the largest tensor of the step
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # (B, T)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()  # (B·T,)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / targets.ne(IGNORED_LABEL).sum().clamp(min=1)  # a batch without any target has loss 0, not NaN
 
 
 def sample_next(

@@ -1,0 +1,189 @@
+"""The one checkpoint format: a file that describes itself, is written atomically and is verified when read.
+
+A checkpoint is a dict that `torch.load(weights_only=True, mmap=True)` accepts:
+
+    format          "gpt-checkpoint/1"
+    stage           "pretrain" | "sft" | "reward" | "ppo" | …
+    step            optimiser steps made
+    config          the fields of GPTConfig
+    model           the state dict
+    tokenizer       {"fingerprint": sha256, "files": {name: text}}; no later stage asks for the tokenizer again
+    metrics         the scores at that step
+    command, versions
+    training_state  optimiser, random states, … ; only in the checkpoints that training continues from
+    …               what a stage adds, such as "quantization"
+
+PyTorch writes a zip archive with a CRC-32 of every tensor, so a damaged file is recognised without a second file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import shutil
+import sys
+import zipfile
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from byte_level_bpe import ByteLevelBPETokenizer
+from command_line import UserError, require_file
+from gpt_model import GPTConfig, GPTModel
+
+FORMAT = "gpt-checkpoint/1"
+
+
+def save_checkpoint(
+    path: str | Path,
+    *,
+    model_state: dict[str, torch.Tensor],
+    config: GPTConfig,
+    tokenizer: ByteLevelBPETokenizer,
+    stage: str,
+    step: int = 0,
+    metrics: dict[str, Any] | None = None,
+    training_state: dict[str, Any] | None = None,
+    **extra: Any,
+) -> Path:
+    """Write a checkpoint. A kill or a full disk at any moment leaves the old file, or none, but never half a file.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; what was there before is still there.
+    """
+    content = {
+        "format": FORMAT,
+        "stage": stage,
+        "step": step,
+        "config": asdict(config),
+        "model": model_state,
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "files": tokenizer.to_files()},
+        "metrics": metrics or {},
+        "command": " ".join(sys.argv),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        **extra,
+    }
+    if training_state is not None:
+        content["training_state"] = training_state
+    return atomic_save(content, path)
+
+
+def atomic_save(content: dict[str, Any], path: str | Path) -> Path:
+    """`torch.save` into a temporary file, flushed to the disk and then renamed to `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk, too
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(_existing_parent(path)).free
+        full = getattr(error, "errno", None) == errno.ENOSPC or free < 1 << 20
+        reason = f"the disk is full ({free >> 20} MiB free)" if full else str(error).splitlines()[0]
+        raise UserError(
+            f"cannot save {path}: {reason}; free some space or choose another --output_dir (older checkpoints are kept)"
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def require_disk_space(folder: str | Path, n_bytes: int) -> None:
+    """Refuse a run before any work if the disk of `folder` cannot take `n_bytes`."""
+    free = shutil.disk_usage(_existing_parent(Path(folder) / "x")).free
+    if free < n_bytes:
+        raise UserError(
+            f"{folder} has {free / 2**20:.0f} MiB of free disk and this run needs about {n_bytes / 2**20:.0f} MiB; "
+            "free some space, choose another --output_dir or lower --keep_checkpoints"
+        )
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read and verify a checkpoint; its tensors stay on the disk (memory-mapped) until they are used.
+
+    Raises:
+        UserError: no such file, damaged, or not a checkpoint of this project.
+    """
+    path = require_file(path, "the checkpoint")
+    damaged = f"the checkpoint {path} is damaged; use another one, or train it again"
+    if not zipfile.is_zipfile(path):
+        raise UserError(damaged)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # compares the CRC-32 of every record
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise UserError(damaged) from error
+    if broken is not None:
+        raise UserError(damaged)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load has no exception type of its own for foreign content
+        raise UserError(f"{path} is not a checkpoint of this project; give one that its trainers wrote") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project; give one that its trainers wrote")
+    return content
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPTModel, ByteLevelBPETokenizer, dict]:
+    """The model (in eval mode), its tokenizer and the checkpoint's dict.
+
+    Raises:
+        UserError: as `load_checkpoint`; or the checkpoint holds something else than a language model in full precision.
+    """
+    content = load_checkpoint(path)
+    if content.get("quantization"):
+        raise UserError(f"{path} is quantized ({content['quantization']}); give the checkpoint it was made from")
+    if content["stage"] == "reward":
+        raise UserError(f"{path} is a reward model, which writes no text; give a pretrained, sft or ppo checkpoint")
+    model = GPTModel.from_config(config_of(content, path))
+    load_weights(model, content["model"], path)
+    return model.to(device).eval(), tokenizer_of(content), content
+
+
+def config_of(content: dict[str, Any], path: str | Path) -> GPTConfig:
+    """The model configuration that a checkpoint carries."""
+    known = {field.name for field in fields(GPTConfig)}
+    unknown = set(content["config"]) - known
+    if unknown:
+        raise UserError(f"{path} needs a newer version of this project (unknown settings: {', '.join(sorted(unknown))})")
+    return GPTConfig(**content["config"])
+
+
+def tokenizer_of(content: dict[str, Any]) -> ByteLevelBPETokenizer:
+    """The tokenizer that a checkpoint carries."""
+    return ByteLevelBPETokenizer.from_files(content["tokenizer"]["files"])
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Copy a state dict into a model; every name and shape has to match."""
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{path} holds another architecture than expected ({first}); check which model it is") from error
+
+
+def require_same_model(content: dict[str, Any], config: GPTConfig, tokenizer: ByteLevelBPETokenizer, path: Path) -> None:
+    """Refuse to continue from a checkpoint of another architecture or tokenizer, naming the differences."""
+    theirs, ours = content["config"], asdict(config)
+    differing = [name for name in ours if theirs.get(name) != ours[name] and name != "dropout"]
+    if differing:
+        listed = ", ".join(f"{name} {theirs.get(name)} there, {ours[name]} here" for name in differing)
+        raise UserError(f"{path} is of another architecture ({listed}); use the same settings or another --output_dir")
+    if content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        raise UserError(f"{path} was trained with another tokenizer; use that one or another --output_dir")
