@@ -17,32 +17,29 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
 from command_line import UserError, option, parse_config, run_main
 from text_files import iter_documents
-
-SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
-SPECIAL_ROLES = ("bos_token", "pad_token", "eos_token", "unk_token")  # what the first four special tokens are for
-
-# Qwen2's pattern: contractions, words, single digits, punctuation, line breaks, spaces.
-PRETOKENIZER_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+from tokenizer_files import (
+    KNOWN_FILES,
+    SAVED_FILES,
+    SPECIAL_ROLES,
+    TokenizerParts,
+    byte_pre_tokenizer,
+    read_tokenizer_files,
 )
 
-IGNORED_LABEL = -100  # the loss skips it
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # in the order of SPECIAL_ROLES
 BYTE_COUNT = 256
-
-# What a folder may hold; `save` writes the first four, `tokenizer.json` last.
-SAVED_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json")
-KNOWN_FILES = (*SAVED_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+IGNORED_LABEL = -100  # the loss skips it
 
 
 class ByteLevelBPETokenizer:
@@ -67,31 +64,29 @@ class ByteLevelBPETokenizer:
                 f"vocab_size is {vocab_size}, but the {BYTE_COUNT} bytes and {len(special_tokens)} special tokens "
                 f"already need {smallest}; choose a larger one"
             )
-        pre_tokenizer = _split_and_map_bytes(PRETOKENIZER_PATTERN)
-        _check_special_tokens(special_tokens, pre_tokenizer)
-        self._wanted_vocab_size = vocab_size
-        vocab = {token: index for index, token in enumerate((*special_tokens, *sorted(_byte_alphabet())))}
-        engine = Tokenizer(models.BPE(vocab, []))
-        engine.pre_tokenizer = pre_tokenizer
+        _check_special_tokens(special_tokens)
+        self._wanted_vocab_size: int | None = vocab_size
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        engine = Tokenizer(models.BPE({token: index for index, token in enumerate((*special_tokens, *alphabet))}, []))
+        engine.pre_tokenizer = byte_pre_tokenizer()
         engine.decoder = decoders.ByteLevel()
         engine.add_special_tokens(list(special_tokens))
         # So that `transformers` puts <s> before a text as `encode` does.
         engine.post_processor = processors.TemplateProcessing(
-            single=f"{special_tokens[0]} $A", special_tokens=[(special_tokens[0], 0)]
+            single=[special_tokens[0], "$A"], special_tokens=[(special_tokens[0], 0)]
         )
         roles = dict(zip(SPECIAL_ROLES, special_tokens, strict=False))
-        self._adopt(engine, roles, DEFAULT_CHAT_TEMPLATE, adds_bos=True)
+        self._adopt(TokenizerParts(engine, roles, adds_bos=True, chat_template=DEFAULT_CHAT_TEMPLATE))
 
-    def _adopt(self, engine: Tokenizer, roles: dict[str, str | None], chat_template: str, adds_bos: bool) -> None:
-        engine.encode_special_tokens = True  # the name misleads: special-token strings in a text are encoded as text
-        engine.no_padding()
-        engine.no_truncation()
-        self._engine = engine
-        self._roles = roles
-        self._adds_bos = adds_bos
-        self._chat_template = ChatTemplate(chat_template, roles)
-        self._special_tokens = [str(token) for token in engine.get_added_tokens_decoder().values() if token.special]
-        self._vocab_size = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+    def _adopt(self, parts: TokenizerParts) -> None:
+        self._engine, self._roles, self._adds_bos = parts.engine, parts.roles, parts.adds_bos
+        self._engine.encode_special_tokens = True  # its name misleads: their strings in a text are encoded as text
+        self._engine.no_padding()
+        self._engine.no_truncation()
+        self._chat_template = ChatTemplate(parts.chat_template, parts.roles)
+        added = self._engine.get_added_tokens_decoder().values()
+        self._special_tokens = [token.content for token in added if token.special]
+        self._vocab_size = max(self.vocab.values()) + 1
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -106,8 +101,10 @@ class ByteLevelBPETokenizer:
             show_progress: draw progress bars on standard error.
 
         Raises:
-            UserError: min_frequency below 1, or no text at all.
+            UserError: min_frequency below 1, no text at all, or a tokenizer that was loaded: its ids are in use.
         """
+        if self._wanted_vocab_size is None:
+            raise UserError("a loaded tokenizer cannot be trained again; make a new one and train that")
         if min_frequency < 1:
             raise UserError(f"min_frequency is {min_frequency}; it must be at least 1")
         character_count = 0
@@ -123,13 +120,13 @@ class ByteLevelBPETokenizer:
             vocab_size=self._wanted_vocab_size,
             min_frequency=min_frequency,
             special_tokens=self._special_tokens,
-            initial_alphabet=_byte_alphabet(),  # without it, bytes that the texts lack would vanish when encoded
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # or bytes unseen in training would vanish
             show_progress=show_progress,
         )
         engine.train_from_iterator(checked(), trainer)
         if character_count == 0:
             raise UserError("there is no text to train the tokenizer on; give at least one document")
-        self._adopt(engine, self._roles, self.chat_template, self._adds_bos)
+        self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, self.chat_template))
 
     # -- text and ids --------------------------------------------------------------------------------------------------
 
@@ -276,7 +273,7 @@ class ByteLevelBPETokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,  # decoding must not "tidy" the text
             "chat_template": self.chat_template,
-            **{role: token for role, token in self._roles.items() if token is not None},
+            **self._roles,  # null for a role that none plays, lest a loader assumes one
         }
         if self.bos_token_id is not None and not self._adds_bos:
             config["add_bos_token"] = False
@@ -336,65 +333,21 @@ class ByteLevelBPETokenizer:
         Raises:
             UserError: a file is missing or damaged, or this is not a byte-level BPE tokenizer.
         """
-        config = _parse_object(files, "tokenizer_config.json")
-        named = {**_parse_object(files, "special_tokens_map.json"), **config}
-        kind = str(config.get("tokenizer_class", ""))
-        is_published = kind == "" or kind.startswith(("GPT2", "Qwen2"))
-        if "tokenizer.json" in files:
-            engine = _engine_from_json(files)
-        elif "vocab.json" in files and "merges.txt" in files and is_published:
-            engine = _engine_from_vocab_and_merges(files, config, is_qwen=kind.startswith("Qwen2"))
-        else:
-            raise UserError("tokenizer.json is missing")
-
-        known = engine.get_vocab(with_added_tokens=True)
-        # GPT-2's own folders name no special token; Qwen's have no token before a text.
-        usual = "<|endoftext|>" if "<|endoftext|>" in known else None
-        defaults = {"bos_token": None if kind.startswith("Qwen2") else usual, "eos_token": usual}
-        roles = {role: _token_string(named.get(role, defaults.get(role))) for role in SPECIAL_ROLES}
-        for role, token in roles.items():
-            if token is not None and token not in known:
-                raise UserError(f"its {role} {token!r} is not in the vocabulary")
-        if roles["eos_token"] is None:
-            raise UserError("tokenizer_config.json names no eos_token, without which no answer ends")
-        engine.add_special_tokens([token for token in roles.values() if token is not None])
-
-        template = files.get("chat_template.jinja", config.get("chat_template", DEFAULT_CHAT_TEMPLATE))
-        if isinstance(template, list):  # several by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default", DEFAULT_CHAT_TEMPLATE)
         tokenizer = cls.__new__(cls)
-        adds_bos = roles["bos_token"] is not None and config.get("add_bos_token") is not False
-        tokenizer._adopt(engine, roles, template, adds_bos)
-        tokenizer._wanted_vocab_size = tokenizer.vocab_size
+        tokenizer._wanted_vocab_size = None
+        tokenizer._adopt(read_tokenizer_files(files))
         return tokenizer
 
     def __reduce__(self) -> tuple:
         return ByteLevelBPETokenizer.from_files, (self.to_files(),)  # the engine's own pickle forgets its switches
 
 
-# -- the parts of an engine --------------------------------------------------------------------------------------------
-
-
-def _byte_alphabet() -> list[str]:
-    """GPT-2's 256 printable characters that stand for the bytes."""
-    return pre_tokenizers.ByteLevel.alphabet()
-
-
-def _split_and_map_bytes(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _check_special_tokens(special_tokens: tuple[str, ...], pre_tokenizer: pre_tokenizers.PreTokenizer) -> None:
+def _check_special_tokens(special_tokens: tuple[str, ...]) -> None:
     if len(special_tokens) < len(SPECIAL_ROLES) or len(set(special_tokens)) < len(special_tokens):
         raise UserError(f"special_tokens needs {len(SPECIAL_ROLES)} or more different strings like {SPECIAL_TOKENS}")
     for token in special_tokens:
-        # Merges stay inside one piece: a token that is cut into several cannot be merged out of ordinary text.
-        if len(pre_tokenizer.pre_tokenize_str(token)) < 2:
+        # Merges stay inside one piece, so a token that is cut into several cannot be merged out of ordinary text.
+        if len(byte_pre_tokenizer().pre_tokenize_str(token)) < 2:
             raise UserError(f"the special token {token!r} could arise from ordinary text; write it like '<{token}>'")
 
 
@@ -404,66 +357,6 @@ def _replace_lone_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
-
-
-def _parse_object(files: Mapping[str, str], name: str) -> dict:
-    try:
-        content = json.loads(files.get(name, "{}"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{name} is damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{name} is damaged (it is not a JSON object)")
-    return content
-
-
-def _token_string(value: str | dict | None) -> str | None:
-    """A special token as configurations write it: a string, or an object with its flags."""
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _engine_from_json(files: Mapping[str, str]) -> Tokenizer:
-    content = _parse_object(files, "tokenizer.json")
-    model = content.get("model")
-    kind = model.get("type") if isinstance(model, dict) else None
-    if kind != "BPE" or "ByteLevel" not in json.dumps(content.get("decoder")):
-        raise UserError(f"tokenizer.json is not a byte-level BPE tokenizer (its model is {kind})")
-    try:
-        return Tokenizer.from_str(files["tokenizer.json"])
-    except Exception as error:  # the Rust library raises nothing more precise
-        raise UserError(f"tokenizer.json is damaged ({error})") from None
-
-
-def _engine_from_vocab_and_merges(files: Mapping[str, str], config: dict, is_qwen: bool) -> Tokenizer:
-    """The older layout of published folders, which leaves the pre-tokenizer to the class that loads it."""
-    vocab = _parse_object(files, "vocab.json")
-    lines = [line.rstrip("\r") for line in files["merges.txt"].split("\n")]
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    try:
-        engine = Tokenizer(models.BPE(vocab, merges))
-    except Exception as error:  # the Rust library raises nothing more precise
-        raise UserError(f"vocab.json and merges.txt do not fit together ({error})") from None
-    add_prefix_space = bool(config.get("add_prefix_space", False))
-    if is_qwen:
-        engine.normalizer = normalizers.NFC()
-        engine.pre_tokenizer = _split_and_map_bytes(PRETOKENIZER_PATTERN)
-    else:
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    engine.decoder = decoders.ByteLevel()
-
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    added = {
-        int(index): AddedToken(entry["content"], **{flag: entry[flag] for flag in flags if flag in entry})
-        for index, entry in config.get("added_tokens_decoder", {}).items()
-    }
-    for token, index in _parse_object(files, "added_tokens.json").items():
-        added.setdefault(index, AddedToken(token, special=True))
-    for index, token in sorted(added.items()):
-        engine.add_tokens([token])
-        if engine.token_to_id(token.content) != index:
-            raise UserError(f"its added token {token.content!r} should have the id {index}, which does not follow")
-    if not added and "<|endoftext|>" in vocab:
-        engine.add_special_tokens(["<|endoftext|>"])
-    return engine
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -513,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
     documents = _SampledDocuments(config.input or ["data/pretrain/train"])
     tokenizer = ByteLevelBPETokenizer(config.vocab_size)
-    tokenizer.train(documents, config.min_frequency, show_progress=True)
+    tokenizer.train(documents, config.min_frequency, show_progress=sys.stderr.isatty())
     tokenizer.save(config.output_dir)
     byte_count = sum(len(text.encode()) for text in documents.sample)
     token_count = sum(map(len, tokenizer.encode_batch(documents.sample)))
