@@ -1,0 +1,125 @@
+"""Instruction and preference records in the shapes that people have, read into one shape.
+
+Instruction data (JSON list or JSONL):
+
+    {"instruction", "input"?, "response"}                              this project's own
+    {"instruction", "input"?, "output"}                                Alpaca
+    {"conversations" | "messages": [{"from" | "role", "value" | "content"}, …], "system"?}     ShareGPT / OpenAI
+
+Preference data:
+
+    {"instruction", "input"?, "chosen", "rejected"}
+    {"conversations" | "messages": […], "chosen": {…}, "rejected": {…}}     LLaMA-Factory
+    {"instruction", "input"?, "responses": [best, …, worst]}                becomes all pairs of better and worse
+
+The one shape inside is a list of messages `{"role": "system" | "user" | "assistant", "content": str}`.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+from command_line import UserError
+from text_files import iter_records
+
+Message = dict[str, str]
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+}
+
+
+def _text(record: dict, field: str, where: str) -> str:
+    value = record.get(field)
+    if not isinstance(value, str) or not value.strip():
+        state = "is missing" if field not in record else "is empty" if value == "" else "is not a text"
+        raise UserError(f'{where}: the field "{field}" {state}; it must be a non-empty string')
+    return value
+
+
+def _message(turn: object, where: str, default_role: str | None = None) -> Message:
+    if isinstance(turn, str) and default_role:
+        turn = {"role": default_role, "content": turn}
+    if not isinstance(turn, dict):
+        raise UserError(f'{where} is not an object like {{"role": "user", "content": "…"}}; mend it')
+    role = turn.get("role", turn.get("from", default_role))
+    if role not in ROLES:
+        raise UserError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}")
+    return {"role": ROLES[role], "content": _text(turn, "value" if "value" in turn else "content", where)}
+
+
+def _prompt(record: dict, where: str) -> list[Message]:
+    """The messages of a record, without the answer where the answer stands in a field of its own."""
+    field = next((name for name in ("conversations", "messages") if name in record), None)
+    messages: list[Message] = []
+    if isinstance(record.get("system"), str) and record["system"].strip():
+        messages.append({"role": "system", "content": record["system"]})
+    if field is None:
+        text = _text(record, "instruction", where)
+        if isinstance(record.get("input"), str) and record["input"].strip():
+            text += "\n" + record["input"]
+        return [*messages, {"role": "user", "content": text}]
+    if not isinstance(record[field], list) or not record[field]:
+        raise UserError(f'{where}: the field "{field}" must be a list of at least one turn')
+    turns = [_message(turn, f"turn {number} of {where}") for number, turn in enumerate(record[field], start=1)]
+    return messages + turns
+
+
+def parse_conversation(record: dict, where: str) -> list[Message]:
+    """One instruction record as messages that end with an answer.
+
+    Raises:
+        UserError: which record, and which field is missing or wrong.
+    """
+    messages = _prompt(record, where)
+    if messages[-1]["role"] == "user":
+        field = "output" if "output" in record and "response" not in record else "response"
+        messages.append({"role": "assistant", "content": _text(record, field, where)})
+    if messages[-1]["role"] != "assistant":
+        raise UserError(f"{where} ends with a {messages[-1]['role']} message; the last one must be the assistant's")
+    return messages
+
+
+def load_conversations(path: str | Path) -> list[list[Message]]:
+    """All conversations of a file or folder.
+
+    Raises:
+        UserError: the file cannot be read, or a record is malformed.
+    """
+    return [parse_conversation(record, where) for where, record in iter_records(path)]
+
+
+def parse_pairs(record: dict, where: str) -> list[dict]:
+    """One preference record as `{"prompt": messages, "chosen": message, "rejected": message}`, one for each pair.
+
+    Raises:
+        UserError: which record, and which field is missing or wrong.
+    """
+    prompt = _prompt(record, where)
+    if "responses" in record:
+        answers = record["responses"]
+        if not isinstance(answers, list) or len(answers) < 2:
+            raise UserError(f'{where}: the field "responses" must list at least two answers, the best one first')
+        ranked = [_message(answer, f'an answer in "responses" of {where}', "assistant") for answer in answers]
+        return [{"prompt": prompt, "chosen": better, "rejected": worse} for better, worse in combinations(ranked, 2)]
+    sides = {}
+    for side in ("chosen", "rejected"):
+        if side not in record:
+            raise UserError(f'{where}: the field "{side}" is missing; a preference has "chosen" and "rejected"')
+        sides[side] = _message(record[side], f'the field "{side}" of {where}', "assistant")
+    return [{"prompt": prompt, **sides}]
+
+
+def load_pairs(path: str | Path) -> list[dict]:
+    """All preference pairs of a file or folder.
+
+    Raises:
+        UserError: the file cannot be read, or a record is malformed.
+    """
+    return [pair for where, record in iter_records(path) for pair in parse_pairs(record, where)]

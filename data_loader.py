@@ -1,0 +1,417 @@
+"""From text and JSON to batches of token ids.
+
+    pretraining text  → token shards on the disk (memory-mapped) → windows of max_seq_len tokens
+    instruction data  → conversations → ids and labels, padded to the longest of a batch
+    preference data   → pairs of conversations
+    prompts           → ids, padded on the left
+
+A batch is a dict of tensors that the model's `forward` takes. Which samples make up the batch of step n is a pure
+function of the seed and n (`BatchOrder`), so a resumed run sees exactly the data an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from byte_level_bpe import ByteLevelBPETokenizer
+from command_line import UserError
+from gpt_model import IGNORED_LABEL
+from conversation_data import Message, load_conversations, load_pairs
+from text_files import iter_documents, resolve_files
+
+Batch = dict[str, torch.Tensor]
+
+SHARD_TOKENS = 50_000_000  # tokens a shard file
+
+
+# ------------------------------------------------------------------------------------------------------ token shards
+
+
+@dataclass(frozen=True)
+class TokenShards:
+    """Tokenized documents on the disk: `<s>` text `</s>` after one another, in files that are memory-mapped.
+
+    Attributes:
+        arrays: one array of token ids for each shard.
+        n_bytes: UTF-8 bytes of the raw text, line ends not counted.
+        n_documents: how many documents.
+    """
+
+    arrays: list[np.ndarray]
+    n_bytes: int
+    n_documents: int
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(array) for array in self.arrays)
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start … stop − 1, counted over all shards."""
+        parts, offset = [], 0
+        for array in self.arrays:
+            low, high = max(start - offset, 0), min(stop - offset, len(array))
+            if low < high:
+                parts.append(array[low:high])
+            offset += len(array)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def in_validation_part(index: int, fraction: float) -> bool:
+    """Whether document number `index` (from 0) is set aside for validation: evenly spread, the same in every run.
+
+    Multiples of the golden ratio fill the unit interval evenly, whatever the number of documents.
+    """
+    return index * 618_034 % 1_000_000 < fraction * 1_000_000
+
+
+def tokenize_to_shards(
+    path: str | Path,
+    tokenizer: ByteLevelBPETokenizer,
+    shard_dir: str | Path,
+    *,
+    part: str = "all",
+    val_fraction: float = 0.0,
+) -> TokenShards:
+    """Tokenize the documents of a data path once, with all cores; later calls reuse the shards.
+
+    Args:
+        path: file, folder or name without ending, see text_files.py.
+        shard_dir: folder for the shards and their manifest.
+        part: "all", or "train" / "val": the documents outside / inside the validation part.
+        val_fraction: the share of documents in the validation part.
+
+    Raises:
+        UserError: the text cannot be read, or there is none.
+    """
+    files = resolve_files(path)
+    sources = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    identity = {"tokenizer": tokenizer.fingerprint, "sources": sources, "part": part, "val_fraction": val_fraction}
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    folder = Path(shard_dir) / f"{Path(path).name.split('.')[0]}-{part}-{digest}"
+    if not (folder / "manifest.json").is_file():
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            _write_shards(path, tokenizer, temporary, identity)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    arrays = [np.memmap(folder / name, dtype=manifest["dtype"], mode="r") for name in manifest["shards"]]
+    return TokenShards(arrays, manifest["n_bytes"], manifest["n_documents"])
+
+
+def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
+    part, fraction = identity["part"], identity["val_fraction"]
+    documents = (
+        document
+        for index, document in enumerate(iter_documents(path))
+        if part == "all" or in_validation_part(index, fraction) == (part == "val")
+    )
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    before = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    shards: list[str] = []
+    n_bytes = n_documents = in_shard = 0
+    file = None
+    with tqdm(desc="tokenizing", unit="B", unit_scale=True, leave=False, disable=None) as progress:
+        while chunk := list(islice(documents, 2048)):
+            ids: list[int] = []
+            for document_ids in tokenizer.encode_batch(chunk, add_special_tokens=False):
+                ids += [*before, *document_ids, tokenizer.eos_token_id]
+            if file is None or in_shard >= SHARD_TOKENS:
+                if file is not None:
+                    file.close()
+                shards.append(f"shard_{len(shards):05d}.bin")
+                file, in_shard = (folder / shards[-1]).open("wb"), 0
+            file.write(np.asarray(ids, dtype=dtype).tobytes())
+            size = sum(len(document.encode()) for document in chunk)
+            in_shard += len(ids)
+            n_bytes += size
+            n_documents += len(chunk)
+            progress.update(size)
+    if file is None:
+        raise UserError(
+            f"{path} has no document in its {part} part; give more text, another --val_fraction, or --val_data_dir"
+        )
+    file.close()
+    manifest = {
+        **identity,
+        "shards": shards,
+        "dtype": np.dtype(dtype).name,
+        "n_bytes": n_bytes,
+        "n_documents": n_documents,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------- datasets
+
+
+class GPTPretrainDataset(Dataset):
+    """Windows of `max_seq_len` tokens over tokenized text.
+
+    Neighbouring windows share one token: the last of a window is only predicted, the first only read. So every token
+    (but the very first) is predicted exactly once in a pass. The last window reaches back to be full; the tokens that
+    the window before it has predicted already carry no label.
+
+    Raises:
+        UserError: the text is shorter than one window.
+    """
+
+    def __init__(self, shards: TokenShards, max_seq_len: int, name: str = "the text") -> None:
+        if shards.n_tokens < max_seq_len:
+            raise UserError(
+                f"{name} has {shards.n_tokens} tokens, less than one window; lower --max_seq_len (now {max_seq_len}) "
+                "or give more text"
+            )
+        self.shards, self.max_seq_len = shards, max_seq_len
+
+    def __len__(self) -> int:
+        return max(1, -(-(self.shards.n_tokens - 1) // (self.max_seq_len - 1)))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """{"input_ids", "labels"}: both (max_seq_len,) int64; the model shifts the labels."""
+        wanted = index * (self.max_seq_len - 1)
+        start = min(wanted, self.shards.n_tokens - self.max_seq_len)
+        ids = torch.from_numpy(self.shards.slice(start, start + self.max_seq_len).astype(np.int64))
+        labels = ids.clone()
+        labels[: wanted - start + 1] = IGNORED_LABEL  # the first has nothing before it; the others are not new
+        return {"input_ids": ids, "labels": labels}
+
+    def collate(self, samples: Sequence[dict[str, torch.Tensor]]) -> Batch:
+        """{"input_ids", "labels"}: both (B, max_seq_len) int64."""
+        return {name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
+
+    def count(self, batch: Batch) -> int:
+        """How many tokens of the batch are predicted."""
+        return count_labels(batch)
+
+
+class GPTSFTDataset(Dataset):
+    """Conversations as token ids, with labels on what the assistant says and on the `</s>` that ends it.
+
+    A conversation that is longer than `max_seq_len` is cut at the end; one whose first answer lies beyond the cut
+    teaches nothing and is left out (`n_dropped` counts them).
+
+    Raises:
+        UserError: a malformed record (which one, which field), or none that fits.
+    """
+
+    def __init__(
+        self, conversations: Sequence[Sequence[Message]], tokenizer: ByteLevelBPETokenizer, max_seq_len: int
+    ) -> None:
+        self.pad_token_id = tokenizer.pad_token_id
+        encoded = [tokenizer.encode_chat(conversation) for conversation in conversations]
+        cut = [(sample["input_ids"][:max_seq_len], sample["labels"][:max_seq_len]) for sample in encoded]
+        self.samples = [pair for pair in cut if any(label != IGNORED_LABEL for label in pair[1][1:])]
+        self.n_dropped = len(cut) - len(self.samples)
+        if not self.samples:
+            raise UserError(f"no conversation fits into {max_seq_len} tokens; raise --max_seq_len")
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids, _ in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+        return self.samples[index]
+
+    def collate(self, samples: Sequence[tuple[list[int], list[int]]]) -> Batch:
+        """{"input_ids", "labels"}: (B, longest) int64, padded on the right.
+
+        Without an attention mask: causal attention never looks at padding on the right, and it carries no label.
+        """
+        longest = max(len(ids) for ids, _ in samples)
+        return {
+            "input_ids": torch.tensor([ids + [self.pad_token_id] * (longest - len(ids)) for ids, _ in samples]),
+            "labels": torch.tensor([labels + [IGNORED_LABEL] * (longest - len(labels)) for _, labels in samples]),
+        }
+
+    def count(self, batch: Batch) -> int:
+        """How many tokens of the batch are predicted."""
+        return count_labels(batch)
+
+
+class PairDataset(Dataset):
+    """Preference pairs: the same prompt with a chosen and a rejected answer.
+
+    Raises:
+        UserError: no pair fits into `max_seq_len`.
+    """
+
+    def __init__(self, pairs: Sequence[dict], tokenizer: ByteLevelBPETokenizer, max_seq_len: int) -> None:
+        self.pad_token_id = tokenizer.pad_token_id
+        encoded = [
+            [tokenizer.encode_chat([*pair["prompt"], pair[side]])["input_ids"] for side in ("chosen", "rejected")]
+            for pair in pairs
+        ]
+        self.samples = [pair for pair in encoded if max(map(len, pair)) <= max_seq_len]
+        self.n_dropped = len(encoded) - len(self.samples)
+        if not self.samples:
+            raise UserError(f"no preference pair fits into {max_seq_len} tokens; raise --max_seq_len")
+
+    @property
+    def lengths(self) -> list[int]:
+        return [max(map(len, pair)) for pair in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> list[list[int]]:
+        return self.samples[index]
+
+    def collate(self, samples: Sequence[list[list[int]]]) -> Batch:
+        """{"input_ids", "attention_mask"}: (2B, longest) int64, padded on the right; first all chosen, then rejected."""
+        rows = [pair[0] for pair in samples] + [pair[1] for pair in samples]
+        longest = max(map(len, rows))
+        return {
+            "input_ids": torch.tensor([row + [self.pad_token_id] * (longest - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        }
+
+    def count(self, batch: Batch) -> int:
+        """How many pairs the batch holds."""
+        return batch["input_ids"].size(0) // 2
+
+
+class GPTPPODataset(Dataset):
+    """Prompts for a policy to answer, each once.
+
+    Raises:
+        UserError: no prompt leaves room for an answer.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Sequence[Message]], tokenizer: ByteLevelBPETokenizer, max_prompt_len: int
+    ) -> None:
+        self.pad_token_id = tokenizer.pad_token_id
+        encoded = [tuple(tokenizer.encode_chat(prompt, add_generation_prompt=True)["input_ids"]) for prompt in prompts]
+        self.samples = list(dict.fromkeys(ids for ids in encoded if len(ids) <= max_prompt_len))
+        if not self.samples:
+            raise UserError(f"no prompt fits into {max_prompt_len} tokens; raise --max_seq_len or lower --max_gen_len")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        return self.samples[index]
+
+    def collate(self, samples: Sequence[Sequence[int]]) -> Batch:
+        """{"input_ids", "attention_mask"}: (B, longest) int64, padded on the left."""
+        longest = max(map(len, samples))
+        return {
+            "input_ids": torch.tensor([[self.pad_token_id] * (longest - len(ids)) + list(ids) for ids in samples]),
+            "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in samples]),
+        }
+
+
+def count_labels(batch: Batch) -> int:
+    """How many positions of a batch are predicted: labels that are not ignored, but for the first column."""
+    return int(batch["labels"][:, 1:].ne(IGNORED_LABEL).sum())
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+
+class BatchOrder:
+    """Which samples each step's global batch consists of, as a pure function of the seed and the step.
+
+    Every epoch is a new permutation, cut into ⌈n / batch_size⌉ full batches; the last one is filled up from the
+    beginning of the permutation, so that no sample is lost and no data set is too small.
+
+    Args:
+        n_samples: size of the data set.
+        batch_size: samples of one optimiser step over all accumulation steps and ranks.
+        seed: of the permutations.
+        lengths: tokens of each sample. If given, samples of similar length share a batch (sorted within every 32
+            batches), which spares padding.
+    """
+
+    def __init__(self, n_samples: int, batch_size: int, seed: int = 0, lengths: Sequence[int] | None = None) -> None:
+        self.n_samples, self.batch_size, self.seed = n_samples, batch_size, seed
+        self.lengths = None if lengths is None else torch.tensor(lengths)
+        self.steps_per_epoch = -(-n_samples // batch_size)
+        self._epoch, self._batches = -1, torch.empty(0)
+
+    def batch(self, step: int) -> list[int]:
+        """The indices of the samples of `step` (from 0)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._batches_of(epoch)
+        return self._batches[position].tolist()
+
+    def _batches_of(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.n_samples, generator=generator)
+        needed = self.steps_per_epoch * self.batch_size
+        order = order.repeat(-(-needed // self.n_samples))[:needed]
+        if self.lengths is not None:
+            chunks = order.split(32 * self.batch_size)
+            order = torch.cat([chunk[self.lengths[chunk].argsort(stable=True)] for chunk in chunks])
+        batches = order.view(self.steps_per_epoch, self.batch_size)
+        if self.lengths is not None:
+            batches = batches[torch.randperm(len(batches), generator=generator)]
+        return batches
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The batches of the first epoch; this makes it a `batch_sampler` for PyTorch's DataLoader."""
+        return (self.batch(step) for step in range(self.steps_per_epoch))
+
+
+# ------------------------------------------------------------------------------------------------------- dataloaders
+
+
+def create_pretrain_dataloader(
+    path: str | Path,
+    tokenizer: ByteLevelBPETokenizer,
+    batch_size: int = 8,
+    max_seq_len: int = 512,
+    shuffle: bool = True,
+    seed: int = 0,
+    shard_dir: str | Path = "models/token_shards",
+) -> DataLoader:
+    """One epoch of pretraining batches as a PyTorch DataLoader; see `GPTPretrainDataset` for what a batch holds."""
+    dataset = GPTPretrainDataset(tokenize_to_shards(path, tokenizer, shard_dir), max_seq_len, str(path))
+    if not shuffle:
+        return DataLoader(dataset, batch_size, collate_fn=dataset.collate)
+    return DataLoader(dataset, batch_sampler=BatchOrder(len(dataset), batch_size, seed), collate_fn=dataset.collate)
+
+
+def create_sft_dataloader(
+    path: str | Path,
+    tokenizer: ByteLevelBPETokenizer,
+    batch_size: int = 8,
+    max_seq_len: int = 512,
+    shuffle: bool = True,
+    seed: int = 0,
+) -> DataLoader:
+    """One epoch of instruction batches as a PyTorch DataLoader; see `GPTSFTDataset` for what a batch holds."""
+    dataset = GPTSFTDataset(load_conversations(path), tokenizer, max_seq_len)
+    if not shuffle:
+        return DataLoader(dataset, batch_size, collate_fn=dataset.collate)
+    order = BatchOrder(len(dataset), batch_size, seed, dataset.lengths)
+    return DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate)
+
+
+def load_preference_pairs(path: str | Path, tokenizer: ByteLevelBPETokenizer, max_seq_len: int) -> PairDataset:
+    """The pairs of a preference file, see conversation_data.py for its shapes."""
+    return PairDataset(load_pairs(path), tokenizer, max_seq_len)

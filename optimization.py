@@ -1,0 +1,290 @@
+"""One optimiser step, and what determines it: device, precision, parameter groups, optimisers, schedules.
+
+Every trainer updates its model through `Updater`, so accumulation, loss scaling, clipping and the handling of
+non-finite gradients exist once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from command_line import UserError
+
+SCHEDULES = ("cosine", "wsd", "cosine_restarts", "constant")
+OPTIMIZERS = ("adamw", "muon")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+# ---------------------------------------------------------------------------------------------- device and precision
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device to compute on: `auto` takes a CUDA GPU, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {name!r} is not available here; use --device cpu or auto") from error
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: `auto` takes bf16 or fp16 where the hardware is fast in it, otherwise fp32.
+
+    fp16 is for CUDA GPUs before Ampere. On a CPU bf16 pays only with AMX matrix units: elsewhere PyTorch's bf16 matrix
+    products are 2–10 times slower than fp32.
+    """
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name != "auto":
+        if name == "fp16" and device.type == "cpu":
+            raise UserError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+        return named[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Compute matrix products in `dtype`; parameters and the loss stay in fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+# --------------------------------------------------------------------------------------------------------- schedules
+
+
+def learning_rate_factor(
+    schedule: str, step: int, max_steps: int, warmup_steps: int, min_ratio: float = 0.1, restarts: int = 3
+) -> float:
+    """What to multiply the peak learning rate with at `step` (from 0). A pure function, so resuming needs no state.
+
+    cosine           linear warm-up, then half a cosine down to `min_ratio` (SGDR, arXiv:1608.03983)
+    wsd              warm-up, constant, and a linear decay over the last fifth (MiniCPM, arXiv:2404.06395)
+    cosine_restarts  warm-up, then `restarts` equal half cosines
+    constant         warm-up, then 1
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    length = max(1, max_steps - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / length)  # 0 … 1
+    if schedule == "constant":
+        return 1.0
+    if schedule == "wsd":
+        return 1.0 - (1.0 - min_ratio) * max(0.0, (progress - 0.8) / 0.2)
+    if schedule == "cosine_restarts":
+        progress = progress * restarts % 1.0 if progress < 1.0 else 1.0
+    elif schedule != "cosine":
+        raise ValueError(f"unknown schedule {schedule!r}")
+    return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+# -------------------------------------------------------------------------------------------------------- optimisers
+
+
+def newton_schulz(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """Approximately the nearest semi-orthogonal matrices (U Vᵀ of the SVD), for a batch (…, rows, columns).
+
+    The quintic iteration and its coefficients are those of Keller Jordan's Muon
+    (https://kellerjordan.github.io/posts/muon/). It runs in the dtype it is given.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    for _ in range(iterations):
+        gram = x @ x.mT  # (…, rows, rows), the smaller side
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for the matrices of hidden layers.
+
+    Updates are scaled by 0.2 · √max(rows, columns), which gives them AdamW's typical size, so that one learning rate
+    and one weight decay serve both optimisers (Moonlight, arXiv:2502.16982). Matrices of one shape are orthogonalised
+    together. The iteration runs in bf16 on a GPU and in fp32 on a CPU, where bf16 would be 10–20 times slower.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1
+    ) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
+            raise ValueError("Muon takes matrices only")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every matrix that has a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                scale = 0.2 * math.sqrt(max(shape))
+                directions = torch.stack([whole(self._nesterov(p, group["momentum"])) for p in parameters])
+                dtype = torch.bfloat16 if directions.is_cuda else torch.float32
+                directions = newton_schulz(directions.to(dtype)).to(torch.float32)  # (n, rows, columns)
+                for parameter, direction in zip(parameters, directions.unbind(), strict=True):
+                    parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                    parameter.add_(like(direction, parameter), alpha=-group["lr"] * scale)
+
+    def _nesterov(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        state["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
+        return parameter.grad.lerp(state["momentum_buffer"], momentum)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself or, if it is sharded over ranks (DTensor), all of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """`tensor`, equal on all ranks, sharded in the way that `reference` is."""
+    if isinstance(reference, DTensor):
+        return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
+    return tensor
+
+
+def parameter_groups(model: nn.Module, optimizer: str) -> dict[str, list[nn.Parameter]]:
+    """Each trainable parameter in exactly one of `muon`, `decay` and `no_decay`.
+
+    Weight decay is for matrices; vectors (norms and biases) and, under Muon, embeddings and the head have none or
+    stay with AdamW: their rows are looked up, not multiplied through.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    heads = {id(module.weight) for name, module in model.named_modules() if name.endswith("head")}
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            groups["no_decay"].append(parameter)
+        elif optimizer == "muon" and id(parameter) not in embeddings | heads:
+            groups["muon"].append(parameter)
+        else:
+            groups["decay"].append(parameter)
+    return groups
+
+
+def build_optimizers(
+    model: nn.Module,
+    optimizer: str = "adamw",
+    lr: float = 2e-4,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101), or Muon for hidden matrices beside AdamW for the rest."""
+    groups = parameter_groups(model, optimizer)
+    adamw_groups = [
+        {"params": groups["decay"], "weight_decay": weight_decay},
+        {"params": groups["no_decay"], "weight_decay": 0.0},
+    ]
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    # The fused kernel updates all parameters in one pass over memory, on CPUs and GPUs alike
+    speed = {"foreach": True} if sharded else {"fused": True}
+    adamw = torch.optim.AdamW([g for g in adamw_groups if g["params"]], lr=lr, betas=betas, eps=1e-8, **speed)
+    if optimizer == "adamw":
+        return [adamw]
+    return [Muon(groups["muon"], lr=lr, weight_decay=weight_decay), adamw]
+
+
+# ---------------------------------------------------------------------------------------------------------- the step
+
+
+class Updater:
+    """Turns accumulated gradients into one optimiser step: unscale, check, clip, step.
+
+    Args:
+        model: the model that is trained.
+        optimizers: from `build_optimizers`.
+        precision: the dtype of the matrix products; fp16 brings a gradient scaler.
+        device: where the model is.
+        max_grad_norm: gradients are scaled down to this global norm (Pascanu et al., arXiv:1211.5063); 0 turns it off.
+        max_skipped: after so many steps in a row with a non-finite gradient the run stops with advice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        precision: torch.dtype,
+        device: torch.device,
+        max_grad_norm: float = 1.0,
+        max_skipped: int = 10,
+    ) -> None:
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizers = optimizers
+        self.precision, self.device = precision, device
+        self.max_grad_norm, self.max_skipped = max_grad_norm, max_skipped
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        self.skipped = 0  # steps skipped since the start
+        self.skipped_in_a_row = 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context to compute a loss in."""
+        return autocast(self.device, self.precision)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss` (a scalar, already weighted for accumulation)."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, lr: float, loss: float = 0.0) -> float:
+        """Update the parameters with the learning rate `lr` and clear the gradients.
+
+        The step is skipped if the gradients or the `loss` they come from are not finite.
+
+        Returns:
+            the global norm of the gradients before clipping.
+
+        Raises:
+            UserError: `max_skipped` steps in a row were non-finite.
+        """
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        max_norm = self.max_grad_norm or math.inf
+        grad_norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, max_norm, foreach=True)))
+        if math.isfinite(grad_norm + loss):
+            self.skipped_in_a_row = 0
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        # fp16's scaler starts far too high by design and needs some skips to find its scale
+        patience = self.max_skipped + (20 if self.scaler.is_enabled() else 0)
+        if self.skipped_in_a_row >= patience:
+            raise UserError(
+                f"loss or gradients were not finite {self.skipped_in_a_row} steps in a row; lower --lr, lengthen "
+                "--warmup_steps, or use --precision fp32, and continue with --resume auto"
+            )
+        return grad_norm
+
+    def state_dict(self) -> dict:
+        """What exact resuming needs besides the optimisers' own state."""
+        return {"scaler": self.scaler.state_dict(), "skipped": self.skipped, "in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up the state that `state_dict` gave."""
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["in_a_row"]

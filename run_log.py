@@ -1,0 +1,223 @@
+"""What people see of a run: a progress bar, `metrics.jsonl`, TensorBoard, optional trackers, and curves as PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from command_line import UserError
+
+TRACKERS = ("none", "swanlab", "wandb")
+
+# Dense bf16 peak of common accelerators, TFLOP/s, from the makers' data sheets
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
+PEAK_TFLOPS |= {"RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 4070": 58, "RTX 3080": 59}
+
+
+class RunLog:
+    """The record of one training run.
+
+    Every call of `log` appends one JSON object to `<output_dir>/metrics.jsonl` and sends the same numbers to the
+    trackers. A resumed run cuts the records beyond the step it continues from, so the file tells one story.
+
+    Args:
+        output_dir: folder of the run.
+        name: of the run, in plots and trackers.
+        max_steps: optimiser steps of the whole run.
+        start_step: steps already done.
+        tensorboard: whether to write event files (needs the package `tensorboard`).
+        tracker: "none", "swanlab" or "wandb".
+        settings: recorded by the trackers.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        name: str,
+        max_steps: int,
+        start_step: int = 0,
+        tensorboard: bool = False,
+        tracker: str = "none",
+        settings: dict[str, Any] | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.folder, self.name, self.enabled = Path(output_dir), name, enabled
+        self.path = self.folder / "metrics.jsonl"
+        self._sinks = []
+        if not enabled:
+            self.progress = tqdm(disable=True)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
+        self._file = self.path.open("w", encoding="utf-8")
+        for record in kept:
+            self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if tensorboard:
+            self._sinks.append(_tensorboard(self.folder / "tensorboard", start_step))
+        if tracker != "none":
+            self._sinks.append(_tracker(tracker, name, settings or {}))
+        self.progress = tqdm(
+            total=max_steps,
+            initial=start_step,
+            desc=name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs no animation
+        )
+
+    def advance(self, **shown: float) -> None:
+        """One step is done; `shown` stands beside the progress bar."""
+        if shown:
+            self.progress.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
+        self.progress.update()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record the values of one step. Non-finite numbers become null, so that every line is valid JSON."""
+        if not self.enabled:
+            return
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for send in self._sinks:
+            send(step, finite)
+
+    def say(self, sentence: str) -> None:
+        """Print a line without disturbing the progress bar."""
+        if self.enabled:
+            self.progress.clear()
+            print(sentence, flush=True)
+            self.progress.refresh() if sys.stderr.isatty() else None
+
+    def close(self) -> None:
+        """End the progress bar and draw the curves."""
+        self.progress.close()
+        if self.enabled:
+            self._file.close()
+            plot_metrics(self.path, self.folder / "curves.png", self.name)
+
+
+def _tensorboard(folder: Path, start_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard; `pip install tensorboard`") from None
+    writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def send(step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            if value is not None:
+                writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return send
+
+
+def _tracker(kind: str, name: str, settings: dict[str, Any]) -> Any:
+    try:
+        tracker = __import__(kind)
+    except ImportError:
+        raise UserError(f"--tracker {kind} needs the package {kind}; `pip install {kind}`, or use --tracker none") from None
+    run = tracker.init(project="gpt", config=settings, **{"experiment_name" if kind == "swanlab" else "name": name})
+    return lambda step, values: run.log({k: v for k, v in values.items() if v is not None}, step=step)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    records = []
+    if Path(path).is_file():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = "") -> Path | None:
+    """Draw the curves of a run: one panel each for losses, learning rate, gradient norm and whatever else there is."""
+    records = read_metrics(metrics_path)
+    panels = [
+        ("loss", ["loss", "val_loss"]),
+        ("accuracy", ["accuracy", "val_accuracy"]),
+        ("reward", ["reward", "val_reward"]),
+        ("KL to the reference, nats an answer", ["objective/kl"]),
+        ("learning rate", ["lr"]),
+        ("gradient norm", ["grad_norm"]),
+        ("tokens a second", ["tokens_per_second"]),
+    ]
+    panels = [(label, keys) for label, keys in panels if any(r.get(key) is not None for r in records for key in keys)]
+    if not panels:
+        return None
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")
+    for number, (label, keys) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        for key in keys:
+            points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, label=key, linewidth=1.2, marker="o" if len(points) < 30 else None, markersize=3)
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        if len(keys) > 1:
+            axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(image_path, dpi=110)
+    return Path(image_path)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The machine's peak in FLOP/s: from the data sheet of a known GPU, measured for a CPU or an unknown GPU."""
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for key, tflops in PEAK_TFLOPS.items():
+            if key in name:
+                return tflops * 1e12
+    size = 1024 if device.type == "cpu" else 4096
+    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def training_flops_per_token(n_parameters: int, n_layers: int, d_attention: int, seq_len: int) -> float:
+    """FLOP of training on one token: 6 a parameter and 12 · layers · width · length for attention.
+
+    After PaLM's appendix B (arXiv:2204.02311).
+
+    Args:
+        n_parameters: weights that are multiplied with, tied ones once, without position embeddings.
+        d_attention: n_heads · head_dim.
+        seq_len: tokens of a window.
+    """
+    return 6 * n_parameters + 12 * n_layers * d_attention * seq_len

@@ -1,0 +1,507 @@
+"""The one loop that every supervised trainer uses: batches, steps, evaluations, checkpoints, exact resume.
+
+A trainer brings a model, a training and a validation data set, and its settings. A data set has `__getitem__`,
+`collate(samples) -> batch` and `count(batch)`, the number of items whose mean the model's loss is; the model turns a
+batch into `{"loss": mean}`. The loop weights micro-batches so that the loss and its gradient are means over the items
+of the whole global batch, whatever the accumulation and the number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm
+
+import distributed
+from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import load_checkpoint, require_disk_space, require_same_model, save_checkpoint
+from command_line import Interrupted, UserError, option
+from data_loader import Batch, BatchOrder
+from gpt_model import GPTConfig
+from optimization import (
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULES,
+    Updater,
+    build_optimizers,
+    learning_rate_factor,
+    resolve_device,
+    resolve_precision,
+)
+from run_log import TRACKERS, RunLog, peak_flops, peak_memory_bytes, training_flops_per_token
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, on the CPU of rank 0
+
+
+@dataclass
+class TrainingConfig:
+    """Settings that all trainers share."""
+
+    output_dir: str = option("models/run", "folder for checkpoints, metrics and curves")
+    epochs: float = option(1.0, "passes over the training data, if --max_steps is 0")
+    max_steps: int = option(0, "optimiser steps; 0 means as many as --epochs needs")
+    batch_size: int = option(16, "samples of one forward pass on one rank")
+    grad_accum_steps: int = option(1, "forward passes for one optimiser step")
+    max_seq_len: int = option(256, "longest sequence, in tokens")
+    lr: float = option(1e-3, "peak learning rate")
+    min_lr_ratio: float = option(0.1, "final learning rate as a share of the peak")
+    optimizer: str = option("adamw", "adamw, or muon for hidden matrices beside adamw", choices=OPTIMIZERS)
+    schedule: str = option("cosine", "course of the learning rate", choices=SCHEDULES)
+    warmup_steps: int = option(-1, "steps of linear warm-up; -1 means 2 %% of all steps, at least 10")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this global norm; 0 turns it off")
+    max_skipped_steps: int = option(10, "stop after so many non-finite steps in a row")
+    precision: str = option("auto", "auto takes what the hardware is fast in", choices=PRECISIONS)
+    seed: int = option(0, "of initialisation, data order and dropout")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps or auto")
+    num_threads: int = option(0, "CPU threads; 0 means one for each core")
+    compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "true", "false"))
+    recompute_activations: bool = option(False, "activation checkpointing: less memory, about a third more time")
+    parallel: str = option("ddp", "how torchrun's ranks share the work", choices=distributed.PARALLEL_MODES)
+    eval_interval: int = option(0, "steps between evaluations; 0 means ten in a run")
+    patience: int = option(0, "stop after so many evaluations without improvement; 0 never")
+    save_interval: int = option(0, "steps between checkpoints; 0 means at every evaluation")
+    keep_checkpoints: int = option(2, "how many of the last checkpoints to keep")
+    log_interval: int = option(10, "steps between records of the metrics")
+    resume: str = option("", "auto, or the path of a checkpoint to continue from")
+    tensorboard: bool = option(False, "write TensorBoard events (pip install tensorboard)")
+    tracker: str = option("none", "send metrics to a service", choices=TRACKERS)
+
+    def validate(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        complaints = [
+            f"--{name} must be at least {least}, not {getattr(self, name)}"
+            for name, least in (
+                *((name, 1) for name in ("batch_size", "grad_accum_steps", "keep_checkpoints", "log_interval")),
+                *((name, 0) for name in ("max_steps", "eval_interval", "save_interval", "patience", "num_threads")),
+                ("max_seq_len", 2),
+            )
+            if getattr(self, name) < least
+        ]
+        if self.epochs <= 0 and not self.max_steps:
+            complaints.append(f"--epochs must be positive, not {self.epochs}")
+        if not 0 < self.lr < 10:
+            complaints.append(f"--lr must be between 0 and 10, not {self.lr}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            complaints.append(f"--min_lr_ratio must be between 0 and 1, not {self.min_lr_ratio}")
+        return complaints
+
+
+class TrainingData(Protocol):
+    """What the loop needs of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def collate(self, samples: list) -> Batch: ...
+
+    def count(self, batch: Batch) -> int: ...
+
+
+class StopSignal:
+    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step, save and leave. A second one leaves at once."""
+
+    def __enter__(self) -> StopSignal:
+        self.received: str | None = None
+        self._previous = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread can set handlers
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def prepare_machine(config: TrainingConfig) -> torch.device:
+    """Join the other ranks, set threads, matrix precision and the seed; returns the device of this process."""
+    device = distributed.start(resolve_device(config.device))
+    torch.set_num_threads(config.num_threads or max(1, (os.cpu_count() or 1) // distributed.world_size()))
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(config.seed)
+    return device
+
+
+class TrainingLoop:
+    """Trains a model and leaves `<stage>_best.pth`, `checkpoints/step_*.pth`, `metrics.jsonl` and `curves.png`.
+
+    Args:
+        config: the shared settings.
+        model: on any device; takes `**batch` and returns `{"loss": mean over count(batch) items}`.
+        gpt_config, tokenizer: recorded in every checkpoint.
+        stage: "pretrain", "sft", …; names the best checkpoint.
+        train_data, val_data: see `TrainingData`; without validation data the last state counts as the best.
+        device: from `prepare_machine`.
+        lengths: tokens of each training sample, to batch similar lengths together.
+        score: extra figures at evaluations, computed from (model, {"val_loss": …}).
+        extra: recorded in checkpoints beside the standard fields.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: nn.Module,
+        gpt_config: GPTConfig,
+        tokenizer: ByteLevelBPETokenizer,
+        stage: str,
+        train_data: TrainingData,
+        val_data: TrainingData | None,
+        device: torch.device,
+        lengths: list[int] | None = None,
+        score: Callable[[nn.Module, dict[str, float]], dict[str, float]] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.gpt_config, self.tokenizer, self.stage = config, gpt_config, tokenizer, stage
+        self.train_data, self.val_data, self.device = train_data, val_data, device
+        self.score, self.extra = score, extra or {}
+        self.folder = Path(config.output_dir)
+        self.best_path = self.folder / f"{stage}_best.pth"
+        self.checkpoint_folder = self.folder / "checkpoints"
+
+        self.model = model.to(device)
+        if hasattr(model, "recompute_activations"):
+            model.recompute_activations = config.recompute_activations
+        self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.parallel_model = distributed.parallelize(model, config.parallel, device)
+        self.precision = resolve_precision(config.precision, device)
+        self.optimizers = build_optimizers(model, config.optimizer, config.lr, config.weight_decay)
+        self.updater = Updater(
+            model, self.optimizers, self.precision, device, config.max_grad_norm, config.max_skipped_steps
+        )
+        self.ranks = distributed.world_size()
+        global_batch = config.batch_size * config.grad_accum_steps * self.ranks
+        self.order = BatchOrder(len(train_data), global_batch, config.seed, lengths)
+        self.max_steps = config.max_steps or max(1, math.ceil(config.epochs * self.order.steps_per_epoch))
+        self.warmup_steps = config.warmup_steps if config.warmup_steps >= 0 else max(10, self.max_steps // 50)
+        self.warmup_steps = min(self.warmup_steps, self.max_steps // 2)
+        self.eval_interval = config.eval_interval or max(1, math.ceil(self.max_steps / 10))
+        self.save_interval = config.save_interval or self.eval_interval
+
+        self.step = 0
+        self.best: dict[str, float] = {}
+        self.evaluations_without_improvement = 0
+        self.seconds = 0.0
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> dict[str, float]:
+        """Run until `max_steps`, early stopping or a signal; returns the metrics of the best state.
+
+        Raises:
+            Interrupted: a signal came; the state is saved.
+            UserError: no sound checkpoint to resume from, disk full, out of memory, or training diverged.
+        """
+        config = self.config
+        if distributed.is_main():  # float weights of a step and the best, and the optimiser's two moments
+            require_disk_space(self.folder, 4 * self.n_parameters * (1 + 3 * (config.keep_checkpoints + 1)))
+        if config.resume:
+            self.resume(config.resume)
+        if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
+            self.compile()
+        log = RunLog(
+            self.folder,
+            self.stage,
+            self.max_steps,
+            self.step,
+            config.tensorboard,
+            config.tracker,
+            asdict(config),
+            enabled=distributed.is_main(),
+        )
+        peak = peak_flops(self.device, self.precision) * self.ranks
+        flops = self._flops_per_token()
+        tokens = skipped_seconds = 0.0
+        interval_start = start = time.perf_counter()
+        elapsed_before = self.seconds
+        loss = math.nan
+        try:
+            with StopSignal() as stop:
+                while self.step < self.max_steps:
+                    loss, grad_norm, lr, n_tokens = self.train_step()
+                    tokens += n_tokens
+                    log.advance(loss=loss, lr=lr)
+                    if not math.isfinite(grad_norm + loss):
+                        log.say(f"step {self.step}: loss or gradient not finite, step skipped ({self.updater.skipped})")
+                    last = self.step == self.max_steps
+                    if self.step % config.log_interval == 0 or last or self.step == 1:
+                        seconds = time.perf_counter() - interval_start - skipped_seconds
+                        record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens / seconds}
+                        record |= {"mfu": tokens / seconds * flops / peak, "skipped_steps": self.updater.skipped}
+                        record["memory_mib"] = peak_memory_bytes(self.device) / 2**20
+                        log.log(self.step, record)
+                        interval_start, tokens, skipped_seconds = time.perf_counter(), 0.0, 0.0
+                    self.seconds = elapsed_before + time.perf_counter() - start
+                    pause = time.perf_counter()
+                    if self.step % self.eval_interval == 0 or last:
+                        stop_early = self._evaluate_and_keep_best(log)
+                    else:
+                        stop_early = False
+                    received = self._stop_requested(stop)
+                    if self.step % self.save_interval == 0 or last or received or stop_early:
+                        self.save()
+                    skipped_seconds += time.perf_counter() - pause
+                    if received and not last:
+                        raise Interrupted(
+                            f"{received}: saved at step {self.step} of {self.max_steps}; continue with --resume auto"
+                        )
+                    if stop_early:
+                        log.say(f"no improvement in {config.patience} evaluations, stopped at step {self.step}")
+                        break
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory at --batch_size {config.batch_size} and --max_seq_len {config.max_seq_len}; halve "
+                "--batch_size and double --grad_accum_steps, or add --recompute_activations true"
+            ) from error
+        finally:
+            log.close()
+        return self.best or {"loss": loss}
+
+    def train_step(self) -> tuple[float, float, float, int]:
+        """One optimiser step; returns the global loss, the gradient norm, the learning rate and the tokens read."""
+        size, accumulation = self.config.batch_size, self.config.grad_accum_steps
+        self.parallel_model.train()
+        indices = self.order.batch(self.step)
+        parts = [indices[(k * self.ranks + distributed.rank()) * size :][:size] for k in range(accumulation)]
+        batches = [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
+        counts = [self.train_data.count(batch) for batch in batches]
+        total = distributed.sum_over_ranks(float(sum(counts)), self.device)
+        loss_sum, n_tokens = torch.zeros((), device=self.device), 0
+        for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
+            n_tokens += int(batch["input_ids"].ne(self.tokenizer.pad_token_id).sum())
+            with self._synchronised(number == accumulation):
+                with self.updater.autocast():
+                    loss = self.parallel_model(**self._to_device(batch))["loss"]
+                # Data parallelism averages gradients over ranks; a sum is wanted
+                self.updater.backward(loss * (count / total * self.ranks))
+            loss_sum += loss.detach() * count
+        loss = distributed.sum_over_ranks(float(loss_sum), self.device) / total
+        lr = self.config.lr * learning_rate_factor(
+            self.config.schedule, self.step, self.max_steps, self.warmup_steps, self.config.min_lr_ratio
+        )
+        grad_norm = self.updater.step(lr, loss)
+        self.step += 1
+        return loss, grad_norm, lr, n_tokens * self.ranks
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss over every item of the validation data, each counted once."""
+        if self.val_data is None:
+            return {}
+        size, rank = self.config.batch_size, distributed.rank()
+        starts = range(0, len(self.val_data), size)
+        loss_sum = n_items = 0.0
+        self.parallel_model.eval()
+        for start in tqdm(starts[rank :: self.ranks], desc="evaluating", leave=False, disable=None if not rank else True):
+            stop = min(start + size, len(self.val_data))
+            batch = self.val_data.collate([self.val_data[index] for index in range(start, stop)])
+            count = self.val_data.count(batch)
+            with self.updater.autocast():
+                loss_sum += float(self.model(**self._to_device(batch))["loss"]) * count
+            n_items += count
+        loss_sum = distributed.sum_over_ranks(loss_sum, self.device)
+        return {"val_loss": loss_sum / distributed.sum_over_ranks(n_items, self.device)}
+
+    def _evaluate_and_keep_best(self, log: RunLog) -> bool:
+        """Evaluate, keep the best model; returns whether patience has run out."""
+        metrics = self.evaluate()
+        if self.score is not None:
+            metrics |= self.score(self.model, metrics)
+        improved = not metrics or metrics["val_loss"] < self.best.get("val_loss", math.inf)
+        if improved:
+            self.best = {**metrics, "step": self.step}
+            self.evaluations_without_improvement = 0
+            self.save_model(self.best_path)
+        else:
+            self.evaluations_without_improvement += 1
+        if metrics:
+            log.log(self.step, metrics)
+            figures = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+            log.say(f"step {self.step}: {figures}{' (best so far)' if improved else ''}")
+        return 0 < self.config.patience <= self.evaluations_without_improvement
+
+    # --------------------------------------------------------------------------------------------- saving, resuming
+
+    def save_model(self, path: Path) -> None:
+        """Write the model alone, in the checkpoint format."""
+        state = get_model_state_dict(self.model, options=WHOLE)
+        if distributed.is_main():
+            self._write(path, state, None)
+        distributed.barrier()
+
+    def save(self) -> None:
+        """Write everything that exact resuming needs and drop the oldest checkpoints."""
+        state = get_model_state_dict(self.model, options=WHOLE)
+        training_state = {
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE),
+            "updater": self.updater.state_dict(),
+            "random": distributed.gather_objects(random_state(self.device)),
+            "best": self.best,
+            "evaluations_without_improvement": self.evaluations_without_improvement,
+            "seconds": self.seconds,
+            "run": self._run_identity(),
+        }
+        if distributed.is_main():
+            self._write(self.checkpoint_folder / f"step_{self.step:08d}.pth", state, training_state)
+            for old in checkpoints_by_age(self.checkpoint_folder)[self.config.keep_checkpoints :]:
+                old.unlink()
+        distributed.barrier()
+
+    def _write(self, path: Path, state: dict, training_state: dict | None) -> None:
+        save_checkpoint(
+            path,
+            model_state=state,
+            config=self.gpt_config,
+            tokenizer=self.tokenizer,
+            stage=self.stage,
+            step=self.step,
+            metrics=self.best,
+            training_state=training_state,
+            **self.extra,
+        )
+
+    def _run_identity(self) -> dict[str, Any]:
+        """Settings that the meaning of a step depends on; a resumed run has to agree in them."""
+        config = self.config
+        return {
+            "samples": len(self.train_data),
+            "global_batch": self.order.batch_size,
+            "max_seq_len": config.max_seq_len,
+            "seed": config.seed,
+            "optimizer": config.optimizer,
+        }
+
+    def resume(self, source: str) -> None:
+        """Continue from a checkpoint: a path, or `auto` for the newest sound one in the output folder, if any."""
+        content, path = (newest_sound(self.checkpoint_folder) if source == "auto" else
+                         (load_checkpoint(source), Path(source)))  # fmt: skip
+        if content is None:
+            if distributed.is_main():
+                print(f"no checkpoint in {self.checkpoint_folder}, starting from step 0", flush=True)
+            return
+        require_same_model(content, self.gpt_config, self.tokenizer, path)
+        state = content.get("training_state")
+        if state is None:
+            raise UserError(f"{path} holds a model only, no training state; resume from one in {self.checkpoint_folder}")
+        differing = [
+            f"{name} {state['run'][name]} there, {value} here"
+            for name, value in self._run_identity().items()
+            if state["run"][name] != value
+        ]
+        if differing:
+            raise UserError(f"{path} belongs to another run ({'; '.join(differing)}); use the same settings and data")
+        set_model_state_dict(self.model, content["model"], options=WHOLE)
+        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=WHOLE)
+        self.updater.load_state_dict(state["updater"])
+        if len(state["random"]) == self.ranks:
+            set_random_state(state["random"][distributed.rank()], self.device)
+        self.step, self.best, self.seconds = content["step"], state["best"], state["seconds"]
+        self.evaluations_without_improvement = state["evaluations_without_improvement"]
+        if distributed.is_main():
+            print(f"continuing from {path}, step {self.step} of {self.max_steps}", flush=True)
+
+    # -------------------------------------------------------------------------------------------------------- helpers
+
+    def compile(self) -> None:
+        """torch.compile the model in place; where no compiler works, say so once and go on without."""
+        try:
+            torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=self.device))
+        except Exception as error:  # whatever a broken toolchain raises
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            print(f"warning: torch.compile does not work here ({reason}); going on without", flush=True)
+            return
+        self.parallel_model.compile()
+
+    def _flops_per_token(self) -> float:
+        config = self.gpt_config
+        positions = config.max_seq_len * config.d_model if config.position == "learned" else 0
+        head = 0 if config.tie_embeddings else config.vocab_size * config.d_model  # the untied embedding multiplies nothing
+        return training_flops_per_token(
+            self.n_parameters - positions - head,
+            config.n_layers,
+            config.n_heads * config.head_dim,
+            self.config.max_seq_len,
+        )
+
+    def _stop_requested(self, stop: StopSignal) -> str | None:
+        """The signal that any rank has received: all have to leave after the same step."""
+        return next((received for received in distributed.gather_objects(stop.received) if received), None)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cuda":
+            return {key: value.pin_memory().to(self.device, non_blocking=True) for key, value in batch.items()}
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    @contextlib.contextmanager
+    def _synchronised(self, synchronise: bool) -> Iterator[None]:
+        """Between the micro-batches of a step, gradients need no exchange among ranks."""
+        if synchronise or not hasattr(self.parallel_model, "no_sync"):
+            yield
+        else:
+            with self.parallel_model.no_sync():
+                yield
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of PyTorch's random generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Take up the states that `random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch (on any device) or Python ran out of memory."""
+    words = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in words
+
+
+def checkpoints_by_age(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    return sorted(folder.glob("step_*.pth"), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def newest_sound(folder: Path) -> tuple[dict | None, Path]:
+    """The newest checkpoint that can be read; damaged ones are set aside as `*.damaged`, and named."""
+    for path in checkpoints_by_age(folder):
+        try:
+            return load_checkpoint(path), path
+        except UserError as error:
+            if distributed.is_main():
+                aside = path.with_suffix(".damaged")
+                path.replace(aside)
+                print(f"warning: {error}; set aside as {aside}", flush=True)
+    return None, folder
