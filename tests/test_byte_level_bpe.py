@@ -86,7 +86,7 @@ def bpe_by_rank(piece, ranks):
 @pytest.mark.parametrize(
     "text",
     ["", " ", "你好,世界", "🙂👩‍👩‍👧‍👦", "مرحبا بالعالم", "\x00\x01\x7f\x1b", "e\u0301 é"]
-    + [ "\r\n\t \u3000\u2028", "a, b", "ﬀ ℌ Ⅷ", "\ufeff"],
+    + ["\r\n\t \u3000\u2028", "a, b", "ﬀ ℌ Ⅷ", "\ufeff"],
 )
 def test_scripts_and_bytes_unseen_in_training_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)["input_ids"]
@@ -120,9 +120,7 @@ def test_ids_equal_tiktoken_with_the_same_merges(tokenizer):
     byte_of = {character: byte for byte, character in BYTE_CHARACTERS.items()}
     specials = {token: tokenizer.vocab[token] for token in ("<s>", "<pad>", "</s>", "<unk>")}
     ranks = {bytes(byte_of[c] for c in token): i for token, i in tokenizer.vocab.items() if token not in specials}
-    encoding = tiktoken.Encoding(
-        "ours", pat_str=PRETOKENIZER_PATTERN, mergeable_ranks=ranks, special_tokens=specials
-    )
+    encoding = tiktoken.Encoding("ours", pat_str=PRETOKENIZER_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
     for text in [*CORPUS[:4], *random_texts(300, seed=2)]:
         assert tokenizer.encode_batch([text])[0] == encoding.encode_ordinary(text)
 
@@ -246,6 +244,17 @@ def test_a_save_stopped_after_any_file_leaves_a_folder_that_does_not_load(tokeni
             (folder / name).unlink()
         with pytest.raises(UserError, match=r"tokenizer.json is missing.*byte_level_bpe.py"):
             ByteLevelBPETokenizer.from_pretrained(folder)
+
+
+def test_a_save_that_fails_over_an_older_tokenizer_does_not_mix_the_two(tokenizer, tmp_path):
+    ByteLevelBPETokenizer(300).save(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "vocab.json").mkdir()  # a file cannot take its place: the save stops after the first file
+    with pytest.raises(UserError, match="cannot be saved"):
+        tokenizer.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merges.txt", "tokenizer_config.json", "vocab.json"]
+    with pytest.raises(UserError, match=r"tokenizer.json is missing"):
+        ByteLevelBPETokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -432,9 +441,7 @@ def test_special_text_in_a_message_stays_text(tokenizer):
         messages = [{"role": role, "content": hostile}, {"role": "assistant", "content": "ok"}]
         ids = tokenizer.encode_chat(messages)["input_ids"]
         assert [index for index in ids if index < 4] == [2] * (2 if role == "assistant" else 1)
-        assert tokenizer.decode(ids) == tokenizer.render_chat(messages)[: -len("</s>")].replace(
-            hostile + "</s>", hostile if role == "assistant" else hostile + "</s>"
-        )
+        assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.render_chat(messages)
 
 
 def test_an_empty_answer_teaches_the_end_token(tokenizer):
