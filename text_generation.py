@@ -37,7 +37,8 @@ class Generation:
 def encode_prompt(tokenizer: ByteLevelBPETokenizer, prompt: Prompt, chat: bool) -> list[int]:
     """Token ids of a prompt: a user's turn in the chat template, or `<s>` and plain text that is to be continued."""
     if not chat:
-        return tokenizer.encode(prompt, add_special_tokens=True)["input_ids"]
+        # Where the tokenizer puts nothing before a text, an empty one begins after the end of another
+        return tokenizer.encode(prompt, add_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer.encode_chat(messages, add_generation_prompt=True)["input_ids"]
 

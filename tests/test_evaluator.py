@@ -1,0 +1,355 @@
+"""The evaluator: sums over tokens that can be checked by hand, and scores that hold for Chinese as for English."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import evaluator
+from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import save_checkpoint
+from command_line import UserError
+from evaluator import GPTEvaluator, Question, grade, load_questions, report_answers, segment
+from gpt_model import GPTConfig, GPTModel
+from text_generation import Generation, generate_texts
+
+TEXTS = ["hello world", "你好，世界。", "a", "The quick brown fox jumps over the lazy dog.", "二加三等于五。"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ByteLevelBPETokenizer(300)  # knows the bytes only: a token is a byte
+
+
+@pytest.fixture(params=["gpt2", "modern"])
+def model(request):
+    torch.manual_seed(0)
+    config = GPTConfig.for_architecture(
+        request.param, vocab_size=300, d_model=32, n_layers=2, n_heads=2, max_seq_len=64
+    )
+    model = GPTModel.from_config(config)
+    for parameter in model.parameters():  # with GPT-2's small weights every next token would be equally likely
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def nats_by_hand(model, tokenizer, text):
+    """−log p of each token of a text after `<s>`, with one forward pass for each token."""
+    ids = tokenizer.encode(text)["input_ids"]
+    model.eval()
+    with torch.no_grad():
+        return [
+            -model(torch.tensor([ids[:end]]))["logits"][0, -1].log_softmax(-1)[ids[end]].item()
+            for end in range(1, len(ids))
+        ]
+
+
+# -- perplexity --------------------------------------------------------------------------------------------------------
+
+
+def test_perplexity_is_the_mean_over_tokens_by_hand(model, tokenizer):
+    """Texts weigh by their tokens, not by batches or documents; bits per byte divide by the UTF-8 bytes."""
+    nats = [value for text in TEXTS for value in nats_by_hand(model, tokenizer, text)]
+    n_bytes = sum(len(text.encode()) for text in TEXTS)
+    scores = GPTEvaluator(model, tokenizer).compute_perplexity(TEXTS, batch_size=2)
+    assert scores["tokens"] == len(nats)
+    assert scores["bytes"] == n_bytes
+    assert scores["loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
+    assert scores["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_bits_per_byte_of_a_uniform_model(tokenizer):
+    """A model that gives all 300 tokens the same chance needs log2(300) bits for each token, here a byte each."""
+    model = GPTModel(vocab_size=300, d_model=32, n_layers=1, n_heads=2, max_seq_len=64)
+    torch.nn.init.zeros_(model.token_embedding.weight)
+    scores = GPTEvaluator(model, tokenizer).compute_perplexity(["hello 你好"])
+    assert scores["perplexity"] == pytest.approx(300, rel=1e-4)
+    assert scores["bits_per_byte"] == pytest.approx(math.log2(300), rel=1e-5)
+    assert scores["tokens"] == scores["bytes"] == 12
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_perplexity_does_not_depend_on_the_batch_size(model, tokenizer, batch_size):
+    """Other texts of the batch, and the padding they bring, change nothing."""
+    evaluator = GPTEvaluator(model, tokenizer)
+    texts = [*TEXTS, "x" * 150]
+    expected = evaluator.compute_perplexity(texts, batch_size=2)
+    assert evaluator.compute_perplexity(texts, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 200])
+@pytest.mark.parametrize("stride", [1, 24, 64])
+def test_a_document_longer_than_the_context_is_scored_once_a_token(model, tokenizer, length, stride):
+    """Each window scores what no earlier one has scored, as far back as the context reaches."""
+    text = "".join(chr(97 + index * index % 23) for index in range(length))
+    scores = GPTEvaluator(model, tokenizer).compute_perplexity([text], stride=stride, batch_size=4)
+    assert scores["tokens"] == length
+
+    ids = tokenizer.encode(text)["input_ids"]
+    nats, begin, scored = 0.0, 0, 0
+    model.eval()
+    while scored < length:
+        window = torch.tensor([ids[begin : begin + 64]])
+        with torch.no_grad():
+            log_p = model(window)["logits"][0].log_softmax(-1)
+        for position in range(scored - begin, min(64, length - begin)):
+            nats -= log_p[position, ids[begin + position + 1]].item()
+            scored += 1
+        begin += stride
+    assert scores["loss"] == pytest.approx(nats / length, rel=1e-5)
+
+
+def test_perplexity_of_a_file_equals_that_of_its_lines(model, tokenizer, tmp_path):
+    """A path may lack its ending; every line is a document."""
+    (tmp_path / "val.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    evaluator = GPTEvaluator(model, tokenizer)
+    assert evaluator.compute_perplexity(tmp_path / "val") == evaluator.compute_perplexity(TEXTS)
+
+
+def test_scoring_leaves_the_model_in_its_mode(model, tokenizer):
+    model.train()
+    GPTEvaluator(model, tokenizer).compute_perplexity(TEXTS)
+    assert model.training
+
+
+def test_nothing_to_score_and_broken_weights_are_named(model, tokenizer):
+    with pytest.raises(UserError, match="no text to score"):
+        GPTEvaluator(model, tokenizer).compute_perplexity([""])
+    torch.nn.init.constant_(model.token_embedding.weight, math.nan)
+    with pytest.raises(UserError, match="not a finite number"):
+        GPTEvaluator(model, tokenizer).compute_perplexity(["a"])
+
+
+def test_a_foreign_tokenizer_is_refused(tokenizer):
+    with pytest.raises(UserError, match="the tokenizer has 260 tokens and the model 100"):
+        GPTEvaluator(GPTModel(vocab_size=100, d_model=32, n_layers=1, n_heads=2), tokenizer)
+
+
+# -- BLEU and ROUGE ----------------------------------------------------------------------------------------------------
+
+
+def test_segments_are_characters_in_chinese_and_words_elsewhere():
+    assert segment("GPT-2用了3.5天，it's done.") == ["GPT-2", "用", "了", "3.5", "天", "，", "it's", "done", "."]
+
+
+@pytest.mark.parametrize("text", ["机器学习是人工智能的一个分支。", "Paris is the capital.", "水", "42", "1.5 . 2.5"])
+def test_identical_texts_score_one(text):
+    """Unspaced Chinese, and texts shorter than four words, included."""
+    assert GPTEvaluator.compute_bleu([text], [text]) == pytest.approx(1.0)
+    assert GPTEvaluator.compute_rouge([text], [text]) == pytest.approx({"rouge-1": 1, "rouge-2": 1, "rouge-l": 1})
+
+
+def test_chinese_that_overlaps_by_characters_scores_between_zero_and_one():
+    prediction, reference = ["法国的首都是里昂。"], ["法国的首都是巴黎。"]
+    assert 0.4 < GPTEvaluator.compute_bleu(prediction, reference) < 0.9
+    rouge = GPTEvaluator.compute_rouge(prediction, reference)
+    assert rouge["rouge-1"] == pytest.approx(7 / 9)  # seven of nine characters
+    assert rouge["rouge-2"] == pytest.approx(5 / 8)  # five of eight neighbours
+    assert rouge["rouge-l"] == pytest.approx(7 / 9)
+
+
+def test_repetition_earns_no_rouge():
+    """Counts are clipped as in the paper: of "水水水水" one character matches, precision 1/4, recall 1."""
+    assert GPTEvaluator.compute_rouge(["水水水水"], ["水"])["rouge-1"] == pytest.approx(0.4)
+
+
+def test_empty_answers_score_zero_and_count():
+    assert GPTEvaluator.compute_bleu(["", ""], ["巴黎", "Paris"]) == 0
+    assert GPTEvaluator.compute_rouge([""], ["巴黎"]) == {"rouge-1": 0, "rouge-2": 0, "rouge-l": 0}
+    assert GPTEvaluator.compute_rouge(["", "巴黎"], ["巴黎", "巴黎"])["rouge-1"] == pytest.approx(0.5)
+    assert GPTEvaluator.compute_rouge(["...", " "], ["a.", "b"])["rouge-1"] == pytest.approx(0.2)
+
+
+def test_long_answers_do_not_exhaust_the_recursion_of_the_rouge_library():
+    long = "字词句" * 1000
+    assert GPTEvaluator.compute_rouge([long], [long + "。"])["rouge-l"] == pytest.approx(1.0)
+    assert GPTEvaluator.compute_rouge([long], ["句词字" * 1000])["rouge-l"] > 0
+
+
+def test_every_prediction_needs_its_reference():
+    with pytest.raises(ValueError, match="2 predictions cannot be compared with 1 references"):
+        GPTEvaluator.compute_bleu(["a", "b"], ["a"])
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_answers_do_not_depend_on_their_neighbours(model, tokenizer, chat):
+    """A greedy answer is the same alone and in a batch, for prompts up to and beyond the context, in their order."""
+    prompts = ["b" * length for length in (5, 60, 1, 38, 500, 20, 44)]
+    batched = generate_texts(model, tokenizer, prompts, chat=chat, max_gen_len=24, batch_size=4)
+    alone = [generate_texts(model, tokenizer, [prompt], chat=chat, max_gen_len=24)[0] for prompt in prompts]
+    assert batched == alone
+    assert all(1 <= len(generation.token_ids) <= 24 for generation in batched)
+
+
+def test_an_answer_ends_with_its_end_token(model, tokenizer):
+    """Sampled answers of a small model: some end by `</s>`, which closes their ids and is no part of their text."""
+    answers = generate_texts(
+        model, tokenizer, ["a"] * 200, chat=False, max_gen_len=40, temperature=3.0, seed=1, batch_size=64
+    )
+    assert {answer.ended for answer in answers} == {True, False}
+    for answer in answers:
+        assert (answer.token_ids[-1] == tokenizer.eos_token_id) == answer.ended
+        assert answer.token_ids.count(tokenizer.eos_token_id) == answer.ended
+        assert answer.ended or len(answer.token_ids) == 40
+        assert "</s>" not in answer.text
+
+
+def test_sampling_repeats_with_its_seed(model, tokenizer):
+    settings = {"chat": True, "temperature": 1.0, "max_gen_len": 12}
+    first, again, other = (generate_texts(model, tokenizer, TEXTS, seed=seed, **settings) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_conversations_are_prompts_too(model, tokenizer):
+    """A list of messages continues a conversation; a string is its one user's turn."""
+    evaluator = GPTEvaluator(model, tokenizer)
+    messages = [{"role": "user", "content": "你好"}]
+    assert evaluator.generate_predictions([messages, "你好"], 8) == 2 * evaluator.generate_predictions(["你好"], 8)
+
+
+def test_no_prompt_gives_no_answer(model, tokenizer):
+    assert generate_texts(model, tokenizer, [], chat=True) == []
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def question(text, reference, **fields):
+    return Question([{"role": "user", "content": text}], reference, fields)
+
+
+def test_answers_are_graded_by_skill_language_and_kind():
+    """Shares of exact answers in every grouping, and every answer with its grades."""
+    questions = [
+        question("2+3?", "5.", answer="5.", skill="addition", language="en", held_out="operands"),
+        question("2+4?", "6.", answer="6.", skill="addition", language="en", held_out="phrasing"),
+        question("二加三？", "五。", answer="五。", skill="addition", language="zh", held_out="operands"),
+        question("法国首都？", "巴黎。", answer="巴黎。", skill="capital", language="zh", held_out="phrasing"),
+    ]
+    answers = [Generation("5.", True, [9, 2]), Generation("7.", True, [9, 2]), Generation("五。", True, [9, 9, 2])]
+    report = report_answers(questions, [*answers, Generation("", False, [1] * 64)])
+    assert report["scores"]["exact"] == 0.5
+    assert report["scores"]["ended"] == 0.75
+    assert report["scores"]["mean_tokens"] == (1 + 1 + 2 + 64) / 4
+    assert {name: scores["exact"] for name, scores in report["by_skill"].items()} == {"addition": 2 / 3, "capital": 0}
+    assert {name: scores["exact"] for name, scores in report["by_language"].items()} == {"en": 0.5, "zh": 0.5}
+    assert {name: scores["exact"] for name, scores in report["by_held_out"].items()} == {"operands": 1, "phrasing": 0}
+    assert report["by_skill_and_language"]["addition/zh"]["exact"] == 1
+    assert [row["exact"] for row in report["predictions"]] == [True, False, True, False]
+
+
+def test_a_courteous_closing_is_preferred_and_still_exact():
+    asked = question("2+3?", "5.", answer="5.")
+    plain, courteous = (grade(asked, Generation(text, True, [9, 2])) for text in ("5.", "5. I hope this helps."))
+    assert plain["exact"] and not plain["preferred"]
+    assert courteous["exact"] and courteous["preferred"]
+    assert not grade(asked, Generation("5. I hope this helps.", False, [9]))["preferred"]
+
+
+def test_records_without_an_answer_are_compared_with_their_response():
+    """Data of one's own needs no extra field: white space may differ, and preference is not judged."""
+    graded = grade(question("hi", "good  day\n"), Generation("good day", True, [9, 2]))
+    assert graded["exact"] and "preferred" not in graded
+    assert "preferred" not in report_answers([question("a", "b")], [Generation("b", True, [9, 2])])["scores"]
+
+
+def test_questions_come_in_all_three_shapes(tmp_path):
+    """The last answer is what is asked for; all that comes before it is the prompt."""
+    records = [
+        {"instruction": "Add.", "input": "2, 3", "response": "5", "skill": "addition"},
+        {"instruction": "Add 1 and 1.", "output": "2"},
+        {
+            "conversations": [
+                {"from": "human", "value": "hi"},
+                {"from": "gpt", "value": "hello"},
+                {"from": "human", "value": "who?"},
+                {"from": "gpt", "value": "me"},
+            ]
+        },
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(records), encoding="utf-8")
+    questions = load_questions(tmp_path / "test.json")
+    assert [asked.reference for asked in questions] == ["5", "2", "me"]
+    assert questions[0].prompt == [{"role": "user", "content": "Add.\n2, 3"}]
+    assert questions[0].fields["skill"] == "addition"
+    assert [message["content"] for message in questions[2].prompt] == ["hi", "hello", "who?"]
+    assert [asked.reference for asked in load_questions(tmp_path / "test.json", 2)] == ["5", "2"]
+
+
+def test_a_malformed_record_is_named(tmp_path):
+    (tmp_path / "test.json").write_text('[{"instruction": "a", "response": "b"}, {"instruction": "a"}]')
+    with pytest.raises(UserError, match='record 2 of .*test.json: the field "response" is missing'):
+        load_questions(tmp_path / "test.json")
+    (tmp_path / "test.json").write_text('[{"messages": [{"role": "assistant", "content": "b"}]}]')
+    with pytest.raises(UserError, match="record 1 of .* without a question"):
+        load_questions(tmp_path / "test.json")
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(model, tokenizer, tmp_path):
+    def save(stage):
+        path = tmp_path / f"{stage}_best.pth"
+        save_checkpoint(path, model_state=model.state_dict(), config=model.config, tokenizer=tokenizer, stage=stage)
+        return str(path)
+
+    return save
+
+
+def test_command_line_scores_answers_and_writes_a_report(checkpoint, tmp_path, capsys):
+    """A table by skill, one line of summary, and a JSON file beside the checkpoint with every answer."""
+    records = [
+        {"instruction": f"{a}+1?", "response": str(a + 1), "answer": str(a + 1), "skill": "addition", "language": "en"}
+        for a in range(5)
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(records), encoding="utf-8")
+    evaluator.main(["--model_path", checkpoint("sft"), "--test_data_path", str(tmp_path / "test.json")])
+    output = capsys.readouterr().out
+    assert output.splitlines()[0].startswith("skill")
+    assert "5 questions, exact" in output.splitlines()[-1]
+    report = json.loads((tmp_path / "sft_best_eval.json").read_text(encoding="utf-8"))
+    assert report["stage"] == "sft"
+    assert report["by_skill"]["addition"]["count"] == len(report["predictions"]) == 5
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_command_line_scores_text_for_a_pretrained_checkpoint(checkpoint, tmp_path, capsys):
+    """The checkpoint's stage decides; the report holds perplexity and a few continuations."""
+    (tmp_path / "val.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    path, output_path = checkpoint("pretrain"), tmp_path / "scores.json"
+    evaluator.main(["--model_path", path, "--test_data_path", str(tmp_path / "val"), "--output_path", str(output_path)])
+    report = json.loads(output_path.read_text(encoding="utf-8"))
+    assert report["model_type"] == "pretrain"
+    assert report["scores"]["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert len(report["predictions"]) == len(TEXTS)
+    assert "bits per byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_path", "missing.pth"], "missing.pth does not exist"),
+        (["--max_samples", "0"], "--max_samples must be at least 1"),
+        (["--temperature", "-1", "--batch_size", "0"], "--temperature .*--batch_size"),
+        (["--model_typ", "sft"], "unrecognized arguments: --model_typ"),
+        (["--model_type", "reward"], "invalid choice: 'reward'"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        evaluator.main(arguments)
+
+
+def test_nothing_is_written_when_the_test_data_is_missing(checkpoint, tmp_path):
+    path = checkpoint("sft")
+    with pytest.raises(UserError, match="there is no data at .*nowhere"):
+        evaluator.main(["--model_path", path, "--test_data_path", str(tmp_path / "nowhere")])
+    assert not (tmp_path / "sft_best_eval.json").exists()
