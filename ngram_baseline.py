@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from answer_report import answers_summary, answers_table, check_writable, load_questions, report_answers, write_json
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import option, parse_config, run_main
 from conversation_data import load_conversations
-from evaluator import answers_summary, answers_table, check_writable, load_questions, report_answers, write_json
 from text_files import iter_documents
 from text_generation import Generation, encode_prompt
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import evaluator
+from answer_report import Question, grade, load_questions, report_answers, segment
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import save_checkpoint
 from command_line import UserError
-from evaluator import GPTEvaluator, Question, grade, load_questions, report_answers, segment
+from evaluator import GPTEvaluator
 from gpt_model import GPTConfig, GPTModel
 from text_generation import Generation, generate_texts
 

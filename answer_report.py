@@ -1,0 +1,238 @@
+"""Answers beside their references: BLEU, ROUGE and exactness, by skill, by language and by what was held out.
+
+It grades texts, whoever wrote them: a neural model (evaluator.py) or n-grams (ngram_baseline.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
+from rouge import Rouge
+
+from answer_checker import check_answer
+from command_line import UserError
+from conversation_data import parse_conversation
+from text_files import iter_records
+from text_generation import Generation
+
+# -- texts against references ------------------------------------------------------------------------------------------
+
+_UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and Han characters
+_SEGMENT = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[.'’-][^\W{_UNSPACED}]+)*|[^\w\s]")
+ROUGE_NAMES = ("rouge-1", "rouge-2", "rouge-l")
+ROUGE_MAX_SEGMENTS = 300  # the library `rouge` recurses once a segment; Python allows about 1,000 calls
+
+
+def segment(text: str) -> list[str]:
+    """Cut a text into what BLEU and ROUGE count: Chinese and Japanese characters, other words, punctuation marks.
+
+    Chinese has no spaces. Split on spaces, a sentence is one "word", and even a nearly right answer scores 0.
+    """
+    return _SEGMENT.findall(text)
+
+
+def corpus_bleu_score(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """BLEU of a corpus (Papineni et al., 2002), 0 … 1, over the segments of `segment`, by nltk.
+
+    Up to 4-grams, or fewer where no reference is that long: "42" against "42" is 1. An n-gram order without a match
+    counts as 0.1 matches (method 1 of Chen and Cherry, 2014).
+    """
+    require_same_length(predictions, references)
+    references, predictions = [segment(text) for text in references], [segment(text) for text in predictions]
+    order = max(1, min(4, max(map(len, references), default=0)))
+    smoothing = SmoothingFunction().method1
+    return float(corpus_bleu([[reference] for reference in references], predictions, (1 / order,) * order, smoothing))
+
+
+def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004), 0 … 1, over the segments of `segment`, by the library `rouge`.
+
+    Repetitions count as often as the reference has them. Equal texts score 1, however short; an empty one scores 0
+    against a text. Only the first 300 segments of a text are compared.
+    """
+    words, expected = segment(prediction)[:ROUGE_MAX_SEGMENTS], segment(reference)[:ROUGE_MAX_SEGMENTS]
+    if words == expected or not words or not expected:
+        return dict.fromkeys(ROUGE_NAMES, float(words == expected))
+    # Numbers in place of words: the library would take every full stop for the end of a sentence
+    numbers = {word: str(number) for number, word in enumerate(dict.fromkeys(words + expected))}
+    texts = (" ".join(numbers[word] for word in side) for side in (words, expected))
+    scores = Rouge(exclusive=False).get_scores(*texts)[0]  # clipped counts as in the paper; the default counts sets
+    return {name: scores[name]["f"] for name in ROUGE_NAMES}
+
+
+def mean_rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The means of `rouge_scores` over a corpus."""
+    require_same_length(predictions, references)
+    scores = [rouge_scores(*pair) for pair in zip(predictions, references, strict=True)]
+    return {name: _mean([score[name] for score in scores]) for name in ROUGE_NAMES}
+
+
+def require_same_length(predictions: Sequence[str], references: Sequence[str]) -> None:
+    """Raise a `ValueError` unless there is one reference for each prediction."""
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions cannot be compared with {len(references)} references")
+
+
+# -- questions and their answers ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation up to its last answer, that answer, and whatever else the record says (skill, language, …)."""
+
+    prompt: list[dict[str, str]]
+    reference: str
+    fields: dict[str, Any]
+
+
+def load_questions(data_path: str | Path, max_samples: int | None = None) -> list[Question]:
+    """The questions of an instruction file; with `max_samples`, so many of them, evenly spread over the file.
+
+    Raises:
+        UserError: the file cannot be read, or a record is malformed.
+    """
+    questions = []
+    for where, record in iter_records(data_path):
+        *prompt, answer = parse_conversation(record, where)
+        if not prompt:
+            raise UserError(f"{where} holds an answer without a question; put the user's message before it")
+        if not isinstance(record.get("answer", ""), str):
+            raise UserError(f'{where}: the field "answer" is not a text; it must be a string')
+        questions.append(Question(prompt, answer["content"], record))
+    count = min(max_samples or len(questions), len(questions))
+    return [questions[index * len(questions) // count] for index in range(count)]
+
+
+def grade(question: Question, generation: Generation) -> dict[str, Any]:
+    """One answer beside its question: whether it is right and, where the record has an "answer", well-mannered."""
+    fields = question.fields
+    graded = {
+        "instruction": question.prompt[-1]["content"],
+        "reference": question.reference,
+        "prediction": generation.text,
+        "ended": generation.ended,
+        "tokens": len(generation.token_ids) - generation.ended,  # </s> is no part of the answer
+        **rouge_scores(generation.text, question.reference),
+        **{name: fields[name] for name in ("answer", "skill", "language", "held_out") if name in fields},
+    }
+    if "answer" not in fields:
+        return {**graded, "exact": generation.text.split() == question.reference.split()}
+    check = check_answer(generation.text, fields["answer"], ended=generation.ended)
+    return {**graded, **asdict(check), "preferred": check.preferred}
+
+
+def score_answers(graded: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Scores of a group of graded answers: shares (0 … 1), BLEU, ROUGE, and the mean length in tokens."""
+    predictions, references = [row["prediction"] for row in graded], [row["reference"] for row in graded]
+    names = ("exact", "preferred", "complete", "polite", "repetitive", "rude", "ended")
+    flags = {name: [row[name] for row in graded if name in row] for name in names}
+    return {
+        "count": len(graded),
+        **{name: _mean(values) for name, values in flags.items() if values},
+        "bleu": corpus_bleu_score(predictions, references),
+        **{name: _mean([row[name] for row in graded]) for name in ROUGE_NAMES},
+        "mean_tokens": _mean([row["tokens"] for row in graded]),
+    }
+
+
+def report_answers(questions: Sequence[Question], generations: Sequence[Generation]) -> dict[str, Any]:
+    """Grade all answers: "scores" of all, "by_skill", "by_language", "by_held_out", and each of the "predictions"."""
+    graded = [grade(*pair) for pair in zip(questions, generations, strict=True)]
+
+    def scores_by(key: Callable[[Mapping[str, Any]], str]) -> dict[str, dict[str, float]]:
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for row in graded:
+            groups.setdefault(key(row), []).append(row)
+        return {name: score_answers(groups[name]) for name in sorted(groups)}
+
+    report: dict[str, Any] = {"scores": score_answers(graded)}
+    for name in ("skill", "language", "held_out"):
+        if any(name in row for row in graded):
+            report[f"by_{name}"] = scores_by(lambda row, name=name: str(row.get(name)))
+    if "by_skill" in report and "by_language" in report:
+        report["by_skill_and_language"] = scores_by(lambda row: f"{row.get('skill')}/{row.get('language')}")
+    return {**report, "predictions": graded}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+# -- the report, for people and as a file ------------------------------------------------------------------------------
+
+
+def format_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text: the first column left, the others right."""
+    widths = [max(len(cell) for cell in column) for column in zip(headings, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in cells).rstrip()
+        for cells in (enumerate(zip(row, widths, strict=True)) for row in (headings, *rows))
+    )
+
+
+def answers_table(report: Mapping[str, Any]) -> str:
+    """A report of answers as a table: exactly right by skill and language, then other scores, then by kind of test."""
+
+    def percent(scores: Mapping[str, float] | None, name: str) -> str:
+        return f"{100 * scores[name]:.1f}" if scores and name in scores else "–"
+
+    crossed, languages = report.get("by_skill_and_language", {}), list(report.get("by_language", {}))
+    shares = [name for name in ("preferred", "ended", "bleu", "rouge-l") if name in report["scores"]]
+
+    def row(label: str, scores: Mapping[str, float], by_language: Mapping[str, Mapping[str, float]]) -> list[str]:
+        return [
+            label,
+            str(scores["count"]),
+            *(percent(by_language.get(language), "exact") for language in languages),
+            percent(scores, "exact"),
+            *(percent(scores, name) for name in shares),
+            f"{scores['mean_tokens']:.1f}",
+        ]
+
+    rows = [
+        row(skill, scores, {language: crossed.get(f"{skill}/{language}") for language in languages})
+        for skill, scores in report.get("by_skill", {}).items()
+    ]
+    rows.append(row("all", report["scores"], report.get("by_language", {})))
+    rows += [row(f"held out: {kind}", scores, {}) for kind, scores in report.get("by_held_out", {}).items()]
+    headings = ["skill", "count", *(f"exact {language} %" for language in languages), "exact %"]
+    return format_table([*headings, *(f"{name} %" for name in shares), "tokens"], rows)
+
+
+def answers_summary(report: Mapping[str, Any]) -> str:
+    """The main scores of answers in one line."""
+    scores = report["scores"]
+    preferred = f", preferred {scores['preferred']:.1%}" if "preferred" in scores else ""
+    return (
+        f"{scores['count']} questions, exact {scores['exact']:.1%}{preferred}, BLEU {scores['bleu']:.3f}, "
+        f"ROUGE-L {scores['rouge-l']:.3f}, {scores['mean_tokens']:.1f} tokens an answer, {scores['ended']:.1%} ended"
+    )
+
+
+def check_writable(path: str | Path) -> Path:
+    """The path, if a file can be written there. To be called before the work, not after it."""
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{path} cannot be written; give --output_path a file in a folder that you may write to")
+    return path
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A record may quote half of a surrogate pair, which has no UTF-8
+        temporary.write_bytes((json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace"))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror}); free some space and try again") from error
