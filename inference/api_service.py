@@ -1,0 +1,375 @@
+"""The generation service: one model behind HTTP.
+
+    uvicorn inference.api_service:app --host 0.0.0.0 --port 8000
+
+    curl -X POST http://localhost:8000/generate -H "Content-Type: application/json" \\
+         -d '{"prefix": "解释什么是机器学习", "max_gen_len": 100, "top_k": 50, "temperature": 0.8}'
+
+    POST /generate   prefix (required), max_gen_len, top_k, temperature, seed  →  prefix, generated_text
+    GET  /health     what is being served, on which device, how many requests run and wait
+    GET  /docs       the same, as a page to try it on
+
+Every error is `{"error": {"message": …}}` with a sentence that says what was wrong.
+
+The model computes in one thread of its own, so the event loop stays free and `/health` is quick at any time. Requests
+wait for it in a bounded line; those that wait with the same sampling settings are generated together as one batch.
+
+Environment variables:
+    MODEL_PATH    the checkpoint to serve; by default the best one that training has left under models/
+    DEVICE        auto (default), cpu, cuda or mps
+    NUM_THREADS   threads for one operation on the CPU; by default all cores but one, which is left to the event loop
+    MAX_QUEUE     requests that may wait (64); beyond that the answer is 503 with Retry-After
+    MAX_BATCH     requests that are generated together (8)
+
+Run a single uvicorn worker, the default: every further worker would load a model of its own and compete for the same
+cores. Ctrl-C or SIGTERM lets the accepted requests finish first; uvicorn's `--timeout-graceful-shutdown` limits that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from command_line import UserError, require_file
+from gpt_model import GPTModel
+from inference.quantizer import load_any
+from inference.request_queue import QueueFull, RequestQueue, Sampling
+from optimization import resolve_device
+from text_generation import encode_prompt, generate_texts
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODELS_BEST_FIRST = (
+    "models/rlhf/ppo_best.pth",
+    "models/sft/sft_best.pth",
+    "models/sft/sft_best_int8.pth",
+    "models/pretrain/pretrain_best.pth",
+)
+MAX_BODY_BYTES = 1 << 20
+MAX_PREFIX_CHARACTERS = 32_768
+MAX_NEW_TOKENS = 4096
+RETRY_AFTER_SECONDS = 2
+SMALLEST_TEMPERATURE = 1e-3  # below it, dividing the logits overflows, and sampling is greedy in any case
+
+logger = logging.getLogger("uvicorn.error")  # the log that uvicorn shows
+
+
+class GenerateRequest(BaseModel):
+    """What to generate. Types are strict, and a misspelt field is an error instead of being ignored."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    prefix: str = Field(
+        min_length=1,
+        max_length=MAX_PREFIX_CHARACTERS,
+        description="The question, or for a model that was only pretrained the text to continue.",
+        examples=["解释什么是机器学习"],
+    )
+    max_gen_len: int = Field(100, ge=1, le=MAX_NEW_TOKENS, description="At most so many new tokens.")
+    top_k: int = Field(50, ge=0, le=2**31, description="Sample among the k likeliest tokens; 0 means all.")
+    temperature: float = Field(0.8, ge=0, le=2, allow_inf_nan=False, description="0 takes the likeliest token.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Makes sampling repeatable.")
+
+
+class GenerateResponse(BaseModel):
+    """The prompt and what the model wrote after it."""
+
+    prefix: str
+    generated_text: str
+
+
+class HealthResponse(BaseModel):
+    """What is being served and how busy it is."""
+
+    status: str
+    model_path: str
+    stage: str
+    quantization: str | None
+    parameters: int
+    max_seq_len: int
+    device: str
+    num_threads: int
+    running: int
+    waiting: int
+    uptime_seconds: float
+
+
+class ErrorDetail(BaseModel):
+    """A sentence that says what was wrong."""
+
+    message: str
+
+
+class ErrorResponse(BaseModel):
+    """The one shape of every error."""
+
+    error: ErrorDetail
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """The settings of the service; the module's docstring explains them."""
+
+    model_path: Path
+    device: torch.device
+    num_threads: int
+    max_queue: int
+    max_batch: int
+
+    @classmethod
+    def from_environment(cls) -> ServiceSettings:
+        """Read the environment variables.
+
+        Raises:
+            UserError: a number is not a number, or there is no model.
+        """
+        return cls(
+            model_path=model_to_serve(os.environ.get("MODEL_PATH")),
+            device=resolve_device(os.environ.get("DEVICE") or "auto"),
+            num_threads=_positive_number("NUM_THREADS", max(1, available_cores() - 1)),
+            max_queue=_positive_number("MAX_QUEUE", 64),
+            max_batch=_positive_number("MAX_BATCH", 8),
+        )
+
+
+def available_cores() -> int:
+    """The cores that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _positive_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"the environment variable {variable} must be a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
+def model_to_serve(chosen: str | None, folder: Path = REPOSITORY) -> Path:
+    """The checkpoint that the user has chosen, or the best of those that training leaves under `folder`."""
+    if chosen:
+        return require_file(chosen, "the model of MODEL_PATH", "set MODEL_PATH to a checkpoint")
+    for path in MODELS_BEST_FIRST:
+        if (folder / path).is_file():
+            return folder / path
+    raise UserError("there is no model to serve under models/; train one with run_training.sh, or set MODEL_PATH")
+
+
+class Service:
+    """A loaded model and the line of requests that leads to it."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self.settings = settings
+        self.started = time.monotonic()
+        self.model, self.tokenizer, checkpoint = load_any(settings.model_path, settings.device)
+        self.stage: str = checkpoint["stage"]
+        self.quantization: str | None = checkpoint.get("quantization")
+        with torch.device("meta"):  # counted from the configuration, as quantized weights are no parameters
+            self.parameters = GPTModel.from_config(self.model.config).num_parameters()
+        self.queue = RequestQueue(self.generate, settings.max_queue, settings.max_batch, settings.num_threads)
+
+    @property
+    def chat(self) -> bool:
+        """Whether the model answers questions; one that was only pretrained continues texts."""
+        return self.stage != "pretrain"
+
+    def generate(self, prompts: list[str], sampling: Sampling) -> list[str]:
+        """The texts that the model writes after `prompts`, generated as one batch."""
+        generations = generate_texts(
+            self.model,
+            self.tokenizer,
+            prompts,
+            chat=self.chat,
+            max_gen_len=sampling.max_gen_len,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            batch_size=len(prompts),
+            seed=sampling.seed,
+        )
+        return [generation.text for generation in generations]
+
+    async def answer(self, request: GenerateRequest) -> str:
+        """What the model writes after the request's prefix.
+
+        Raises:
+            HTTPException: 422 if the prefix cannot be a prompt of this model, 503 if too many requests wait already.
+        """
+        context = self.model.config.max_seq_len
+        try:  # in a thread, as a long prefix takes a while
+            prompt_ids = await asyncio.to_thread(encode_prompt, self.tokenizer, request.prefix, self.chat)
+        except UserError as error:  # the model's chat template rejects it
+            raise HTTPException(422, str(error)) from None
+        room = context - len(prompt_ids)
+        if room < 1:
+            message = f"the prefix makes a prompt of {len(prompt_ids)} tokens, too long for a context of {context}"
+            raise HTTPException(422, f"{message}: shorten it")
+        sampling = Sampling(
+            max_gen_len=min(request.max_gen_len, room),
+            top_k=request.top_k,
+            temperature=request.temperature if request.temperature >= SMALLEST_TEMPERATURE else 0.0,
+            seed=request.seed,
+        )
+        try:
+            return await self.queue.answer(request.prefix, sampling)
+        except QueueFull:
+            message = f"the service is busy and {self.queue.max_waiting} requests wait already: try again later"
+            raise HTTPException(503, message, {"Retry-After": str(RETRY_AFTER_SECONDS)}) from None
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Service]]:
+    """Load the model before the port is opened and hand it to the requests; at the end, let its thread finish."""
+    settings = ServiceSettings.from_environment()
+    logger.info("loading %s", settings.model_path)
+    service = Service(settings)
+    torch.seed()  # without it, every start would answer the same questions in the same words
+    with service.queue.thread:
+        runner = asyncio.create_task(service.queue.run())
+        try:
+            await service.answer(GenerateRequest(prefix="?", max_gen_len=2))  # a model that cannot generate fails here
+            size = f"{service.parameters / 1e6:.1f} million parameters"
+            logger.info("serving %s (stage %s, %s) on %s", settings.model_path, service.stage, size, settings.device)
+            yield {"service": service}
+        finally:
+            runner.cancel()
+
+
+class StartupErrorInOneSentence:
+    """Reports a user's mistake at the start as its sentence, where Starlette would report a traceback."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_sentence(message: Message) -> None:
+            error = sys.exc_info()[1]  # Starlette sends the report while it handles the exception
+            if message["type"] == "lifespan.startup.failed" and isinstance(error, UserError):
+                message = {**message, "message": str(error)}
+            await send(message)
+
+        await self.app(scope, receive, send_sentence if scope["type"] == "lifespan" else send)
+
+
+class BodyLimit:
+    """Ends the reading of a request's body with 413 as soon as it grows beyond `MAX_BODY_BYTES`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the request's body is larger than {MAX_BODY_BYTES} bytes")
+            return message
+
+        await self.app(scope, receive_limited if scope["type"] == "http" else receive, send)
+
+
+app = FastAPI(
+    title="GPT generation service",
+    description="Text generation with a model of one's own.",
+    lifespan=lifespan,
+    responses={422: {"model": ErrorResponse, "description": "The request is not valid."}},
+)
+app.add_middleware(BodyLimit)
+app.add_middleware(StartupErrorInOneSentence)
+
+
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An error in the service's one shape; a sentence may quote what a client sent, so it is made valid UTF-8."""
+    message = message.encode("utf-8", "replace").decode()
+    return JSONResponse({"error": {"message": message}}, status, headers)
+
+
+@app.exception_handler(AnyHTTPException)
+async def http_error(request: Request, error: AnyHTTPException) -> JSONResponse:
+    """Errors that the service or the framework raises on purpose, unknown paths and methods included."""
+    unknown = error.status_code in (404, 405)
+    message = f"there is no {request.method} {request.url.path}: see /docs" if unknown else error.detail
+    return error_response(error.status_code, message, error.headers)
+
+
+@app.exception_handler(RequestValidationError)
+async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
+    """A body that is not JSON (400), or JSON that is not a `GenerateRequest` (422)."""
+    complaints = []
+    for detail in error.errors():
+        if detail["type"] == "json_invalid":
+            return error_response(400, f"the body is not valid JSON: {detail['ctx']['error']}")
+        field = ".".join(map(str, detail["loc"][1:]))[:80]
+        complaint = detail["msg"][0].lower() + detail["msg"][1:]
+        complaints.append(f"{field}: {complaint}" if field else 'the body must be a JSON object like {"prefix": "…"}')
+    return error_response(422, "; ".join(complaints[:8]))
+
+
+@app.exception_handler(Exception)
+async def internal_error(_: Request, error: Exception) -> JSONResponse:
+    """A fault of the service; uvicorn's log has the traceback."""
+    return error_response(500, f"the service failed with {type(error).__name__}: see its log")
+
+
+async def client_left(request: Request) -> None:
+    """Return when the client has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+@app.post(
+    "/generate",
+    responses={
+        400: {"model": ErrorResponse, "description": "The body is not JSON."},
+        413: {"model": ErrorResponse, "description": "The body is too large."},
+        503: {"model": ErrorResponse, "description": "Too many requests wait; Retry-After says when to come back."},
+    },
+)
+async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
+    """Answer a question (or continue a text, if the model was only pretrained)."""
+    service: Service = request.state.service
+    answer = asyncio.create_task(service.answer(body))
+    departure = asyncio.create_task(client_left(request))
+    departure.add_done_callback(lambda _: answer.cancel())
+    try:
+        return GenerateResponse(prefix=body.prefix, generated_text=await answer)
+    except asyncio.CancelledError:
+        if departure.done():
+            raise HTTPException(499, "the client has closed the connection") from None
+        raise
+    finally:
+        departure.cancel()
+
+
+@app.get("/health")
+async def health(request: Request) -> HealthResponse:
+    """What is being served, on which device, and how many requests run and wait."""
+    service: Service = request.state.service
+    return HealthResponse(
+        status="ok",
+        model_path=str(service.settings.model_path),
+        stage=service.stage,
+        quantization=service.quantization,
+        parameters=service.parameters,
+        max_seq_len=service.model.config.max_seq_len,
+        device=str(service.settings.device),
+        num_threads=service.settings.num_threads,
+        running=len(service.queue.running),
+        waiting=len(service.queue.waiting),
+        uptime_seconds=round(time.monotonic() - service.started, 1),
+    )
