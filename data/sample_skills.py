@@ -1,0 +1,205 @@
+"""The skills of the sample world that generalise: addition, subtraction, comparing, sorting and counting.
+
+A `Skill` turns operands into a `Case`. To add one, write how operands become the fields of its templates and how a
+wrong result looks, and give it a `Wording` for each language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from data.sample_phrasings import Case, Wording
+from data.sample_world import WORDS
+
+Operands = tuple  # of numbers; of a word's row in WORDS and a count for counting
+LOWEST, HIGHEST = 10, 99  # two-digit numbers
+MOST_REPEATS = 9
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A skill whose answers follow from a rule instead of being facts to remember."""
+
+    name: str
+    draw: Callable[[Random], Operands]
+    fields: Callable[[Operands, str], dict[str, str]]  # operands, language → what the templates need
+    wrong: Callable[[Operands, Random], Operands | str]  # a wrong result, as it stands in field {b}
+    wordings: dict[str, Wording]
+
+    def case(self, operands: Operands, language: str) -> Case:
+        """The case of these operands in one language."""
+        return Case(self.name, self.name, language, operands, self.fields(operands, language), self.wordings[language])
+
+    def wrong_answer(self, case: Case, rng: Random) -> str:
+        """A plausible wrong answer: the canonical sentence with a wrong result in it."""
+        wrong = self.wrong(case.key, rng)
+        return case.say(case.wording.canonical, **(wrong if isinstance(wrong, dict) else {"b": str(wrong)}))
+
+
+def _two_numbers(rng: Random) -> Operands:
+    return rng.randint(LOWEST, HIGHEST), rng.randint(LOWEST, HIGHEST)
+
+
+def _slip(result: int, rng: Random) -> int:
+    """A result with a slip of one, two, ten or twenty; never negative."""
+    return rng.choice([wrong for slip in (1, 2, 10, 20) for wrong in (result - slip, result + slip) if wrong >= 0])
+
+
+ADDITION = Skill(
+    "addition",
+    draw=_two_numbers,
+    fields=lambda pair, _: {"x": str(pair[0]), "y": str(pair[1]), "b": str(pair[0] + pair[1])},
+    wrong=lambda pair, rng: _slip(pair[0] + pair[1], rng),
+    wordings={
+        "zh": Wording(
+            canonical="{x} + {y} = {b}。", says=("{x} + {y} = {b}",),
+            asks=("{x} + {y} = ？", "{x}加{y}等于多少？", "计算 {x} + {y}。", "求{x}与{y}的和。", "请问 {x} + {y} 等于几？",
+                  "{x} + {y} 是多少？", "把{x}和{y}加起来。", "帮我算一下 {x} + {y}。", "{x}和{y}相加得多少？",
+                  "我有{x}元，又得到{y}元，一共多少元？", "请告诉我 {x} + {y} 的结果。"),
+            held_out_asks=("{x}与{y}的和是多少？", "请计算{x}加{y}。", "你能算出 {x} + {y} 吗？"),
+        ),
+        "en": Wording(
+            canonical="{x} + {y} = {b}.", says=("{x} + {y} = {b}",),
+            asks=("{x} + {y} = ?", "What is {x} + {y}?", "Calculate {x} + {y}.", "Add {x} and {y}.", "How much is {x} plus {y}?",
+                  "{x} plus {y} is what?", "Find the sum of {x} and {y}.", "Please work out {x} + {y}.",
+                  "Could you add {x} and {y} for me?", "I have {x} coins and get {y} more; how many in all?",
+                  "Tell me the result of {x} + {y}."),
+            held_out_asks=("What is the sum of {x} and {y}?", "What is {x} plus {y}?", "Can you work out {x} + {y}?"),
+        ),
+    },
+)  # fmt: skip
+
+SUBTRACTION = Skill(
+    "subtraction",
+    draw=lambda rng: tuple(sorted(_two_numbers(rng), reverse=True)),
+    fields=lambda pair, _: {"x": str(pair[0]), "y": str(pair[1]), "b": str(pair[0] - pair[1])},
+    wrong=lambda pair, rng: _slip(pair[0] - pair[1], rng),
+    wordings={
+        "zh": Wording(
+            canonical="{x} - {y} = {b}。", says=("{x} - {y} = {b}",),
+            asks=("{x} - {y} = ？", "{x}减{y}等于多少？", "计算 {x} - {y}。", "求{x}与{y}的差。", "请问 {x} - {y} 等于几？",
+                  "{x} - {y} 是多少？", "从{x}里减去{y}。", "帮我算一下 {x} - {y}。", "{x}减去{y}得多少？",
+                  "我有{x}元，花掉{y}元，还剩多少元？", "请告诉我 {x} - {y} 的结果。"),
+            held_out_asks=("{x}与{y}的差是多少？", "请计算{x}减{y}。", "你能算出 {x} - {y} 吗？"),
+        ),
+        "en": Wording(
+            canonical="{x} - {y} = {b}.", says=("{x} - {y} = {b}",),
+            asks=("{x} - {y} = ?", "What is {x} - {y}?", "Calculate {x} - {y}.", "From {x} take away {y}.",
+                  "How much is {x} minus {y}?", "{x} minus {y} is what?", "Find the difference of {x} and {y}.",
+                  "Please work out {x} - {y}.", "Could you take {y} from {x} for me?",
+                  "I had {x} coins and spent {y}; how many are left?", "Tell me the result of {x} - {y}."),
+            held_out_asks=("What is the difference of {x} and {y}?", "What is {x} minus {y}?", "Can you work out {x} - {y}?"),
+        ),
+    },
+)  # fmt: skip
+
+_COMPARED = {"zh": {"larger": "大", "smaller": "小"}, "en": {"larger": "larger", "smaller": "smaller"}}
+
+
+def _draw_comparison(rng: Random) -> Operands:
+    first, second = rng.sample(range(LOWEST, HIGHEST + 1), 2)
+    return first, second, rng.choice(("larger", "smaller"))
+
+
+def _comparison_fields(operands: Operands, language: str) -> dict[str, str]:
+    x, y, which = operands
+    first, second = (max(x, y), min(x, y)) if which == "larger" else (min(x, y), max(x, y))
+    return {"x": str(x), "y": str(y), "w": _COMPARED[language][which], "b": str(first), "c": str(second)}
+
+
+COMPARING = Skill(
+    "comparing",
+    draw=_draw_comparison,
+    fields=_comparison_fields,
+    wrong=lambda operands, rng: {  # the two numbers exchanged
+        "b": _comparison_fields(operands, "en")["c"],
+        "c": _comparison_fields(operands, "en")["b"],
+    },
+    wordings={
+        "zh": Wording(
+            canonical="{b}比{c}{w}。", says=("{b}比{c}{w}",),
+            asks=("{x}和{y}哪个{w}？", "{x}和{y}，哪个更{w}？", "{x}与{y}谁{w}？", "比较{x}和{y}，找出{w}的数。",
+                  "请问{x}和{y}中哪个数{w}？", "{x}、{y}，哪个数更{w}？", "在{x}和{y}里选出更{w}的数。",
+                  "请告诉我{x}和{y}哪个比较{w}。", "哪个数更{w}，{x}还是{y}？", "{x}还是{y}{w}？"),
+            held_out_asks=("{x}与{y}相比，哪个{w}？", "我想知道{x}和{y}哪个数{w}。", "你知道{x}和{y}哪个更{w}吗？"),
+        ),
+        "en": Wording(
+            canonical="{b} is {w} than {c}.", says=("{b} is {w} than {c}",),
+            asks=("Which is {w}, {x} or {y}?", "Which number is {w}: {x} or {y}?", "{x} or {y}: which is {w}?",
+                  "Compare {x} and {y}; name the {w} one.", "Of {x} and {y}, which is the {w} number?",
+                  "Name the {w} of {x} and {y}.", "Please pick the {w} number from {x} and {y}.",
+                  "Tell me which is {w}, {x} or {y}.", "Is {x} or {y} the {w} number?", "The {w} of {x} and {y}, please."),
+            held_out_asks=("Which one is {w}, {x} or {y}?", "Pick the {w} one of {x} and {y}.",
+                           "Which of {x} and {y} is the {w} number?"),
+        ),
+    },
+)  # fmt: skip
+
+
+def _draw_list(rng: Random) -> Operands:
+    return tuple(rng.sample(range(LOWEST, HIGHEST + 1), rng.choice((3, 4))))
+
+
+def _wrong_order(numbers: Operands, rng: Random) -> str:
+    ordered = sorted(numbers)
+    place = rng.randrange(len(ordered) - 1)
+    ordered[place], ordered[place + 1] = ordered[place + 1], ordered[place]
+    return " < ".join(map(str, ordered))
+
+
+SORTING = Skill(
+    "sorting",
+    draw=_draw_list,
+    fields=lambda numbers, language: {
+        "x": ("、" if language == "zh" else ", ").join(map(str, numbers)),
+        "b": " < ".join(map(str, sorted(numbers))),
+    },
+    wrong=_wrong_order,
+    wordings={
+        "zh": Wording(
+            canonical="{b}。", says=("{x}从小到大是 {b}",),
+            asks=("把{x}从小到大排列。", "请将{x}按从小到大排序。", "{x}从小到大怎么排？", "给{x}排序。", "{x}，从小到大排一排。",
+                  "请帮我把这些数从小到大排好：{x}", "从小到大排列：{x}", "将{x}由小到大排序。", "排序：{x}",
+                  "能不能把{x}从小到大排好？"),
+            held_out_asks=("请把{x}从小到大排列。", "将这些数从小到大排序：{x}", "请给{x}从小到大排序。"),
+        ),
+        "en": Wording(
+            canonical="{b}.", says=("{x} in order: {b}",),
+            asks=("Sort {x}.", "Sort {x} from small to large.", "Put {x} in order.", "Arrange {x} from small to large.",
+                  "What is {x} in ascending order?", "Please order {x} from small to large.", "Order these numbers: {x}",
+                  "From small to large, please: {x}", "Could you sort {x} for me?", "Sort these numbers: {x}"),
+            held_out_asks=("Please sort {x}.", "Arrange these numbers from small to large: {x}", "Could you put {x} in order?"),
+        ),
+    },
+)  # fmt: skip
+
+COUNTING = Skill(
+    "counting",
+    draw=lambda rng: (rng.randrange(len(WORDS)), rng.randint(2, MOST_REPEATS)),
+    fields=lambda operands, language: {
+        "a": (word := WORDS[operands[0]][0 if language == "zh" else 1]),
+        "x": " ".join([word] * operands[1]),
+        "b": str(operands[1]),
+    },
+    wrong=lambda operands, rng: rng.choice([n for n in range(2, MOST_REPEATS + 1) if n != operands[1]]),
+    wordings={
+        "zh": Wording(
+            canonical="{a}出现了{b}次。", says=("{x}：{a}出现了{b}次",),
+            asks=("数一数： {x}", "下面的词出现了几次？ {x}", "请数一数这个词出现了几次： {x}", "几次？ {x}", "请数出次数： {x}",
+                  "这里有几个词？ {x}", "帮我数一下： {x}", "一共有几个？ {x}", "数数看： {x}", "这个词重复了多少次？ {x}"),
+            held_out_asks=("请数一下有几个： {x}", "这个词出现了多少次？ {x}", "请帮我数一数几次： {x}"),
+        ),
+        "en": Wording(
+            canonical="The word {a} appears {b} times.", says=("{x}: the word {a} appears {b} times",),
+            asks=("Count: {x}", "Count the words: {x}", "How many times does the word appear? {x}", "How many? {x}",
+                  "Please count: {x}", "How many words are here? {x}", "How often does it appear: {x}", "Count these for me: {x}",
+                  "Tell me how many times the word appears: {x}", "Could you count this? {x}"),
+            held_out_asks=("Please count these words: {x}", "How many times does it appear? {x}", "How many words do you count? {x}"),
+        ),
+    },
+)  # fmt: skip
+
+SKILLS: tuple[Skill, ...] = (ADDITION, SUBTRACTION, COMPARING, SORTING, COUNTING)
+PAIR_SKILLS = (ADDITION, SUBTRACTION, COMPARING)
