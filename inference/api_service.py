@@ -284,10 +284,7 @@ class BodyLimit:
 
 
 app = FastAPI(
-    title="GPT generation service",
-    description="Text generation with a model of one's own.",
-    lifespan=lifespan,
-    responses={422: {"model": ErrorResponse, "description": "The request is not valid."}},
+    title="GPT generation service", description="Text generation with a model of one's own.", lifespan=lifespan
 )
 app.add_middleware(BodyLimit)
 app.add_middleware(StartupErrorInOneSentence)
@@ -337,6 +334,7 @@ async def client_left(request: Request) -> None:
     responses={
         400: {"model": ErrorResponse, "description": "The body is not JSON."},
         413: {"model": ErrorResponse, "description": "The body is too large."},
+        422: {"model": ErrorResponse, "description": "The body is JSON, but not a valid request."},
         503: {"model": ErrorResponse, "description": "Too many requests wait; Retry-After says when to come back."},
     },
 )
