@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
-from gpt_model import IGNORED_LABEL
 from conversation_data import Message, load_conversations, load_pairs
+from gpt_model import IGNORED_LABEL
 from text_files import iter_documents, resolve_files
 
 Batch = dict[str, torch.Tensor]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
@@ -54,6 +54,8 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, o
 @dataclass
 class TrainingConfig:
     """Settings that all trainers share."""
+
+    given: ClassVar[frozenset[str]] = frozenset()  # names of the options that the user gave, see `parse_config`
 
     output_dir: str = option("models/run", "folder for checkpoints, metrics and curves")
     epochs: float = option(1.0, "passes over the training data, if --max_steps is 0")
@@ -92,7 +94,7 @@ class TrainingConfig:
             for name, least in (
                 *((name, 1) for name in ("batch_size", "grad_accum_steps", "keep_checkpoints", "log_interval")),
                 *((name, 0) for name in ("max_steps", "eval_interval", "save_interval", "patience", "num_threads")),
-                ("max_seq_len", 2),
+                ("max_seq_len", 0),
             )
             if getattr(self, name) < least
         ]
@@ -159,8 +161,9 @@ class TrainingLoop:
         device: from `prepare_machine`.
         lengths: tokens of each training sample, to batch similar lengths together.
         score: extra figures at evaluations, computed from (model, {"val_loss": …}).
-        extra: recorded in checkpoints beside the standard fields.
     """
+
+    shown = ("loss", "lr")  # what stands beside the progress bar
 
     def __init__(
         self,
@@ -174,11 +177,10 @@ class TrainingLoop:
         device: torch.device,
         lengths: list[int] | None = None,
         score: Callable[[nn.Module, dict[str, float]], dict[str, float]] | None = None,
-        extra: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.gpt_config, self.tokenizer, self.stage = config, gpt_config, tokenizer, stage
         self.train_data, self.val_data, self.device = train_data, val_data, device
-        self.score, self.extra = score, extra or {}
+        self.score = score
         self.folder = Path(config.output_dir)
         self.best_path = self.folder / f"{stage}_best.pth"
         self.checkpoint_folder = self.folder / "checkpoints"
@@ -194,8 +196,7 @@ class TrainingLoop:
             model, self.optimizers, self.precision, device, config.max_grad_norm, config.max_skipped_steps
         )
         self.ranks = distributed.world_size()
-        global_batch = config.batch_size * config.grad_accum_steps * self.ranks
-        self.order = BatchOrder(len(train_data), global_batch, config.seed, lengths)
+        self.order = BatchOrder(len(train_data), self.global_batch(), config.seed, lengths)
         self.max_steps = config.max_steps or max(1, math.ceil(config.epochs * self.order.steps_per_epoch))
         self.warmup_steps = config.warmup_steps if config.warmup_steps >= 0 else max(10, self.max_steps // 50)
         self.warmup_steps = min(self.warmup_steps, self.max_steps // 2)
@@ -206,6 +207,10 @@ class TrainingLoop:
         self.best: dict[str, float] = {}
         self.evaluations_without_improvement = 0
         self.seconds = 0.0
+
+    def global_batch(self) -> int:
+        """Samples of one step over all accumulation steps and ranks."""
+        return self.config.batch_size * self.config.grad_accum_steps * self.ranks
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -238,20 +243,19 @@ class TrainingLoop:
         tokens = skipped_seconds = 0.0
         interval_start = start = time.perf_counter()
         elapsed_before = self.seconds
-        loss = math.nan
         try:
             with StopSignal() as stop:
                 while self.step < self.max_steps:
-                    loss, grad_norm, lr, n_tokens = self.train_step()
-                    tokens += n_tokens
-                    log.advance(loss=loss, lr=lr)
-                    if not math.isfinite(grad_norm + loss):
+                    record = self.train_step()
+                    tokens += record.pop("tokens")
+                    log.advance(**{key: record[key] for key in self.shown})
+                    if not math.isfinite(record["grad_norm"] + record["loss"]):
                         log.say(f"step {self.step}: loss or gradient not finite, step skipped ({self.updater.skipped})")
                     last = self.step == self.max_steps
                     if self.step % config.log_interval == 0 or last or self.step == 1:
-                        seconds = time.perf_counter() - interval_start - skipped_seconds
-                        record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens / seconds}
-                        record |= {"mfu": tokens / seconds * flops / peak, "skipped_steps": self.updater.skipped}
+                        rate = tokens / (time.perf_counter() - interval_start - skipped_seconds)
+                        record |= {"tokens_per_second": rate, "mfu": rate * flops / peak}
+                        record["skipped_steps"] = self.updater.skipped
                         record["memory_mib"] = peak_memory_bytes(self.device) / 2**20
                         log.log(self.step, record)
                         interval_start, tokens, skipped_seconds = time.perf_counter(), 0.0, 0.0
@@ -281,33 +285,49 @@ class TrainingLoop:
             ) from error
         finally:
             log.close()
-        return self.best or {"loss": loss}
+        return self.best
 
-    def train_step(self) -> tuple[float, float, float, int]:
-        """One optimiser step; returns the global loss, the gradient norm, the learning rate and the tokens read."""
-        size, accumulation = self.config.batch_size, self.config.grad_accum_steps
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step; returns the global `loss`, `lr`, `grad_norm` and the number of `tokens` read."""
         self.parallel_model.train()
+        size, accumulation = self.config.batch_size, self.config.grad_accum_steps
         indices = self.order.batch(self.step)
         parts = [indices[(k * self.ranks + distributed.rank()) * size :][:size] for k in range(accumulation)]
         batches = [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
-        counts = [self.train_data.count(batch) for batch in batches]
+        means = self.accumulate(batches, [self.train_data.count(batch) for batch in batches])
+        lr = self.learning_rate()
+        grad_norm = self.updater.step(lr, means["loss"])
+        self.step += 1
+        tokens = sum(int(batch["input_ids"].ne(self.tokenizer.pad_token_id).sum()) for batch in batches)
+        return {**means, "lr": lr, "grad_norm": grad_norm, "tokens": tokens * self.ranks}
+
+    def accumulate(self, batches: list[Batch], counts: list[int]) -> dict[str, float]:
+        """Forward and backward passes of the micro-batches of one step on this rank.
+
+        Each is weighted by its share of the items of the global batch, so that the gradients add up to those of the
+        mean over all items on all ranks.
+
+        Returns:
+            the global means of the loss and of every other scalar that the model returns.
+        """
         total = distributed.sum_over_ranks(float(sum(counts)), self.device)
-        loss_sum, n_tokens = torch.zeros((), device=self.device), 0
+        sums: dict[str, torch.Tensor] = {}
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
-            n_tokens += int(batch["input_ids"].ne(self.tokenizer.pad_token_id).sum())
-            with self._synchronised(number == accumulation):
+            with self._synchronised(number == len(batches)):
                 with self.updater.autocast():
-                    loss = self.parallel_model(**self._to_device(batch))["loss"]
+                    output = self.parallel_model(**self._to_device(batch))
                 # Data parallelism averages gradients over ranks; a sum is wanted
-                self.updater.backward(loss * (count / total * self.ranks))
-            loss_sum += loss.detach() * count
-        loss = distributed.sum_over_ranks(float(loss_sum), self.device) / total
-        lr = self.config.lr * learning_rate_factor(
+                self.updater.backward(output["loss"] * (count / total * self.ranks))
+            for name, value in output.items():
+                if torch.is_tensor(value) and value.ndim == 0:
+                    sums[name] = sums.get(name, 0.0) + value.detach() * count
+        return {name: distributed.sum_over_ranks(float(value), self.device) / total for name, value in sums.items()}
+
+    def learning_rate(self) -> float:
+        """The learning rate of the step to come."""
+        return self.config.lr * learning_rate_factor(
             self.config.schedule, self.step, self.max_steps, self.warmup_steps, self.config.min_lr_ratio
         )
-        grad_norm = self.updater.step(lr, loss)
-        self.step += 1
-        return loss, grad_norm, lr, n_tokens * self.ranks
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -333,7 +353,7 @@ class TrainingLoop:
         metrics = self.evaluate()
         if self.score is not None:
             metrics |= self.score(self.model, metrics)
-        improved = not metrics or metrics["val_loss"] < self.best.get("val_loss", math.inf)
+        improved = not metrics or not self.best or self.is_better(metrics, self.best)
         if improved:
             self.best = {**metrics, "step": self.step}
             self.evaluations_without_improvement = 0
@@ -346,14 +366,22 @@ class TrainingLoop:
             log.say(f"step {self.step}: {figures}{' (best so far)' if improved else ''}")
         return 0 < self.config.patience <= self.evaluations_without_improvement
 
+    def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
+        """Whether an evaluation beats the best one so far."""
+        return metrics["val_loss"] < best["val_loss"]
+
     # --------------------------------------------------------------------------------------------- saving, resuming
 
     def save_model(self, path: Path) -> None:
         """Write the model alone, in the checkpoint format."""
-        state = get_model_state_dict(self.model, options=WHOLE)
+        state = self.published_state()
         if distributed.is_main():
             self._write(path, state, None)
         distributed.barrier()
+
+    def published_state(self) -> dict[str, torch.Tensor]:
+        """The weights that the best checkpoint consists of."""
+        return get_model_state_dict(self.model, options=WHOLE)
 
     def save(self) -> None:
         """Write everything that exact resuming needs and drop the oldest checkpoints."""
@@ -383,7 +411,6 @@ class TrainingLoop:
             step=self.step,
             metrics=self.best,
             training_state=training_state,
-            **self.extra,
         )
 
     def _run_identity(self) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""Everything that comes after pretraining, by `--mode`.
+
+    python finetune.py --mode sft    --data_path data/sft/sft_data.json --pretrained_model models/pretrain/pretrain_best.pth
+    python finetune.py --mode reward --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
+    python finetune.py --mode ppo    --reward_model models/reward/reward_best.pth
+    python finetune.py --mode rlhf   # the reward model, then PPO
+
+`python finetune.py --mode sft --help` lists the options of a mode.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import distributed
+from alignment.ppo import PPOConfig, rlhf_ppo
+from alignment.reward_model import RewardConfig, RewardModel, train_reward_model
+from alignment.sft import SFTConfig, sft_finetune
+from command_line import UserError, parse_config, run_main
+
+__all__ = ["RewardModel", "rlhf_ppo", "sft_finetune", "train_reward_model"]
+
+MODES = {
+    "sft": (SFTConfig, sft_finetune, "Supervised fine-tuning on instruction data."),
+    "reward": (RewardConfig, train_reward_model, "Train a reward model on preference pairs."),
+    "ppo": (PPOConfig, rlhf_ppo, "Align with preferences by PPO, given a reward model."),
+    "rlhf": (PPOConfig, rlhf_ppo, "Train a reward model, then align with preferences by PPO."),
+}
+
+
+def split_mode(argv: list[str]) -> tuple[str, list[str]]:
+    """Take `--mode NAME` (or `--mode=NAME`) out of the arguments."""
+    modes = f"one of {', '.join(MODES)}"
+    for index, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name == "--mode":
+            rest = argv[:index] + argv[index + (1 if equals else 2) :]
+            value = value if equals else "".join(argv[index + 1 : index + 2])
+            if value not in MODES:
+                raise UserError(f"--mode {value or '(empty)'} is not known; it must be {modes}")
+            return value, rest
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        sys.exit(0)
+    raise UserError(f"--mode is missing; it must be {modes}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    mode, rest = split_mode(sys.argv[1:] if argv is None else argv)
+    config_class, run, description = MODES[mode]
+    config = parse_config(config_class, rest, description=description)
+    if mode == "ppo" and not config.reward_model:
+        raise UserError("--mode ppo needs --reward_model PATH; --mode rlhf trains one first")
+    run(config)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    run_main(main)

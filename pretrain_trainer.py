@@ -1,0 +1,271 @@
+"""Pretraining: a language model from raw text.
+
+    python pretrain_trainer.py                                   # sample data, a size that suits the machine
+    python pretrain_trainer.py --train_data_dir my_texts/ --val_fraction 0.02 --preset small
+    torchrun --nproc_per_node=2 pretrain_trainer.py …            # several processes
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import distributed
+from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import load_checkpoint, load_weights, require_same_model
+from command_line import UserError, option, parse_config, run_main
+from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
+from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
+from text_files import iter_documents, resolve_files
+from training_loop import TrainingConfig, TrainingLoop, prepare_machine
+
+SAMPLE_TRAIN, SAMPLE_VAL = "data/pretrain/train", "data/pretrain/val"
+DEFAULT_VAL_FRACTION = 0.05
+
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    """Settings of a pretraining run."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "tiny": dict(d_model=192, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=128, batch_size=32, lr=4e-3),
+        "small": dict(d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, max_seq_len=512, batch_size=32, lr=2e-3),
+        "gpt2": dict(
+            architecture="gpt2", d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, max_seq_len=1024, batch_size=8,
+            grad_accum_steps=60, lr=6e-4, optimizer="adamw",
+        ),
+        "medium": dict(
+            d_model=1024, n_layers=24, n_heads=16, n_kv_heads=8, max_seq_len=1024, batch_size=8, grad_accum_steps=60,
+            lr=1e-3,
+        ),
+    }  # fmt: skip
+
+    train_data_dir: str = option(SAMPLE_TRAIN, "training text: a file, a folder, or a name without its ending")
+    val_data_dir: str = option("", "validation text; empty: the sample's own, or --val_fraction of the training text")
+    val_fraction: float = option(0.0, "share of the training documents set aside, if there is no validation text")
+    tokenizer_dir: str = option("models/bpe_tokenizer", "folder of the tokenizer")
+    output_dir: str = option("models/pretrain", "folder for checkpoints, metrics and curves")
+    shard_dir: str = option("models/token_shards", "folder for the tokenized text, which is made once and reused")
+    architecture: str = option("modern", "modern (Qwen3-like) or gpt2", choices=tuple(ARCHITECTURES))
+    depth: int = option(0, "one dial: layers; sets width, heads, learning rate, batch and steps to match")
+    d_model: int = option(192, "width of the model")
+    n_layers: int = option(4, "number of layers")
+    n_heads: int = option(4, "attention heads")
+    n_kv_heads: int = option(0, "key/value heads; 0 means as many as --n_heads")
+    d_ff: int = option(0, "inner width of the feed-forward network; 0 means the architecture's usual one")
+    dropout: float = option(0.0, "dropout in training")
+    position: str = option("", "learned, rotary or sinusoidal; empty: the architecture's own")
+    optimizer: str = option("muon", "adamw, or muon for hidden matrices beside adamw", choices=("adamw", "muon"))
+    max_seq_len: int = option(128, "context length, in tokens")
+    batch_size: int = option(32, "windows of one forward pass on one rank")
+    lr: float = option(4e-3, "peak learning rate")
+    epochs: float = option(4.0, "passes over the training text, if --max_steps is 0")
+    sample_tokens: int = option(48, "tokens of the sample texts that are written at every evaluation; 0: none")
+
+    def validate(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        complaints = super().validate()
+        if not 0 <= self.val_fraction < 1:
+            complaints.append(f"--val_fraction must be between 0 and 1, not {self.val_fraction}")
+        if self.depth < 0:
+            complaints.append(f"--depth must not be negative, not {self.depth}")
+        if not complaints:
+            try:
+                self.model_config(vocab_size=4096, pad_token_id=1)
+            except ValueError as error:
+                complaints.append(str(error))
+        return complaints
+
+    def model_config(self, vocab_size: int, pad_token_id: int) -> GPTConfig:
+        """The model that these settings describe."""
+        return GPTConfig.for_architecture(
+            self.architecture,
+            vocab_size=vocab_size,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads or None,
+            d_ff=self.d_ff or None,
+            max_seq_len=self.max_seq_len,
+            dropout=self.dropout,
+            pad_token_id=pad_token_id,
+            **({"position": self.position} if self.position else {}),
+        )
+
+
+def turn_depth_dial(config: PretrainConfig) -> str:
+    """Set what follows from `--depth`, except what the user gave; returns a sentence that says all of it.
+
+    Width is 64 a layer with heads of 64; the learning rate falls with the square root of the width; the batch holds
+    about 2^14 tokens on a CPU-sized model and grows with the parameters; training reads 20 tokens a parameter
+    (Chinchilla, arXiv:2203.15556).
+    """
+    depth = config.depth
+    seq_len = config.max_seq_len if "max_seq_len" in config.given else min(2048, 128 * max(1, depth // 2))
+    body = 12 * depth * (64 * depth) ** 2  # parameters of the layers, nearly
+    batch_tokens = 2 ** round(math.log2(min(2**19, max(2**12, body**0.5 * 4))))
+    micro_batch = max(1, min(32, batch_tokens // seq_len))
+    derived = dict(
+        n_layers=depth,
+        d_model=64 * depth,
+        n_heads=depth,
+        n_kv_heads=depth // 2 if depth % 2 == 0 else depth,
+        max_seq_len=seq_len,
+        lr=float(f"{4e-3 * (192 / (64 * depth)) ** 0.5:.2g}"),
+        batch_size=micro_batch,
+        grad_accum_steps=max(1, batch_tokens // (micro_batch * seq_len)),
+        max_steps=0 if "epochs" in config.given else max(100, 20 * body // batch_tokens),
+    )
+    overridden = [f"{name} {getattr(config, name)}" for name in derived if name in config.given]
+    for name, value in derived.items():
+        if name not in config.given:
+            setattr(config, name, value)
+    chosen = ", ".join(f"{name} {getattr(config, name)}" for name in derived if name not in config.given)
+    return f"depth {depth}: {chosen}" + (f"; as you said: {', '.join(overridden)}" if overridden else "")
+
+
+class GPTTrainer:
+    """Pretrains a GPT from a `PretrainConfig`: tokenizer, data, model and loop put together."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.device = prepare_machine(config)
+        resolve_files(config.train_data_dir)
+        if distributed.is_main():
+            self.tokenizer = load_or_train_tokenizer(config)
+            train_shards, val_shards = self._tokenize()  # the other ranks then find the shards on the disk
+        distributed.barrier()
+        if not distributed.is_main():
+            self.tokenizer = load_or_train_tokenizer(config)
+            train_shards, val_shards = self._tokenize()
+        pad_token_id = self.tokenizer.pad_token_id
+        gpt_config = config.model_config(len(self.tokenizer), 0 if pad_token_id is None else pad_token_id)
+        self.model = GPTModel.from_config(gpt_config)
+        self.val_shards = val_shards
+        self.loop = TrainingLoop(
+            config,
+            self.model,
+            gpt_config,
+            self.tokenizer,
+            "pretrain",
+            GPTPretrainDataset(train_shards, config.max_seq_len, config.train_data_dir),
+            GPTPretrainDataset(val_shards, config.max_seq_len, "the validation text"),
+            self.device,
+            score=self._score,
+        )
+        self.train_shards = train_shards
+
+    def _tokenize(self) -> tuple[TokenShards, TokenShards]:
+        config, tokenizer = self.config, self.tokenizer
+        val_path = config.val_data_dir or (SAMPLE_VAL if config.train_data_dir == SAMPLE_TRAIN else "")
+        if val_path:
+            return (
+                tokenize_to_shards(config.train_data_dir, tokenizer, config.shard_dir),
+                tokenize_to_shards(val_path, tokenizer, config.shard_dir),
+            )
+        if not config.val_fraction:
+            config.val_fraction = DEFAULT_VAL_FRACTION
+            print(f"no validation text given: {config.val_fraction:.0%} of the documents are set aside", flush=True)
+        return tuple(
+            tokenize_to_shards(
+                config.train_data_dir, tokenizer, config.shard_dir, part=part, val_fraction=config.val_fraction
+            )
+            for part in ("train", "val")
+        )
+
+    def _score(self, model: GPTModel, metrics: dict[str, float]) -> dict[str, float]:
+        """Bits per byte of the raw text, which compares models of different tokenizers; and samples, to be read."""
+        n_predicted = self.val_shards.n_tokens - 1
+        bits_per_byte = metrics["val_loss"] * n_predicted / math.log(2) / self.val_shards.n_bytes
+        if self.config.sample_tokens and distributed.is_main():
+            self._write_samples(model)
+        return {"val_bpb": bits_per_byte}
+
+    def _write_samples(self, model: GPTModel, n_samples: int = 3) -> None:
+        """Continue the beginnings of validation documents, into `samples.txt`."""
+        start = self.val_shards.slice(0, 8 * n_samples)
+        prompts = torch.tensor(start.astype("int64")).view(n_samples, 8).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        output = model.generate(
+            prompts,
+            self.config.sample_tokens,
+            top_k=50,
+            temperature=0.8,
+            attention_mask=torch.ones_like(prompts),
+            eos_token_id=self.tokenizer.eos_token_id,
+            generator=generator,
+        )
+        path = Path(self.config.output_dir) / "samples.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"--- step {self.loop.step}\n")
+            for prompt, ids in zip(prompts.tolist(), output.tolist(), strict=True):
+                file.write(f"{self.tokenizer.decode(prompt)} → {self.tokenizer.decode(ids[len(prompt) :])}\n")
+
+    def train(self, resume_from: str | None = None) -> dict[str, float]:
+        """Train to the end and return the metrics of the best model.
+
+        Args:
+            resume_from: "auto" or a checkpoint to continue from; None takes what the configuration says.
+        """
+        if resume_from is not None:
+            self.config.resume = resume_from
+        return self.loop.train()
+
+    def save_model(self, path: str | Path) -> None:
+        """Write the model as it is now."""
+        self.loop.save_model(Path(path))
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Take the weights of a checkpoint of the same architecture and tokenizer; training starts from them."""
+        content = load_checkpoint(path)
+        require_same_model(content, self.loop.gpt_config, self.tokenizer, Path(path))
+        load_weights(self.model, content["model"], path)
+
+
+def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
+    """The tokenizer of `--tokenizer_dir`. The default folder is filled from the training text if it is not there."""
+    if (Path(config.tokenizer_dir) / "tokenizer.json").is_file() or "tokenizer_dir" in config.given:
+        return ByteLevelBPETokenizer.from_pretrained(config.tokenizer_dir)
+    print(f"no tokenizer in {config.tokenizer_dir} yet: training one of 4096 tokens on {config.train_data_dir}")
+    tokenizer = ByteLevelBPETokenizer(vocab_size=4096)
+    tokenizer.train(iter_documents(config.train_data_dir), min_frequency=2)
+    tokenizer.save(config.tokenizer_dir)
+    return tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    config = parse_config(PretrainConfig, argv, description="Pretrain a GPT on raw text.")
+    if config.depth:
+        dial = turn_depth_dial(config)
+        complaints = config.validate()
+        if complaints:
+            raise UserError("; ".join(complaints))
+    trainer = GPTTrainer(config)
+    loop = trainer.loop
+    if distributed.is_main():
+        if config.depth:
+            print(dial)
+        print(
+            f"model: {config.architecture}, {trainer.model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{len(trainer.tokenizer)} tokens in the vocabulary; data: {trainer.train_shards.n_tokens:,} tokens; "
+            f"{loop.max_steps} steps of {loop.order.batch_size * config.max_seq_len:,} tokens on {trainer.device} "
+            f"in {str(loop.precision).removeprefix('torch.')}",
+            flush=True,
+        )
+    best = trainer.train()
+    if distributed.is_main():
+        print(
+            f"pretrained: {loop.best_path}, validation loss {best['val_loss']:.4f} nats a token, "
+            f"{best['val_bpb']:.4f} bits a byte, {loop.seconds:.0f} s; curves in {loop.folder / 'curves.png'}"
+        )
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    run_main(main)
