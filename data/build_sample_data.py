@@ -23,10 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, check_answer
 from data.leak_proof import HeldOutOperands, normalise, prove_no_leak
-from data.sample_phrasings import LANGUAGES, RELATIONS, Case, Relation
-from data.sample_skills import (
-    ADDITION, COMPARING, COUNTING, HIGHEST, LOWEST, PAIR_SKILLS, SKILLS, SORTING, SUBTRACTION, Skill,
-)  # fmt: skip
+from data.sample_cases import LANGUAGES, Case, Relation
+from data.sample_phrasings import RELATIONS
+from data.sample_skills import PAIR_SKILLS, SKILLS, SORTING, Skill
 from data.sample_world import WORDS
 
 SEED = "sample world 1"
@@ -37,7 +36,7 @@ SKILL_INSTRUCTIONS = 150  # records a language for each skill that generalises
 FACT_INSTRUCTIONS = 2  # records for each fact and language, more where a relation has few facts
 QUESTIONS_IN_TEXT = 3  # how often the pretraining text asks for each fact
 CANONICAL_IN_TEXT = 2  # how often it states the fact in the canonical form, besides each other form once
-PRACTICE = {"addition": 8000, "subtraction": 6000, "comparing": 2000, "sorting": 2400, "counting": 700}
+PRACTICE = {"addition": 4000, "subtraction": 3000, "comparing": 1000, "sorting": 1200, "counting": 350}  # a language
 DEFECTS = ("wrong", "cut_off", "repetitive", "rude", "plain")
 
 
@@ -74,10 +73,8 @@ class World:
 
     def _hold_out_facts(self, skill: str, language: str) -> None:
         rng = rng_for(f"held-out facts/{skill}/{language}")
-        by_relation = [
-            rng.sample(cases, len(cases))
-            for cases in ([c for c in self.facts[language] if c.relation == r.name] for r in RELATIONS if r.skill == skill)
-        ]
+        relations = [relation for relation in RELATIONS if relation.skill == skill]
+        by_relation = [rng.sample(relation.cases(language), len(relation.cases(language))) for relation in relations]
         cases = [next(cases_of) for cases_of in _take_turns(by_relation, TESTS + PREFERENCE_TESTS)]
         for number, case in enumerate(cases):
             if number < TESTS // 2:
@@ -115,7 +112,7 @@ class World:
         """Draw operands and hold them out, in every order and in both languages."""
         while True:
             operands = skill.draw(rng)
-            if self.operands.found_in(skill.case(operands, "en").answer) is None and len(set(operands)) == len(operands):
+            if not self.shows_held_out(skill.case(operands, "en")) and len(set(operands)) == len(operands):
                 break
         if skill in PAIR_SKILLS:
             self.operands.pairs.add(frozenset(operands[:2]))
@@ -125,16 +122,19 @@ class World:
             self.operands.counts.update((word, operands[1]) for word in WORDS[operands[0]])
         return operands
 
+    def shows_held_out(self, case: Case) -> bool:
+        """Whether operands that are held out stand in this case, asked or answered."""
+        return self.operands.found_in(f"{case.fields.get('x', '')}。{case.answer}") is not None
+
     def training_case(self, skill: Skill, language: str, rng: Random) -> Case:
         """Draw operands that are not held out."""
-        while True:
-            case = skill.case(skill.draw(rng), language)
-            if self.operands.found_in(f"{case.say('{x}')}。{case.answer}") is None:
-                return case
+        while self.shows_held_out(case := skill.case(skill.draw(rng), language)):
+            pass
+        return case
 
     def wrong_answer(self, case: Case, rng: Random) -> str:
         """A wrong answer that shows nothing held out, unless the case itself is held out."""
-        held_out = self.operands.found_in(f"{case.fields.get('x', '')}。{case.answer}") is not None
+        held_out = self.shows_held_out(case)
         while True:
             wrong = self.sources[case.relation].wrong_answer(case, rng)
             if held_out or self.operands.found_in(wrong) is None:
@@ -231,18 +231,13 @@ def _practice(world: World, skill: Skill) -> Iterator[str]:
 
 
 def _practice_cases(world: World, skill: Skill, language: str, rng: Random) -> list[Case]:
-    """Half of the examples of a skill: every pair of numbers where they can be had, else drawn ones."""
-    numbers = range(LOWEST, HIGHEST + 1)
-    if skill is ADDITION or skill is SUBTRACTION:
-        operands = [(x, y) for x in numbers for y in numbers if x >= y or skill is ADDITION]
-    elif skill is COUNTING:
-        operands = [(word, count) for word in range(len(WORDS)) for count in range(2, 10)]
-    else:
-        return [world.training_case(skill, language, rng) for _ in range(PRACTICE[skill.name] // 2)]
-    rng.shuffle(operands)
-    cases = (skill.case(pair, language) for pair in operands)
-    free = [case for case in cases if world.operands.found_in(f"{case.say('{x}')}。{case.answer}") is None]
-    return free[: PRACTICE[skill.name] // 2]
+    """The examples of a skill in one language: all there are, in random order, where they can be listed."""
+    count = PRACTICE[skill.name]
+    if skill.all_operands is None:
+        return [world.training_case(skill, language, rng) for _ in range(count)]
+    cases = [skill.case(operands, language) for operands in skill.all_operands]
+    cases = [case for case in cases if not world.shows_held_out(case)]
+    return rng.sample(cases, min(count, len(cases)))
 
 
 # ------------------------------------------------------------------------------------------- instructions, preferences
@@ -256,7 +251,8 @@ def instruction_records(world: World) -> list[dict]:
         for case in world.facts[language]:
             siblings = sum(other.relation == case.relation for other in world.facts[language])
             askable = [template for template in case.wording.asks if world.may_ask(case, template)]
-            asked += [(case, template) for template in rng.sample(askable, max(FACT_INSTRUCTIONS, min(6, 50 // siblings)))]
+            count = max(FACT_INSTRUCTIONS, min(6, 50 // siblings))
+            asked += [(case, template) for template in rng.sample(askable, count)]
         for skill in SKILLS:
             for number in range(SKILL_INSTRUCTIONS):
                 case = world.training_case(skill, language, rng)
@@ -276,7 +272,7 @@ def instruction_records(world: World) -> list[dict]:
 def _with_manner(case: Case, manner: str, rng: Random, sentence: str | None = None) -> str:
     """The answer (or another sentence), plain or with a courteous or rude phrase after it."""
     sentence = case.answer if sentence is None else sentence
-    phrases = {"plain": ("",), "courteous": COURTEOUS_CLOSINGS[case.language], "rude": RUDE_PHRASES[case.language]}[manner]
+    phrases = {"plain": {}, "courteous": COURTEOUS_CLOSINGS, "rude": RUDE_PHRASES}[manner].get(case.language, ("",))
     return (sentence + ("" if case.language == "zh" else " ") + rng.choice(phrases)).strip()
 
 
@@ -377,7 +373,8 @@ def _summary(world: World, files: dict[str, list]) -> str:
     lines.append(f"{'all':<14}{sum(facts.values()):>7}")
     sizes = {name: len(_text_of(name, content).encode()) for name, content in files.items()}
     lines += [f"{name:<28}{len(content):>7} records {sizes[name] / 1e6:>6.2f} MB" for name, content in files.items()]
-    lines.append(f"{sum(sizes.values()) / 1e6:.2f} MB in all; 0 leaks over {len(files['sft/sft_test.json'])} test questions")
+    total = sum(sizes.values()) / 1e6
+    lines.append(f"{total:.2f} MB in all; 0 leaks over {len(files['sft/sft_test.json'])} test questions")
     return "\n".join(lines)
 
 

@@ -1,118 +1,14 @@
 """How the facts of the sample world are told and asked for, in both languages.
 
-A `Relation` joins a table of facts to one `Wording` for each language. To add a skill, add a table to
-`sample_world` and a relation here. In the templates ``{a}`` is what is asked about, ``{b}`` the answer, ``{u}`` a unit
-and ``{topic}`` the noun phrase that names the answer ("the capital of France"); a capital letter (``{A}``, ``{Topic}``)
-asks for the same with a capital at its beginning.
+A `Relation` joins a table of facts to one `Wording` for each language. To add a skill, add a table to `sample_world`
+and a relation here: the noun phrase that names the answer, the canonical answer where that noun phrase does not make
+a good one, and some statements and questions, of which one or two are asked in the test only.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-from random import Random
-
 from data import sample_world as world
-
-LANGUAGES = ("zh", "en")
-
-# Questions that fit every topic. Those in the second list are asked in the test only.
-TOPIC_QUESTIONS = {
-    "zh": (
-        "{topic}是什么？", "请问{topic}是什么？", "请告诉我{topic}。", "我想知道{topic}。", "你知道{topic}吗？",
-        "{topic}", "说出{topic}。", "能不能告诉我{topic}？", "帮我查一下{topic}。", "请写出{topic}，谢谢。",
-    ),
-    "en": (
-        "What is {topic}?", "Tell me {topic}.", "Do you know {topic}?", "Please name {topic}.", "{Topic}?",
-        "I would like to know {topic}.", "Could you tell me {topic}?", "Give me {topic}, please.",
-        "Can you say what {topic} is?", "My question is about {topic}.",
-    ),
-}  # fmt: skip
-HELD_OUT_TOPIC_QUESTIONS = {
-    "zh": ("你能说出{topic}吗？", "我想问一下{topic}是什么。", "请帮我写出{topic}。"),
-    "en": ("Please tell me what {topic} is.", "I want to know {topic}.", "Do you know what {topic} is?"),
-}
-# Statements that fit every topic, besides the canonical one.
-TOPIC_STATEMENTS = {
-    "zh": ("{b}就是{topic}。", "我们知道，{topic}是{b}。", "说到{topic}，答案是{b}。"),
-    "en": ("{B} is {topic}.", "We know that {topic} is {b}.", "As for {topic}, the answer is {b}."),
-}
-
-
-@dataclass(frozen=True)
-class Wording:
-    """The phrasings of one relation in one language."""
-
-    topic: str = ""
-    canonical: str = ""  # the one form in which the question is answered; from the topic when empty
-    says: tuple[str, ...] = ()
-    asks: tuple[str, ...] = ()
-    held_out_asks: tuple[str, ...] = ()
-    topic_says: bool = True  # whether the general statements about a topic read well here
-
-    def complete(self, language: str) -> Wording:
-        """Add what every topic shares to what is particular to this wording."""
-        canonical = self.canonical or {"zh": "{topic}是{b}。", "en": "{Topic} is {b}."}[language]
-        if not self.topic:
-            return Wording("", canonical, self.says, self.asks, self.held_out_asks)
-        says = self.says + (TOPIC_STATEMENTS[language] if self.topic_says else ())
-        asks = self.asks + TOPIC_QUESTIONS[language]
-        return Wording(self.topic, canonical, says, asks, self.held_out_asks + HELD_OUT_TOPIC_QUESTIONS[language])
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing that can be asked in one language: a fact, or operands of a skill."""
-
-    skill: str
-    relation: str
-    language: str
-    key: tuple  # what is asked about; for operands the same in both languages
-    fields: dict[str, str] = field(hash=False, compare=False)
-    wording: Wording = field(hash=False, compare=False)
-
-    @property
-    def answer(self) -> str:
-        """The canonical answer sentence."""
-        return self.say(self.wording.canonical)
-
-    def say(self, template: str, **other: str) -> str:
-        """Fill a template in; `other` replaces fields, as a wrong answer's ``b=``."""
-        fields = {**self.fields, **other}
-        fields["topic"] = self.wording.topic.format(**fields)
-        capitals = {name.capitalize(): text[:1].upper() + text[1:] for name, text in fields.items()}
-        text = template.format(**fields, **capitals)
-        return _space_chinese(text) if self.language == "zh" else text
-
-
-def _space_chinese(text: str) -> str:
-    """Put the customary space between Chinese characters and Latin letters or digits."""
-    text = re.sub(r"(?<=[\u4e00-\u9fff])(?=[A-Za-z0-9])", " ", text)
-    return re.sub(r"(?<=[A-Za-z0-9])(?=[\u4e00-\u9fff])", " ", text)
-
-
-@dataclass(frozen=True)
-class Relation:
-    """Facts of one kind: for each language the rows (a, b) or (a, b, u), and how they are worded."""
-
-    skill: str
-    name: str
-    rows: dict[str, list[tuple[str, ...]]]
-    wordings: dict[str, Wording]
-
-    def cases(self, language: str) -> list[Case]:
-        """All facts of this relation, as cases in one language."""
-        wording = self.wordings[language].complete(language)
-        rows = [row for row in self.rows[language] if "-" not in row]
-        return [
-            Case(self.skill, self.name, language, (self.name, row[0], *row[2:]), dict(zip("abu", row)), wording)
-            for row in rows
-        ]
-
-    def wrong_answer(self, case: Case, rng: Random) -> str:
-        """A plausible wrong answer: the canonical sentence with another fact's answer in it."""
-        others = sorted({row[1] for row in self.rows[case.language]} - {case.fields["b"], case.fields["a"], "-"})
-        return case.say(case.wording.canonical, b=rng.choice(others))
+from data.sample_cases import Relation, Wording
 
 
 def _columns(table: list[tuple[str, ...]], zh: tuple[int, ...], en: tuple[int, ...]) -> dict[str, list]:
@@ -146,7 +42,8 @@ RELATIONS: tuple[Relation, ...] = (
         ),
         "en": Wording(
             "the capital of {a}",
-            says=("{B} is the capital city of {a}.", "The capital of {a} is called {b}.", "{A} has its capital in {b}."),
+            says=("{B} is the capital city of {a}.", "The capital of {a} is called {b}.",
+                  "{A} has its capital in {b}."),
             asks=("Which city is the capital of {a}?", "What is the capital city of {a}?", "{A}: capital?",
                   "What city is the capital of {a}?"),
             held_out_asks=("What is the name of the capital of {a}?",),
@@ -162,8 +59,8 @@ RELATIONS: tuple[Relation, ...] = (
         "en": Wording(
             "the continent of {a}", "{A} lies in {b}.",
             says=("{A} is a country in {b}.", "{A} is in {b}.", "In {b} there is a country called {a}."),
-            asks=("Which continent is {a} in?", "In which continent does {a} lie?", "Where does {a} lie, on which continent?",
-                  "{A}: which continent?"),
+            asks=("Which continent is {a} in?", "In which continent does {a} lie?",
+                  "Where does {a} lie, on which continent?", "{A}: which continent?"),
             held_out_asks=("On which continent is {a}?",), topic_says=False,
         ),
     }),
@@ -177,8 +74,8 @@ RELATIONS: tuple[Relation, ...] = (
         "en": Wording(
             "the currency of {a}",
             says=("People in {a} pay with {b}.", "{A} uses {b} as its currency.", "The currency used in {a} is {b}."),
-            asks=("Which currency does {a} use?", "What currency do people use in {a}?", "Which currency is used in {a}?",
-                  "{A}: currency?"),
+            asks=("Which currency does {a} use?", "What currency do people use in {a}?",
+                  "Which currency is used in {a}?", "{A}: currency?"),
             held_out_asks=("What currency does {a} use?",),
         ),
     }),
@@ -192,8 +89,8 @@ RELATIONS: tuple[Relation, ...] = (
         "en": Wording(
             "the official language of {a}",
             says=("People in {a} speak {b}.", "{A} has {b} as its official language.", "They speak {b} in {a}."),
-            asks=("Which language do people speak in {a}?", "What language is spoken in {a}?", "{A}: official language?",
-                  "Which language is official in {a}?"),
+            asks=("Which language do people speak in {a}?", "What language is spoken in {a}?",
+                  "{A}: official language?", "Which language is official in {a}?"),
             held_out_asks=("Which language is the official language of {a}?",),
         ),
     }),
@@ -207,8 +104,8 @@ RELATIONS: tuple[Relation, ...] = (
         "en": Wording(
             "the symbol of {a}",
             says=("{A} is written as {b}.", "The symbol for {a} is {b}.", "Chemists write {b} for {a}."),
-            asks=("Which symbol stands for {a}?", "How is {a} written as a symbol?", "What is the chemical symbol of {a}?",
-                  "{A}: symbol?"),
+            asks=("Which symbol stands for {a}?", "How is {a} written as a symbol?",
+                  "What is the chemical symbol of {a}?", "{A}: symbol?"),
             held_out_asks=("What is the symbol for {a}?",),
         ),
     }),
@@ -245,8 +142,8 @@ RELATIONS: tuple[Relation, ...] = (
     }),
     Relation("planets", "position", _columns(world.PLANETS, (0, 2), (1, 3)), {
         "zh": Wording(
-            "{a}离太阳的次序", "{a}是离太阳{b}的行星。",
-            says=("从太阳数起，{a}是{b}行星。", "{a}是太阳系的{b}行星。", "太阳系的{b}行星是{a}。"),
+            "{a}离太阳的次序", "{a}是离太阳{b}颗行星。",
+            says=("从太阳数起，{a}是{b}颗行星。", "{a}是太阳系的{b}颗行星。", "太阳系的{b}颗行星是{a}。"),
             asks=("{a}是离太阳第几颗行星？", "从太阳数起，{a}是第几颗行星？", "{a}在太阳系中排第几？", "{a}排第几颗？"),
             held_out_asks=("{a}是从太阳数起的第几颗行星？",), topic_says=False,
         ),
@@ -254,8 +151,8 @@ RELATIONS: tuple[Relation, ...] = (
             "the place of {a} counted from the Sun", "{A} is the {b} planet from the Sun.",
             says=("Counted from the Sun, {a} is the {b} planet.", "The {b} planet of the Solar System is {a}.",
                   "{A} comes {b} from the Sun."),
-            asks=("Which planet from the Sun is {a}?", "Counted from the Sun, which place has {a}?", "{A}: place from the Sun?",
-                  "Where does {a} come, counted from the Sun?"),
+            asks=("Which planet from the Sun is {a}?", "Counted from the Sun, which place has {a}?",
+                  "{A}: place from the Sun?", "Where does {a} come, counted from the Sun?"),
             held_out_asks=("Which place from the Sun has {a}?",), topic_says=False,
         ),
     }),
@@ -278,14 +175,16 @@ RELATIONS: tuple[Relation, ...] = (
         "zh": Wording(
             "{a}外侧的下一颗行星",
             says=("{a}之外是{b}。", "过了{a}就是{b}。", "从{a}向外走，先到{b}。"),
-            asks=("{a}之外是哪颗行星？", "从{a}向外，下一颗行星是哪颗？", "哪颗行星紧挨在{a}外侧？", "过了{a}是哪颗行星？"),
+            asks=("{a}之外是哪颗行星？", "从{a}向外，下一颗行星是哪颗？", "哪颗行星紧挨在{a}外侧？",
+                  "过了{a}是哪颗行星？"),
             held_out_asks=("{a}外侧是哪颗行星？",),
         ),
         "en": Wording(
             "the next planet beyond {a}",
-            says=("Beyond {a} comes {b}.", "After {a} the next planet outward is {b}.", "Going outward from {a} you reach {b}."),
-            asks=("Which planet comes next beyond {a}?", "Which planet lies just beyond {a}?", "What planet comes after {a}?",
-                  "Beyond {a} comes which planet?"),
+            says=("Beyond {a} comes {b}.", "After {a} the next planet outward is {b}.",
+                  "Going outward from {a} you reach {b}."),
+            asks=("Which planet comes next beyond {a}?", "Which planet lies just beyond {a}?",
+                  "What planet comes after {a}?", "Beyond {a} comes which planet?"),
             held_out_asks=("Which planet comes after {a}?",),
         ),
     }),
@@ -299,8 +198,9 @@ RELATIONS: tuple[Relation, ...] = (
         "en": Wording(
             "{a} of the Solar System", "{A} is {b}.",
             says=("{B} is {a}.", "Among the eight planets, {a} is {b}.", "{A} is called {b}."),
-            asks=("Which is {a}?", "What is {a} called?", "Which planet is {a}?", "Among the planets, which one is {a}?"),
-            held_out_asks=("What is the name of {a}?",), topic_says=False,
+            asks=("Which is {a}?", "What is {a} called?", "Which planet is {a}?",
+                  "Among the planets, which one is {a}?"),
+            held_out_asks=("What do we call {a}?",), topic_says=False,
         ),
     }),
     Relation("animals", "sound", _columns(world.ANIMAL_SOUNDS, (0, 1), (2, 3)), {
@@ -327,8 +227,8 @@ RELATIONS: tuple[Relation, ...] = (
         "en": Wording(
             "the young of {a}", "The young of {a} is called {b}.",
             says=("{B} grows up to be {a}.", "{B} is the young of {a}.", "{A} begins life as {b}."),
-            asks=("What is the young of {a} called?", "What do you call the young of {a}?", "How is the young of {a} called?",
-                  "{A}: young?"),
+            asks=("What is the young of {a} called?", "What do you call the young of {a}?",
+                  "How is the young of {a} called?", "{A}: young?"),
             held_out_asks=("What name does the young of {a} have?",),
         ),
     }),
@@ -342,8 +242,8 @@ RELATIONS: tuple[Relation, ...] = (
         "en": Wording(
             "the class of {a}", "{A} belongs to the {b}.",
             says=("{A} is one of the {b}.", "Among the {b} we find {a}.", "Biologists count {a} among the {b}."),
-            asks=("Which class does {a} belong to?", "What class of animals is {a} in?", "To which class does {a} belong?",
-                  "{A}: class of animals?"),
+            asks=("Which class does {a} belong to?", "What class of animals is {a} in?",
+                  "To which class does {a} belong?", "{A}: class of animals?"),
             held_out_asks=("Which class of animals does {a} belong to?",), topic_says=False,
         ),
     }),
@@ -357,7 +257,8 @@ RELATIONS: tuple[Relation, ...] = (
         "en": Wording(
             "the number of legs of {a}", "{A} has {b} legs.",
             says=("{A} walks with {b} legs in all.", "The legs of {a} number {b}.", "On {a} you can count {b} legs."),
-            asks=("How many legs does {a} have?", "How many legs are there on {a}?", "How many legs has {a}?", "{A}: legs?"),
+            asks=("How many legs does {a} have?", "How many legs are there on {a}?", "How many legs has {a}?",
+                  "{A}: legs?"),
             held_out_asks=("How many legs can you count on {a}?",), topic_says=False,
         ),
     }),
@@ -377,16 +278,16 @@ RELATIONS: tuple[Relation, ...] = (
     }),
     Relation("literature", "author", _columns(world.BOOKS, (0, 1), (2, 3)), {
         "zh": Wording(
-            "《{a}》的作者",
+            "《{a}》作者的名字", "《{a}》的作者是{b}。",
             says=("{b}写了《{a}》。", "《{a}》是{b}写的。", "《{a}》出自{b}之手。"),
             asks=("《{a}》是谁写的？", "谁写了《{a}》？", "《{a}》的作者是谁？", "《{a}》出自谁之手？"),
-            held_out_asks=("谁是《{a}》的作者？",),
+            held_out_asks=("谁是《{a}》的作者？",), topic_says=False,
         ),
         "en": Wording(
-            "the author of {a}",
+            "the name of the author of {a}", "The author of {a} is {b}.",
             says=("{b} wrote {a}.", "{a} was written by {b}.", "{a} is a book by {b}."),
             asks=("Who wrote {a}?", "Who is the author of {a}?", "Which author wrote {a}?", "By whom was {a} written?"),
-            held_out_asks=("Who was {a} written by?",),
+            held_out_asks=("Who was {a} written by?",), topic_says=False,
         ),
     }),
     Relation("translation", "zh to en", _columns(world.WORDS, (0, 1), (0, 1)), {
@@ -423,14 +324,15 @@ RELATIONS: tuple[Relation, ...] = (
         "zh": Wording(
             "“{a}”的反义词", "“{a}”的反义词是“{b}”。",
             says=("“{a}”和“{b}”意思相反。", "与“{a}”相反的是“{b}”。", "“{a}”反过来就是“{b}”。"),
-            asks=("“{a}”的反义词是哪个词？", "与“{a}”相反的词是什么？", "“{a}”反过来是什么？", "什么词和“{a}”意思相反？"),
+            asks=("“{a}”的反义词是哪个词？", "与“{a}”相反的词是什么？", "“{a}”反过来是什么？",
+                  "什么词和“{a}”意思相反？"),
             held_out_asks=("哪个词和“{a}”意思相反？",), topic_says=False,
         ),
         "en": Wording(
             "the opposite of {a}",
             says=("{A} is the opposite of {b}.", "{A} and {b} are opposites.", "The contrary of {a} is {b}."),
-            asks=("Which word is the opposite of {a}?", "What word means the opposite of {a}?", "What is the contrary of {a}?",
-                  "{A}: opposite?"),
+            asks=("Which word is the opposite of {a}?", "What word means the opposite of {a}?",
+                  "What is the contrary of {a}?", "{A}: opposite?"),
             held_out_asks=("Which word means the opposite of {a}?",),
         ),
     }),
@@ -444,7 +346,8 @@ RELATIONS: tuple[Relation, ...] = (
         "en": Wording(
             "the number of {u} in {a}", "{A} equals {b} {u}.",
             says=("There are {b} {u} in {a}.", "{A} is the same as {b} {u}.", "{b} {u} make {a}."),
-            asks=("How many {u} are there in {a}?", "How many {u} make {a}?", "Convert {a} to {u}.", "{A} equals how many {u}?"),
+            asks=("How many {u} are there in {a}?", "How many {u} make {a}?", "Convert {a} to {u}.",
+                  "{A} equals how many {u}?"),
             held_out_asks=("How many {u} does {a} equal?",), topic_says=False,
         ),
     }),
@@ -458,7 +361,8 @@ RELATIONS: tuple[Relation, ...] = (
         "en": Wording(
             "the day after {a}",
             says=("After {a} comes {b}.", "If today is {a}, tomorrow is {b}.", "{B} follows {a}."),
-            asks=("Which day comes after {a}?", "Which day follows {a}?", "Today is {a}; what is tomorrow?", "After {a} comes which day?"),
+            asks=("Which day comes after {a}?", "Which day follows {a}?", "Today is {a}; what is tomorrow?",
+                  "After {a} comes which day?"),
             held_out_asks=("What day comes after {a}?",),
         ),
     }),

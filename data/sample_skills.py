@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from data.sample_phrasings import Case, Wording
+from data.sample_cases import Case, Wording
 from data.sample_world import WORDS
 
 Operands = tuple  # of numbers; of a word's row in WORDS and a count for counting
-LOWEST, HIGHEST = 10, 99  # two-digit numbers
+NUMBERS = range(10, 100)
 MOST_REPEATS = 9
 
 
@@ -25,8 +25,9 @@ class Skill:
     name: str
     draw: Callable[[Random], Operands]
     fields: Callable[[Operands, str], dict[str, str]]  # operands, language → what the templates need
-    wrong: Callable[[Operands, Random], Operands | str]  # a wrong result, as it stands in field {b}
+    wrong: Callable[[Operands, Random], str | dict[str, str]]  # a wrong result, as it stands in field {b}
     wordings: dict[str, Wording]
+    all_operands: tuple[Operands, ...] | None = None  # None where there are too many to list
 
     def case(self, operands: Operands, language: str) -> Case:
         """The case of these operands in one language."""
@@ -35,16 +36,16 @@ class Skill:
     def wrong_answer(self, case: Case, rng: Random) -> str:
         """A plausible wrong answer: the canonical sentence with a wrong result in it."""
         wrong = self.wrong(case.key, rng)
-        return case.say(case.wording.canonical, **(wrong if isinstance(wrong, dict) else {"b": str(wrong)}))
+        return case.say(case.wording.canonical, **(wrong if isinstance(wrong, dict) else {"b": wrong}))
 
 
 def _two_numbers(rng: Random) -> Operands:
-    return rng.randint(LOWEST, HIGHEST), rng.randint(LOWEST, HIGHEST)
+    return rng.choice(NUMBERS), rng.choice(NUMBERS)
 
 
-def _slip(result: int, rng: Random) -> int:
+def _slip(result: int, rng: Random) -> str:
     """A result with a slip of one, two, ten or twenty; never negative."""
-    return rng.choice([wrong for slip in (1, 2, 10, 20) for wrong in (result - slip, result + slip) if wrong >= 0])
+    return str(rng.choice([wrong for slip in (1, 2, 10, 20) for wrong in (result - slip, result + slip) if wrong >= 0]))
 
 
 ADDITION = Skill(
@@ -52,20 +53,21 @@ ADDITION = Skill(
     draw=_two_numbers,
     fields=lambda pair, _: {"x": str(pair[0]), "y": str(pair[1]), "b": str(pair[0] + pair[1])},
     wrong=lambda pair, rng: _slip(pair[0] + pair[1], rng),
+    all_operands=tuple((x, y) for x in NUMBERS for y in NUMBERS),
     wordings={
         "zh": Wording(
             canonical="{x} + {y} = {b}。", says=("{x} + {y} = {b}",),
-            asks=("{x} + {y} = ？", "{x}加{y}等于多少？", "计算 {x} + {y}。", "求{x}与{y}的和。", "请问 {x} + {y} 等于几？",
-                  "{x} + {y} 是多少？", "把{x}和{y}加起来。", "帮我算一下 {x} + {y}。", "{x}和{y}相加得多少？",
-                  "我有{x}元，又得到{y}元，一共多少元？", "请告诉我 {x} + {y} 的结果。"),
+            asks=("{x} + {y} = ？", "{x}加{y}等于多少？", "计算 {x} + {y}。", "求{x}与{y}的和。",
+                  "请问 {x} + {y} 等于几？", "{x} + {y} 是多少？", "把{x}和{y}加起来。", "帮我算一下 {x} + {y}。",
+                  "{x}和{y}相加得多少？", "我有{x}元，又得到{y}元，一共多少元？", "请告诉我 {x} + {y} 的结果。"),
             held_out_asks=("{x}与{y}的和是多少？", "请计算{x}加{y}。", "你能算出 {x} + {y} 吗？"),
         ),
         "en": Wording(
             canonical="{x} + {y} = {b}.", says=("{x} + {y} = {b}",),
-            asks=("{x} + {y} = ?", "What is {x} + {y}?", "Calculate {x} + {y}.", "Add {x} and {y}.", "How much is {x} plus {y}?",
-                  "{x} plus {y} is what?", "Find the sum of {x} and {y}.", "Please work out {x} + {y}.",
-                  "Could you add {x} and {y} for me?", "I have {x} coins and get {y} more; how many in all?",
-                  "Tell me the result of {x} + {y}."),
+            asks=("{x} + {y} = ?", "What is {x} + {y}?", "Calculate {x} + {y}.", "Add {x} and {y}.",
+                  "How much is {x} plus {y}?", "{x} plus {y} is what?", "Find the sum of {x} and {y}.",
+                  "Please work out {x} + {y}.", "Could you add {x} and {y} for me?",
+                  "I have {x} coins and get {y} more; how many in all?", "Tell me the result of {x} + {y}."),
             held_out_asks=("What is the sum of {x} and {y}?", "What is {x} plus {y}?", "Can you work out {x} + {y}?"),
         ),
     },
@@ -76,12 +78,13 @@ SUBTRACTION = Skill(
     draw=lambda rng: tuple(sorted(_two_numbers(rng), reverse=True)),
     fields=lambda pair, _: {"x": str(pair[0]), "y": str(pair[1]), "b": str(pair[0] - pair[1])},
     wrong=lambda pair, rng: _slip(pair[0] - pair[1], rng),
+    all_operands=tuple((x, y) for x in NUMBERS for y in NUMBERS if x >= y),
     wordings={
         "zh": Wording(
             canonical="{x} - {y} = {b}。", says=("{x} - {y} = {b}",),
-            asks=("{x} - {y} = ？", "{x}减{y}等于多少？", "计算 {x} - {y}。", "求{x}与{y}的差。", "请问 {x} - {y} 等于几？",
-                  "{x} - {y} 是多少？", "从{x}里减去{y}。", "帮我算一下 {x} - {y}。", "{x}减去{y}得多少？",
-                  "我有{x}元，花掉{y}元，还剩多少元？", "请告诉我 {x} - {y} 的结果。"),
+            asks=("{x} - {y} = ？", "{x}减{y}等于多少？", "计算 {x} - {y}。", "求{x}与{y}的差。",
+                  "请问 {x} - {y} 等于几？", "{x} - {y} 是多少？", "从{x}里减去{y}。", "帮我算一下 {x} - {y}。",
+                  "{x}减去{y}得多少？", "我有{x}元，花掉{y}元，还剩多少元？", "请告诉我 {x} - {y} 的结果。"),
             held_out_asks=("{x}与{y}的差是多少？", "请计算{x}减{y}。", "你能算出 {x} - {y} 吗？"),
         ),
         "en": Wording(
@@ -90,7 +93,8 @@ SUBTRACTION = Skill(
                   "How much is {x} minus {y}?", "{x} minus {y} is what?", "Find the difference of {x} and {y}.",
                   "Please work out {x} - {y}.", "Could you take {y} from {x} for me?",
                   "I had {x} coins and spent {y}; how many are left?", "Tell me the result of {x} - {y}."),
-            held_out_asks=("What is the difference of {x} and {y}?", "What is {x} minus {y}?", "Can you work out {x} - {y}?"),
+            held_out_asks=("What is the difference of {x} and {y}?", "What is {x} minus {y}?",
+                           "Can you work out {x} - {y}?"),
         ),
     },
 )  # fmt: skip
@@ -99,7 +103,7 @@ _COMPARED = {"zh": {"larger": "大", "smaller": "小"}, "en": {"larger": "larger
 
 
 def _draw_comparison(rng: Random) -> Operands:
-    first, second = rng.sample(range(LOWEST, HIGHEST + 1), 2)
+    first, second = rng.sample(NUMBERS, 2)
     return first, second, rng.choice(("larger", "smaller"))
 
 
@@ -130,7 +134,8 @@ COMPARING = Skill(
             asks=("Which is {w}, {x} or {y}?", "Which number is {w}: {x} or {y}?", "{x} or {y}: which is {w}?",
                   "Compare {x} and {y}; name the {w} one.", "Of {x} and {y}, which is the {w} number?",
                   "Name the {w} of {x} and {y}.", "Please pick the {w} number from {x} and {y}.",
-                  "Tell me which is {w}, {x} or {y}.", "Is {x} or {y} the {w} number?", "The {w} of {x} and {y}, please."),
+                  "Tell me which is {w}, {x} or {y}.", "Is {x} or {y} the {w} number?",
+                  "The {w} of {x} and {y}, please."),
             held_out_asks=("Which one is {w}, {x} or {y}?", "Pick the {w} one of {x} and {y}.",
                            "Which of {x} and {y} is the {w} number?"),
         ),
@@ -139,7 +144,7 @@ COMPARING = Skill(
 
 
 def _draw_list(rng: Random) -> Operands:
-    return tuple(rng.sample(range(LOWEST, HIGHEST + 1), rng.choice((3, 4))))
+    return tuple(rng.sample(NUMBERS, rng.choice((3, 4))))
 
 
 def _wrong_order(numbers: Operands, rng: Random) -> str:
@@ -160,17 +165,19 @@ SORTING = Skill(
     wordings={
         "zh": Wording(
             canonical="{b}。", says=("{x}从小到大是 {b}",),
-            asks=("把{x}从小到大排列。", "请将{x}按从小到大排序。", "{x}从小到大怎么排？", "给{x}排序。", "{x}，从小到大排一排。",
-                  "请帮我把这些数从小到大排好：{x}", "从小到大排列：{x}", "将{x}由小到大排序。", "排序：{x}",
-                  "能不能把{x}从小到大排好？"),
+            asks=("把{x}从小到大排列。", "请将{x}按从小到大排序。", "{x}从小到大怎么排？", "给{x}排序。",
+                  "{x}，从小到大排一排。", "请帮我把这些数从小到大排好：{x}", "从小到大排列：{x}",
+                  "将{x}由小到大排序。", "排序：{x}", "能不能把{x}从小到大排好？"),
             held_out_asks=("请把{x}从小到大排列。", "将这些数从小到大排序：{x}", "请给{x}从小到大排序。"),
         ),
         "en": Wording(
             canonical="{b}.", says=("{x} in order: {b}",),
             asks=("Sort {x}.", "Sort {x} from small to large.", "Put {x} in order.", "Arrange {x} from small to large.",
-                  "What is {x} in ascending order?", "Please order {x} from small to large.", "Order these numbers: {x}",
-                  "From small to large, please: {x}", "Could you sort {x} for me?", "Sort these numbers: {x}"),
-            held_out_asks=("Please sort {x}.", "Arrange these numbers from small to large: {x}", "Could you put {x} in order?"),
+                  "What is {x} in ascending order?", "Please order {x} from small to large.",
+                  "Order these numbers: {x}", "From small to large, please: {x}", "Could you sort {x} for me?",
+                  "Sort these numbers: {x}"),
+            held_out_asks=("Please sort {x}.", "Arrange these numbers from small to large: {x}",
+                           "Could you put {x} in order?"),
         ),
     },
 )  # fmt: skip
@@ -183,20 +190,24 @@ COUNTING = Skill(
         "x": " ".join([word] * operands[1]),
         "b": str(operands[1]),
     },
-    wrong=lambda operands, rng: rng.choice([n for n in range(2, MOST_REPEATS + 1) if n != operands[1]]),
+    wrong=lambda operands, rng: str(rng.choice([n for n in range(2, MOST_REPEATS + 1) if n != operands[1]])),
+    all_operands=tuple((word, count) for word in range(len(WORDS)) for count in range(2, MOST_REPEATS + 1)),
     wordings={
         "zh": Wording(
             canonical="{a}出现了{b}次。", says=("{x}：{a}出现了{b}次",),
-            asks=("数一数： {x}", "下面的词出现了几次？ {x}", "请数一数这个词出现了几次： {x}", "几次？ {x}", "请数出次数： {x}",
-                  "这里有几个词？ {x}", "帮我数一下： {x}", "一共有几个？ {x}", "数数看： {x}", "这个词重复了多少次？ {x}"),
+            asks=("数一数： {x}", "下面的词出现了几次？ {x}", "请数一数这个词出现了几次： {x}", "几次？ {x}",
+                  "请数出次数： {x}", "这里有几个词？ {x}", "帮我数一下： {x}", "一共有几个？ {x}", "数数看： {x}",
+                  "这个词重复了多少次？ {x}"),
             held_out_asks=("请数一下有几个： {x}", "这个词出现了多少次？ {x}", "请帮我数一数几次： {x}"),
         ),
         "en": Wording(
             canonical="The word {a} appears {b} times.", says=("{x}: the word {a} appears {b} times",),
             asks=("Count: {x}", "Count the words: {x}", "How many times does the word appear? {x}", "How many? {x}",
-                  "Please count: {x}", "How many words are here? {x}", "How often does it appear: {x}", "Count these for me: {x}",
-                  "Tell me how many times the word appears: {x}", "Could you count this? {x}"),
-            held_out_asks=("Please count these words: {x}", "How many times does it appear? {x}", "How many words do you count? {x}"),
+                  "Please count: {x}", "How many words are here? {x}", "How often does it appear: {x}",
+                  "Count these for me: {x}", "Tell me how many times the word appears: {x}",
+                  "Could you count this? {x}"),
+            held_out_asks=("Please count these words: {x}", "How many times does it appear? {x}",
+                           "How many words do you count? {x}"),
         ),
     },
 )  # fmt: skip

@@ -101,14 +101,14 @@ ELEMENTS = table("""
 
 # planet zh | en | ordinal from the Sun zh | en | kind zh | en   (in the order of their distance from the Sun)
 PLANETS = table("""
-水星 | Mercury | 第 1 颗 | first | 岩石行星 | a rocky planet
-金星 | Venus | 第 2 颗 | second | 岩石行星 | a rocky planet
-地球 | Earth | 第 3 颗 | third | 岩石行星 | a rocky planet
-火星 | Mars | 第 4 颗 | fourth | 岩石行星 | a rocky planet
-木星 | Jupiter | 第 5 颗 | fifth | 气态巨行星 | a gas giant
-土星 | Saturn | 第 6 颗 | sixth | 气态巨行星 | a gas giant
-天王星 | Uranus | 第 7 颗 | seventh | 冰巨行星 | an ice giant
-海王星 | Neptune | 第 8 颗 | eighth | 冰巨行星 | an ice giant
+水星 | Mercury | 第 1 | first | 岩石行星 | a rocky planet
+金星 | Venus | 第 2 | second | 岩石行星 | a rocky planet
+地球 | Earth | 第 3 | third | 岩石行星 | a rocky planet
+火星 | Mars | 第 4 | fourth | 岩石行星 | a rocky planet
+木星 | Jupiter | 第 5 | fifth | 气态巨行星 | a gas giant
+土星 | Saturn | 第 6 | sixth | 气态巨行星 | a gas giant
+天王星 | Uranus | 第 7 | seventh | 冰巨行星 | an ice giant
+海王星 | Neptune | 第 8 | eighth | 冰巨行星 | an ice giant
 """)
 
 # what marks the planet zh | planet zh | en | planet en
