@@ -98,4 +98,13 @@ def test_command_line_answers_what_it_has_seen(tmp_path, capsys):
     assert report["scores"]["ended"] == 1.0
     assert report["by_skill"]["echo"]["count"] == 2
     assert [row["prediction"] for row in report["predictions"]] == ["yes!", "no!"]
+    assert report["exact_by_form"] == {"chat template": 1.0, "no headings": 1.0}
     assert "answers 100.0% exactly" in capsys.readouterr().out
+
+
+def test_without_headings_the_answer_follows_the_question():
+    """A short context then holds the end of the question; every answer is still closed by `</s>`."""
+    tokenizer = ByteLevelBPETokenizer(300)
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    ids = ngram_baseline.encode_conversation(tokenizer, turns, headings=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>a?b</s>c"
