@@ -1,7 +1,7 @@
 """What can be asked in the sample world, and how: cases, wordings, and the phrasings that all topics share.
 
-In the templates ``{a}`` is what is asked about, ``{b}`` the answer, ``{u}`` a unit, and ``{topic}`` the noun phrase that
-names the answer ("the capital of France"); a capital letter (``{A}``, ``{Topic}``) asks for the same text with a
+In the templates ``{a}`` is what is asked about, ``{b}`` the answer, ``{u}`` a unit, and ``{topic}`` the noun phrase
+that names the answer ("the capital of France"); a capital letter (``{A}``, ``{Topic}``) asks for the same text with a
 capital at its beginning.
 """
 
