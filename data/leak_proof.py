@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import combinations
 
 _SENTENCE_END = re.compile(r"[。！？；\n]|[.!?;](?=\s|$)")
@@ -42,6 +43,7 @@ class HeldOutOperands:
         return None
 
 
+@cache
 def normalise(text: str) -> str:
     """The words of a text without case and punctuation, each Chinese character a word, " " around each.
 
