@@ -1,7 +1,6 @@
 """The sample data: reproducible, true to its tables, balanced, and free of what the test holds out."""
 
 import calendar
-import copy
 import json
 import re
 import subprocess
@@ -195,6 +194,11 @@ def test_nothing_leaks(files, world):
     prove(files, world)
 
 
+def shortened(files):
+    """A few lines of each training file beside the whole test: enough to plant a leak in."""
+    return {name: content if "test" in name else content[:20] for name, content in files.items()}
+
+
 def _first(files, held_out, skill=None):
     tests = files["sft/sft_test.json"]
     return next(r for r in tests if r["held_out"] == held_out and skill in (None, r["skill"]))
@@ -204,10 +208,10 @@ def _first(files, held_out, skill=None):
 @pytest.mark.parametrize("held_out", ["operands", "phrasing", "combination"])
 def test_proof_catches_a_planted_test_question(files, world, name, held_out):
     """A test question in any training file, in other case and punctuation, makes the builder stop."""
-    leaky = copy.copy(files)
+    leaky = shortened(files)
     question = _first(files, held_out)["instruction"].upper().replace("？", "!").replace("?", " ")
     planted = f"Someone asked: {question}" if name.endswith("txt") else {**files[name][0], "instruction": question}
-    leaky[name] = [*files[name], planted]
+    leaky[name].append(planted)
     with pytest.raises(LeakError):
         prove(leaky, world)
 
@@ -227,7 +231,8 @@ def test_proof_catches_held_out_operands_in_another_form(files, world, skill, la
         text = {"zh": " ".join([row[0]] * count), "en": "Here: " + " ".join([row[1]] * count) + "!"}
     else:
         text = {"zh": "、".join(reversed(numbers)) + " 都在这里。", "en": "We see " + " and ".join(numbers) + "."}
-    leaky = {**files, "pretrain/train.txt": [*files["pretrain/train.txt"], text[language]]}
+    leaky = shortened(files)
+    leaky["pretrain/train.txt"].append(text[language])
     with pytest.raises(LeakError, match="held-out operands"):
         prove(leaky, world)
 
@@ -235,7 +240,8 @@ def test_proof_catches_held_out_operands_in_another_form(files, world, skill, la
 def test_proof_catches_a_held_out_phrasing(files, world):
     """A phrasing of the test, used for any fact at all, is found."""
     phrasing = _first(files, "phrasing", "capitals")["phrasing"]
-    leaky = {**files, "pretrain/val.txt": [*files["pretrain/val.txt"], "。" + phrasing.replace("{a}", "火星")]}
+    leaky = shortened(files)
+    leaky["pretrain/val.txt"].append("。" + phrasing.replace("{a}", "火星"))
     with pytest.raises(LeakError, match="phrasing"):
         prove(leaky, world)
 
