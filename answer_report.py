@@ -235,4 +235,6 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror}); free some space and try again") from error
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); free some space or choose another --output_path"
+        ) from error

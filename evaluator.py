@@ -187,7 +187,7 @@ class GPTEvaluator:
             islice(iter_documents(data_path), max_samples), batch_size=batch_size, show_progress=show_progress
         )
         documents = list(islice(iter_documents(data_path), n_continuations))
-        prompts = [text[: max(1, min(len(text) // 3, 40))] for text in documents]
+        prompts = [text[: min(len(text) // 3, 40)].rstrip() or text[:1] for text in documents]
         continued = self.generate_predictions(prompts, **{"chat": False, **settings})
         return {
             "scores": scores,
