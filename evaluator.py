@@ -1,7 +1,9 @@
-"""How good a model is: perplexity and bits per byte of text; exactness, BLEU and ROUGE of answers, skill by skill.
+"""How good a model is: perplexity and bits per byte of text; exactness, BLEU and ROUGE of answers, skill by skill; and
+how often a reward model prefers the better answer.
 
     python evaluator.py --model_path models/sft/sft_best.pth --test_data_path data/sft/sft_test.json --model_type sft
     python evaluator.py --model_path models/pretrain/pretrain_best.pth --test_data_path data/pretrain/val
+    python evaluator.py --model_path models/reward/reward_best.pth --test_data_path data/sft/rlhf_pairwise_test.json
 
 It prints a table for people and writes everything, each answer included, as JSON next to the checkpoint.
 """
@@ -20,21 +22,26 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from alignment.reward_model import RewardModel, load_reward_model, pair_accuracy
 from answer_report import (
     answers_summary,
     answers_table,
     check_writable,
     corpus_bleu_score,
+    format_table,
     load_questions,
     mean_rouge_scores,
     report_answers,
     write_json,
 )
 from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import load_checkpoint
 from command_line import UserError, option, parse_config, run_main
+from conversation_data import parse_pairs
+from data_loader import PairDataset
 from gpt_model import IGNORED_LABEL, GPTModel
 from optimization import resolve_device
-from text_files import iter_documents
+from text_files import iter_documents, iter_records
 from text_generation import Prompt, generate_texts
 
 
@@ -214,7 +221,43 @@ class GPTEvaluator:
         return report_answers(questions, generate_texts(self.model, self.tokenizer, prompts, chat=True, **settings))
 
 
+def evaluate_reward(
+    model: RewardModel,
+    tokenizer: ByteLevelBPETokenizer,
+    data_path: str | Path,
+    *,
+    max_samples: int | None = None,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """How often a reward model prefers the better of two answers, by the "defect" of the worse one.
+
+    Pairs that do not fit into the model's context are left out.
+
+    Returns:
+        {"scores": {"count", "accuracy"}, "by_defect": {defect: {"count", "accuracy"}}}; the latter if records name one.
+    """
+    groups: dict[str, list[dict]] = {}
+    for where, record in islice(iter_records(data_path), max_samples):
+        groups.setdefault(str(record.get("defect")), []).extend(parse_pairs(record, where))
+    device = next(model.parameters()).device
+    by_defect = {}
+    for defect in sorted(groups):
+        pairs = PairDataset(groups[defect], tokenizer, model.config.max_seq_len)
+        by_defect[defect] = {"count": len(pairs), "accuracy": pair_accuracy(model, pairs, device, batch_size)}
+    count = sum(scores["count"] for scores in by_defect.values())
+    right = sum(scores["count"] * scores["accuracy"] for scores in by_defect.values())
+    report = {"scores": {"count": count, "accuracy": right / count}}
+    return report if list(groups) == ["None"] else {**report, "by_defect": by_defect}
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
+
+
+TEST_DATA = {  # by what is scored
+    "pretrain": "data/pretrain/val",
+    "sft": "data/sft/sft_test.json",
+    "reward": "data/sft/rlhf_pairwise_test.json",
+}
 
 
 @dataclass
@@ -222,11 +265,9 @@ class EvaluationConfig:
     """Settings of one evaluation."""
 
     model_path: str = option("models/sft/sft_best.pth", "the checkpoint, in full precision or INT8")
-    test_data_path: str | None = option(
-        None, "text for pretrain, instruction data for sft; default data/pretrain/val or data/sft/sft_test.json"
-    )
+    test_data_path: str | None = option(None, "text, instruction data or preferences; default: the sample data's")
     model_type: str | None = option(
-        None, "score text or answers; default by the checkpoint's stage", choices=("pretrain", "sft")
+        None, "score text, answers or preferences; default by the checkpoint's stage", choices=tuple(TEST_DATA)
     )
     output_path: str | None = option(None, "JSON file for all results; default <model>_eval.json beside the model")
     max_samples: int | None = option(None, "score only so many records or documents")
@@ -236,11 +277,11 @@ class EvaluationConfig:
     batch_size: int = option(64, "answers or windows of text that are computed together")
     seed: int = option(42, "makes sampling repeatable")
     device: str = option("auto", "auto, cpu or cuda")
-    num_threads: int | None = option(None, "CPU threads; default as many as torch takes")
+    num_threads: int = option(0, "CPU threads; 0 means as many as torch takes")
 
     def validate(self) -> list[str]:
         """What is wrong with these settings, a sentence each."""
-        limits = {"max_samples": 1, "max_gen_len": 1, "temperature": 0, "top_k": 0, "batch_size": 1, "num_threads": 1}
+        limits = {"max_samples": 1, "max_gen_len": 1, "temperature": 0, "top_k": 0, "batch_size": 1, "num_threads": 0}
         return [
             f"--{name} must be at least {least}, not {value}"
             for name, least in limits.items()
@@ -257,33 +298,48 @@ def text_summary(report: dict[str, Any]) -> str:
     )
 
 
+def reward_summary(report: dict[str, Any]) -> str:
+    """The scores of a reward model in one line."""
+    scores = report["scores"]
+    return f"{scores['count']} pairs, the better answer preferred in {scores['accuracy']:.1%}"
+
+
+def reward_table(report: dict[str, Any]) -> str:
+    """The scores of a reward model as a table by defect."""
+    rows = {**report.get("by_defect", {}), "all": report["scores"]}
+    cells = [[name, str(scores["count"]), f"{100 * scores['accuracy']:.1f}"] for name, scores in rows.items()]
+    return format_table(["defect", "count", "accuracy %"], cells)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Evaluate a checkpoint from the command line."""
     from inference.quantizer import load_any  # a script may look upwards; the library part of this file does not
 
-    config = parse_config(EvaluationConfig, argv, description="Evaluate a pretrained or a fine-tuned model.")
+    config = parse_config(EvaluationConfig, argv, description="Evaluate a pretrained, fine-tuned or reward model.")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
-    model_path = Path(config.model_path)
+    model_path, device = Path(config.model_path), resolve_device(config.device)
     output_path = check_writable(config.output_path or model_path.with_name(f"{model_path.stem}_eval.json"))
-    model, tokenizer, checkpoint = load_any(model_path, resolve_device(config.device))
-    model_type = config.model_type or ("pretrain" if checkpoint["stage"] == "pretrain" else "sft")
-    data_path = config.test_data_path or ("data/pretrain/val" if model_type == "pretrain" else "data/sft/sft_test.json")
+    checkpoint = load_checkpoint(model_path)
+    model_type = config.model_type or (checkpoint["stage"] if checkpoint["stage"] in TEST_DATA else "sft")
+    data_path = config.test_data_path or TEST_DATA[model_type]
 
     started = time.perf_counter()
-    evaluator = GPTEvaluator(model, tokenizer)
-    evaluate = evaluator.evaluate_pretrained if model_type == "pretrain" else evaluator.evaluate_sft
-    report = evaluate(
-        data_path,
-        max_samples=config.max_samples,
-        batch_size=config.batch_size,
-        max_gen_len=config.max_gen_len,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        seed=config.seed,
-        show_progress=True,
-    )
+    sizes = {"max_samples": config.max_samples, "batch_size": config.batch_size}
+    if model_type == "reward":
+        report = evaluate_reward(*load_reward_model(model_path, device), data_path, **sizes)
+        table, summary = reward_table(report), reward_summary(report)
+    else:
+        model, tokenizer, _ = load_any(model_path, device)
+        evaluator = GPTEvaluator(model, tokenizer)
+        sampling = {name: getattr(config, name) for name in ("max_gen_len", "temperature", "top_k", "seed")}
+        if model_type == "sft":
+            report = evaluator.evaluate_sft(data_path, **sizes, **sampling, show_progress=True)
+            table, summary = answers_table(report), answers_summary(report)
+        else:
+            report = evaluator.evaluate_pretrained(data_path, **sizes, **sampling, show_progress=True)
+            table, summary = "", text_summary(report)
     about = {
         "model_path": str(model_path),
         "stage": checkpoint["stage"],
@@ -295,9 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         "seconds": round(time.perf_counter() - started, 2),
     }
     write_json({**about, **report}, output_path)
-    if model_type == "sft":
-        print(answers_table(report))
-    summary = answers_summary(report) if model_type == "sft" else text_summary(report)
+    print(table, end="\n" if table else "")
     print(f"{model_path} on {data_path}: {summary}; written to {output_path}")
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import evaluator
+from alignment.reward_model import RewardModel
 from answer_report import Question, grade, load_questions, report_answers, segment
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import save_checkpoint
 from command_line import UserError
-from evaluator import GPTEvaluator
+from evaluator import GPTEvaluator, evaluate_reward
 from gpt_model import GPTConfig, GPTModel
 from text_generation import Generation, generate_texts
 
@@ -291,6 +292,34 @@ def test_a_malformed_record_is_named(tmp_path):
         load_questions(tmp_path / "test.json")
 
 
+# -- preferences -------------------------------------------------------------------------------------------------------
+
+
+def test_reward_accuracy_is_the_share_of_pairs_by_defect(model, tokenizer, tmp_path):
+    """A pair is right when the chosen answer's reward, computed alone, is higher."""
+    pairs = [
+        {"instruction": f"{a}?", "chosen": f"{a}.", "rejected": f"{a}{a}", "defect": "rude" if a % 3 else "wrong"}
+        for a in range(20)
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    reward_model = RewardModel(model).eval()
+
+    def reward(pair, side):
+        turns = [{"role": "user", "content": pair["instruction"]}, {"role": "assistant", "content": pair[side]}]
+        ids = torch.tensor([tokenizer.encode_chat(turns)["input_ids"]])
+        with torch.no_grad():
+            return reward_model.rewards(ids, torch.ones_like(ids)).item()
+
+    right = {defect: [] for defect in ("rude", "wrong")}
+    for pair in pairs:
+        right[pair["defect"]].append(reward(pair, "chosen") > reward(pair, "rejected"))
+    report = evaluate_reward(reward_model, tokenizer, tmp_path / "pairs.json", batch_size=3)
+    for defect, values in right.items():
+        assert report["by_defect"][defect]["count"] == len(values)
+        assert report["by_defect"][defect]["accuracy"] == pytest.approx(sum(values) / len(values))
+    assert report["scores"]["accuracy"] == pytest.approx(sum(map(sum, right.values())) / 20)
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +327,8 @@ def test_a_malformed_record_is_named(tmp_path):
 def checkpoint(model, tokenizer, tmp_path):
     def save(stage):
         path = tmp_path / f"{stage}_best.pth"
-        save_checkpoint(path, model_state=model.state_dict(), config=model.config, tokenizer=tokenizer, stage=stage)
+        state = (RewardModel(model) if stage == "reward" else model).state_dict()
+        save_checkpoint(path, model_state=state, config=model.config, tokenizer=tokenizer, stage=stage)
         return str(path)
 
     return save
@@ -333,6 +363,16 @@ def test_command_line_scores_text_for_a_pretrained_checkpoint(checkpoint, tmp_pa
     assert "bits per byte" in capsys.readouterr().out
 
 
+def test_command_line_scores_preferences_for_a_reward_checkpoint(checkpoint, tmp_path, capsys):
+    pair = {"instruction": "a?", "chosen": "b.", "rejected": "c", "defect": "wrong"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair), encoding="utf-8")
+    evaluator.main(["--model_path", checkpoint("reward"), "--test_data_path", str(tmp_path / "pairs.jsonl")])
+    report = json.loads((tmp_path / "reward_best_eval.json").read_text(encoding="utf-8"))
+    assert report["model_type"] == "reward"
+    assert report["by_defect"]["wrong"]["count"] == 1
+    assert "1 pairs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -340,7 +380,7 @@ def test_command_line_scores_text_for_a_pretrained_checkpoint(checkpoint, tmp_pa
         (["--max_samples", "0"], "--max_samples must be at least 1"),
         (["--temperature", "-1", "--batch_size", "0"], "--temperature .*--batch_size"),
         (["--model_typ", "sft"], "unrecognized arguments: --model_typ"),
-        (["--model_type", "reward"], "invalid choice: 'reward'"),
+        (["--model_type", "poem"], "invalid choice: 'poem'"),
     ],
 )
 def test_mistakes_are_named_before_any_work(arguments, message, tmp_path, monkeypatch):
