@@ -1,0 +1,363 @@
+"""The whole way, from text to a served model and a report; `run_training.sh` sets up the environment and calls this.
+
+Every stage is one of the repository's own command lines, run as a process of its own. What a stage was made of (its
+command and the content of its inputs) is recorded beside what it made: a finished stage is skipped while that record
+holds, an interrupted one continues from its last checkpoint, and one whose inputs have changed starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from command_line import Interrupted, UserError, option, parse_config, run_main
+from report import write_report
+from text_files import RECORD_ENDINGS, resolve_files
+
+# What each size changes on the stages' own command lines. The times are for the sample data.
+SIZES: dict[str, dict[str, list[str]]] = {
+    "smoke": {
+        "tokenizer": ["--vocab_size", "1024"],
+        "pretrain": ["--d_model", "64", "--n_layers", "2", "--n_heads", "2", "--n_kv_heads", "1", "--max_steps", "30"],
+        "sft": ["--max_steps", "20"],
+        "reward": ["--max_steps", "10"],
+        "ppo": ["--max_steps", "2", "--rollout_batch_size", "32", "--batch_size", "32", "--max_gen_len", "16"],
+        "evaluate": ["--max_samples", "36"],
+    },
+    "tiny": {
+        "tokenizer": ["--vocab_size", "2048"],
+        "pretrain": ["--preset", "tiny"],
+        "sft": [],
+        "reward": [],
+        "ppo": [],
+        "evaluate": [],
+    },
+    "small": {
+        "tokenizer": ["--vocab_size", "8192"],
+        "pretrain": ["--preset", "small"],
+        "sft": ["--lr", "5e-4", "--batch_size", "32"],
+        "reward": ["--lr", "2e-4"],
+        "ppo": ["--lr", "1e-4"],
+        "evaluate": [],
+    },
+    "gpt2": {
+        "tokenizer": ["--vocab_size", "32000"],
+        "pretrain": ["--preset", "gpt2"],
+        "sft": ["--optimizer", "adamw", "--lr", "3e-5", "--batch_size", "16", "--grad_accum_steps", "2"],
+        "reward": ["--optimizer", "adamw", "--lr", "1e-5", "--batch_size", "16"],
+        "ppo": ["--lr", "3e-6", "--batch_size", "16"],
+        "evaluate": [],
+    },
+}
+QUESTIONS = ("法国的首都是哪里？", "What is 27 + 48?", "Which planet is the largest?")
+
+
+@dataclass
+class PipelineConfig:
+    """Settings of the whole way."""
+
+    preset: str = option("tiny", "size of everything: tiny suits two CPU cores, the others a GPU", choices=tuple(SIZES))
+    smoke: bool = option(False, "a two-minute check of every stage, in models/smoke; the model it makes is useless")
+    models_dir: str = option("models", "folder for everything that is made")
+    train_data: str = option("data/pretrain/train", "pretraining text")
+    val_data: str = option("data/pretrain/val", "validation text; empty: a share of the training text")
+    sft_data: str = option("data/sft/sft_data.json", "instruction data")
+    sft_test: str = option("data/sft/sft_test.json", "held-out questions")
+    pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data")
+    pairwise_test: str = option("data/sft/rlhf_pairwise_test.json", "held-out preferences; empty: a share of the others")
+    num_threads: int = option(0, "CPU threads; 0 means one for each core")
+    port: int = option(0, "port of the service while it is tried; 0 means any free one")
+    serve: bool = option(False, "leave the service running in the foreground at the end, on port 8000 or --port")
+
+
+@dataclass
+class Stage:
+    """One command line, what it reads and what it leaves.
+
+    Attributes:
+        name: a word for records and messages.
+        title: what the user reads.
+        command: arguments after `python`.
+        inputs: files whose content the result depends on.
+        outputs: files that are there once the stage is done.
+        resumable: whether the command understands `--resume auto`, with checkpoints in this folder.
+    """
+
+    name: str
+    title: str
+    command: list[str]
+    inputs: list[Path]
+    outputs: list[Path]
+    resumable: Path | None = None
+    seconds: float = field(default=0.0, init=False)
+
+
+def build_stages(config: PipelineConfig) -> list[Stage]:
+    """All stages in order, for the given settings."""
+    root, sizes = Path(config.models_dir), SIZES[config.preset]
+    tokenizer, pretrain = root / "bpe_tokenizer", root / "pretrain" / "pretrain_best.pth"
+    sft, reward = root / "sft" / "sft_best.pth", root / "reward" / "reward_best.pth"
+    ppo = root / "rlhf" / "ppo_best.pth"
+    text = resolve_files(config.train_data)
+    val_text = resolve_files(config.val_data) if config.val_data else []
+    threads = ["--num_threads", str(config.num_threads)] if config.num_threads else []
+    pairs = resolve_files(config.pairwise_data, RECORD_ENDINGS)
+    pairs_options = ["--pairwise_data", config.pairwise_data]
+    if config.pairwise_test:
+        pairs += resolve_files(config.pairwise_test, RECORD_ENDINGS)
+        pairs_options += ["--val_pairwise_data", config.pairwise_test]
+    conversations = resolve_files(config.sft_data, RECORD_ENDINGS)
+    questions = resolve_files(config.sft_test, RECORD_ENDINGS)
+    val_options = ["--val_data_dir", config.val_data] if config.val_data else ["--val_fraction", "0.05"]
+
+    def quantize(model: Path) -> Stage:
+        small = model.with_name(f"{model.stem}_int8.pth")
+        command = ["-m", "inference.quantizer", "--model_path", str(model), "--output_path", str(small)]
+        return Stage(f"quantize-{model.stem}", f"quantizing {model.name} to INT8", command, [model], [small])
+
+    def evaluate(model: Path, label: str, name: str = "", *options: str) -> Stage:
+        path = model.with_name(f"{model.stem}{name}_eval.json")
+        command = ["evaluator.py", "--model_path", str(model), "--test_data_path", config.sft_test]
+        command += ["--model_type", "sft", "--output_path", str(path), *sizes["evaluate"], *options, *threads]
+        return Stage(f"evaluate-{model.stem}{name}", f"asking {label}", command, [model, *questions], [path])
+
+    perplexity = pretrain.with_name("pretrain_best_text_eval.json")
+    ngram = root / "ngram_eval.json"
+    return [
+        Stage(
+            "tokenizer",
+            "training the tokenizer",
+            ["byte_level_bpe.py", "--input", config.train_data, "--output_dir", str(tokenizer), *sizes["tokenizer"]],
+            text,
+            [tokenizer / "tokenizer.json"],
+        ),
+        Stage(
+            "pretrain",
+            "pretraining",
+            ["pretrain_trainer.py", "--train_data_dir", config.train_data, *val_options]
+            + ["--tokenizer_dir", str(tokenizer), "--output_dir", str(pretrain.parent)]
+            + ["--shard_dir", str(root / "token_shards"), *sizes["pretrain"], *threads],
+            [*text, *val_text, tokenizer / "tokenizer.json"],
+            [pretrain],
+            pretrain.parent / "checkpoints",
+        ),
+        Stage(
+            "sft",
+            "supervised fine-tuning",
+            ["finetune.py", "--mode", "sft", "--data_path", config.sft_data, "--pretrained_model", str(pretrain)]
+            + ["--output_dir", str(sft.parent), *sizes["sft"], *threads],
+            [*conversations, pretrain],
+            [sft],
+            sft.parent / "checkpoints",
+        ),
+        Stage(
+            "reward",
+            "training the reward model",
+            ["finetune.py", "--mode", "reward", *pairs_options, "--sft_model", str(sft)]
+            + ["--output_dir", str(reward.parent), *sizes["reward"], *threads],
+            [*pairs, sft],
+            [reward],
+            reward.parent / "checkpoints",
+        ),
+        Stage(
+            "ppo",
+            "PPO",
+            ["finetune.py", "--mode", "ppo", *pairs_options, "--sft_model", str(sft), "--reward_model", str(reward)]
+            + ["--output_dir", str(ppo.parent), *sizes["ppo"], *threads],
+            [*pairs, sft, reward],
+            [ppo],
+            ppo.parent / "checkpoints",
+        ),
+        quantize(sft),
+        quantize(ppo),
+        Stage(
+            "evaluate-text",
+            "scoring the pretrained model on held-out text",
+            ["evaluator.py", "--model_path", str(pretrain), "--test_data_path", config.val_data or config.train_data]
+            + ["--model_type", "pretrain", "--output_path", str(perplexity), *sizes["evaluate"], *threads],
+            [pretrain, *val_text],
+            [perplexity],
+        ),
+        Stage(
+            "evaluate-ngram",
+            "asking a 5-gram model, for comparison",
+            ["ngram_baseline.py", "--tokenizer_dir", str(tokenizer), "--train_data_dir", config.train_data]
+            + ["--sft_data_path", config.sft_data, "--test_data_path", config.sft_test, "--output_path", str(ngram)]
+            + sizes["evaluate"],
+            [*text, *conversations, *questions, tokenizer / "tokenizer.json"],
+            [ngram],
+        ),
+        evaluate(pretrain, "the pretrained model"),
+        evaluate(sft, "the SFT model"),
+        evaluate(sft, "the SFT model, with sampled answers", "_sampled", "--temperature", "1.0"),
+        evaluate(ppo, "the PPO model"),
+        evaluate(ppo, "the PPO model, with sampled answers", "_sampled", "--temperature", "1.0"),
+        evaluate(ppo.with_name("ppo_best_int8.pth"), "the INT8 model"),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- running a stage
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def run_stage(stage: Stage, records: Path) -> None:
+    """Run a stage unless what it made is still valid; leaves a record of what it was made of.
+
+    Raises:
+        UserError: the stage failed; it has said why itself.
+        Interrupted: a signal came.
+    """
+    made_of = {"command": stage.command, "inputs": {str(path): content_hash(path) for path in stage.inputs}}
+    record_path = records / f"{stage.name}.json"
+    record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.is_file() else {}
+    unchanged = record.get("made_of") == made_of
+    if unchanged and "seconds" in record and all(path.is_file() for path in stage.outputs):
+        stage.seconds = record["seconds"]
+        print(f"{stage.title}: done before ({', '.join(map(str, stage.outputs))})", flush=True)
+        return
+    command = [sys.executable, *stage.command]
+    if stage.resumable is not None:
+        if not unchanged:
+            shutil.rmtree(stage.resumable, ignore_errors=True)  # checkpoints of other inputs
+        command += ["--resume", "auto"]
+    write_record(record_path, {"made_of": made_of})
+    start = time.time()
+    print(f"{stage.title}: {shlex.join(['python', *stage.command])}", flush=True)
+    status = run_command(command)
+    if status != 0:
+        if status in (130, -signal.SIGINT, -signal.SIGTERM):
+            raise Interrupted("interrupted; the same command continues here")
+        raise UserError(f"{stage.title} failed (see above); mend it and run the same command, which continues here")
+    stage.seconds = round(time.time() - start, 1)
+    write_record(record_path, {"made_of": made_of, "seconds": stage.seconds})
+
+
+def run_command(command: list[str]) -> int:
+    """Run a process and wait for it; SIGTERM to this process goes on to it."""
+    process = subprocess.Popen(command)
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # a terminal sends Ctrl-C to the child as well: let it save
+        return process.wait() and 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a small JSON file in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------- the service
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running_service(model: Path, port: int, log_path: Path) -> Iterator[str]:
+    """Start the service, wait until it answers, give its address, and stop it."""
+    command = [sys.executable, "-m", "uvicorn", "inference.api_service:app", "--host", "127.0.0.1", "--port", str(port)]
+    address = f"http://127.0.0.1:{port}"
+    with log_path.open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, env={**os.environ, "MODEL_PATH": str(model)}, stdout=log, stderr=log)
+        try:
+            deadline = time.time() + 120
+            while True:
+                if process.poll() is not None or time.time() > deadline:
+                    raise UserError(f"the service did not start; {log_path} says why")
+                try:
+                    with urllib.request.urlopen(f"{address}/health", timeout=5):
+                        break
+                except (urllib.error.URLError, OSError):
+                    time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def ask(address: str, question: str) -> str:
+    """One question to the service."""
+    body = json.dumps({"prefix": question, "max_gen_len": 48, "top_k": 50, "temperature": 0}).encode()
+    request = urllib.request.Request(f"{address}/generate", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.loads(reply.read())["generated_text"]
+
+
+def try_service(model: Path, port: int, log_path: Path) -> list[dict[str, str]]:
+    """Ask the served model three questions through `POST /generate` and show the answers."""
+    exchanges = []
+    print(f"serving: {model} on port {port}", flush=True)
+    with running_service(model, port, log_path) as address:
+        for question in QUESTIONS:
+            answer = ask(address, question)
+            exchanges.append({"question": question, "answer": answer})
+            print(f"  POST {address}/generate  {question}\n    → {answer.strip()}", flush=True)
+    return exchanges
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    config = parse_config(PipelineConfig, argv, description="Train, align, evaluate, quantize and serve a GPT.")
+    if config.smoke:
+        config.preset = "smoke"
+        if "models_dir" not in config.given:
+            config.models_dir = "models/smoke"
+    root, start = Path(config.models_dir), time.time()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would slow down whatever else runs
+    stages = build_stages(config)
+    for number, stage in enumerate(stages, start=1):
+        print(f"\n[{number}/{len(stages) + 1}] ", end="", flush=True)
+        run_stage(stage, root / "pipeline")
+    print(f"\n[{len(stages) + 1}/{len(stages) + 1}] ", end="", flush=True)
+    model = root / "rlhf" / "ppo_best.pth"
+    exchanges = try_service(model, config.port or free_port(), root / "service.log")
+    report = write_report(
+        root,
+        exchanges,
+        [(stage.title, stage.seconds) for stage in stages],
+        total_seconds=time.time() - start,
+    )
+    print(f"\nreport: {report}\nserve it: MODEL_PATH={model} uvicorn inference.api_service:app --port 8000", flush=True)
+    if config.serve:
+        os.environ["MODEL_PATH"] = str(model)
+        port = str(config.port or 8000)
+        sys.exit(run_command([sys.executable, "-m", "uvicorn", "inference.api_service:app", "--port", port]))
+
+
+if __name__ == "__main__":
+    run_main(main)
