@@ -1,0 +1,78 @@
+"""What the tests share: one small tokenizer, small random models of both architectures, one CPU thread."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the project is run from its folder, not installed
+
+from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
+from gpt_model import GPTConfig, GPTModel  # noqa: E402
+
+CORPUS = [
+    "法国的首都是巴黎。",
+    "意大利的首都是罗马。",
+    "机器学习让计算机从数据中学习。",
+    "The capital of France is Paris.",
+    "The quick brown fox jumps over the lazy dog.",
+    "Twelve plus thirty is forty-two.",
+] * 4
+
+TINY = dict(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from a second thread, and sums in a fixed order repeat; a trainer may have set more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus():
+    """Lines of Chinese and English."""
+    return list(CORPUS)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer of 320 tokens, trained on `corpus`."""
+    trained = ByteLevelBPETokenizer(vocab_size=320)
+    trained.train(CORPUS)
+    return trained
+
+
+@pytest.fixture(params=["gpt2", "modern"])
+def architecture(request):
+    """The name of each preset in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    """A function (architecture, **sizes) → a small model in eval mode, the same weights for the same arguments.
+
+    Unlike a freshly initialised model it has large weights, biases other than 0 and norms other than 1, so that
+    forgetting any of them changes its logits.
+    """
+
+    def make(architecture="gpt2", seed=0, **sizes):
+        if architecture == "modern":
+            sizes = {"n_kv_heads": 2, **sizes}
+        model = GPTModel.from_config(GPTConfig.for_architecture(architecture, **{**TINY, **sizes}))
+        randomize(model, seed)
+        return model.eval()
+
+    return make
+
+
+def randomize(model, seed=0):
+    """Give every parameter of any module random values of a size at which attention is neither flat nor one-hot."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(centre + noise * (0.25 if parameter.ndim > 1 else 0.1))
