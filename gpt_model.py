@@ -57,7 +57,7 @@ class GPTConfig:
             swiglu_width = math.ceil(self.d_model * 8 / 3 / 32) * 32
             self.d_ff = swiglu_width if self.activation == "swiglu" else 4 * self.d_model
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.head_dim = self.head_dim or self.d_model // self.n_heads
+        self.head_dim = self.head_dim or self.d_model // max(1, self.n_heads)
         complaints = self.complaints()
         if complaints:
             raise ValueError("; ".join(complaints))
@@ -212,13 +212,13 @@ class GPTModel(nn.Module):
             raise ValueError(f"{past + n_tokens} tokens do not fit into max_seq_len {self.config.max_seq_len}")
         mask = positions = None
         if attention_mask is not None:
-            positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, past:]  # (B, T)
+            positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]  # (B, T)
         if attention_mask is not None or (past and n_tokens > 1):
             mask = visible_keys(n_tokens, past, attention_mask, input_ids.device)  # (B or 1, 1, T, S)
         x = self.embed(input_ids, positions, past)  # (B, T, D)
         rotary = self.rotary(n_tokens, positions, past)
         for index, layer in enumerate(self.layers):
-            if self.recompute_activations and self.training:
+            if self.recompute_activations and self.training and cache is None:
                 x = recompute_in_backward(layer, x, mask, rotary, use_reentrant=False)
             else:
                 x = layer(x, mask, rotary, cache, index)  # (B, T, D)
