@@ -26,7 +26,7 @@ TINY = dict(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=32)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny matrices gain nothing from a second thread, and sums in a fixed order repeat; a trainer may have set more."""
+    """Tiny matrices gain nothing from a second thread, and sums in a fixed order repeat; trainers set more."""
     torch.set_num_threads(1)
 
 

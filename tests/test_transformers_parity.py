@@ -1,0 +1,163 @@
+"""The model's two presets are GPT-2 and Qwen3 as `transformers` implements them: the same weights, the same numbers."""
+
+import pytest
+import torch
+
+PAD = 1
+CLOSE = dict(atol=2e-5, rtol=2e-5)
+
+
+def random_ids(*shape, seed=0):
+    """Token ids without the padding id."""
+    return torch.randint(2, 64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gpt2_of_transformers(model):
+    """`GPT2LMHeadModel` with the weights of our `gpt2` model; its matrices are (in, out), and q, k, v are one."""
+    transformers = pytest.importorskip("transformers")
+    config, ours = model.config, model.state_dict()
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.max_seq_len,
+            n_embd=config.d_model,
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            n_inner=config.d_ff,
+            layer_norm_epsilon=config.norm_eps,
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    ).eval()
+    weights = {
+        "transformer.wte.weight": ours["token_embedding.weight"],
+        "transformer.wpe.weight": ours["position_embedding.weight"],
+        "lm_head.weight": ours["lm_head.weight"],
+    }
+    names = {
+        "attention_norm": "ln_1",
+        "feed_forward_norm": "ln_2",
+        "attention.output_proj": "attn.c_proj",
+        "feed_forward.up_proj": "mlp.c_fc",
+        "feed_forward.down_proj": "mlp.c_proj",
+    }
+    for kind in ("weight", "bias"):
+        weights[f"transformer.ln_f.{kind}"] = ours[f"final_norm.{kind}"]
+        for i in range(config.n_layers):
+            for our_name, their_name in names.items():
+                value = ours[f"layers.{i}.{our_name}.{kind}"]
+                weights[f"transformer.h.{i}.{their_name}.{kind}"] = value.mT if value.ndim == 2 else value
+            parts = [ours[f"layers.{i}.attention.{part}_proj.{kind}"] for part in ("query", "key", "value")]
+            weights[f"transformer.h.{i}.attn.c_attn.{kind}"] = (
+                torch.cat(parts).mT if kind == "weight" else torch.cat(parts)
+            )
+    theirs.load_state_dict(weights, strict=True)
+    return theirs
+
+
+def qwen3_of_transformers(model):
+    """`Qwen3ForCausalLM` with the weights of our `modern` model."""
+    transformers = pytest.importorskip("transformers")
+    config, ours = model.config, model.state_dict()
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_seq_len,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    ).eval()
+    weights = {
+        "model.embed_tokens.weight": ours["token_embedding.weight"],
+        "model.norm.weight": ours["final_norm.weight"],
+        "lm_head.weight": ours["lm_head.weight"],
+    }
+    names = {
+        "attention_norm": "input_layernorm",
+        "feed_forward_norm": "post_attention_layernorm",
+        "attention.query_proj": "self_attn.q_proj",
+        "attention.key_proj": "self_attn.k_proj",
+        "attention.value_proj": "self_attn.v_proj",
+        "attention.output_proj": "self_attn.o_proj",
+        "attention.query_norm": "self_attn.q_norm",
+        "attention.key_norm": "self_attn.k_norm",
+        "feed_forward.gate_proj": "mlp.gate_proj",
+        "feed_forward.up_proj": "mlp.up_proj",
+        "feed_forward.down_proj": "mlp.down_proj",
+    }
+    for i in range(config.n_layers):
+        for our_name, their_name in names.items():
+            weights[f"model.layers.{i}.{their_name}.weight"] = ours[f"layers.{i}.{our_name}.weight"]
+    theirs.load_state_dict(weights, strict=True)
+    return theirs
+
+
+def in_transformers(model):
+    return (gpt2_of_transformers if model.config.position == "learned" else qwen3_of_transformers)(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_and_loss_equal_those_of_transformers(architecture, tied, random_model):
+    model = random_model(architecture, tie_embeddings=tied)
+    theirs = in_transformers(model)
+    ids = random_ids(3, 20)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.4, -100)
+    with torch.no_grad():
+        expected = theirs(ids, labels=labels)
+        output = model(ids, labels=labels)
+    assert expected.logits.std() > 0.5  # the weights are large enough for a difference to show
+    torch.testing.assert_close(output["logits"], expected.logits, **CLOSE)
+    torch.testing.assert_close(output["loss"], expected.loss, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        dict(n_kv_heads=1),
+        dict(n_kv_heads=4),
+        dict(head_dim=16),
+        dict(head_dim=6, n_kv_heads=2, rope_theta=1e6),
+        dict(d_ff=40),
+    ],
+)
+def test_every_shape_of_grouped_attention_equals_qwen3(switches, random_model):
+    model = random_model("modern", **switches)
+    ids = random_ids(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)["logits"], qwen3_of_transformers(model)(ids).logits, **CLOSE)
+
+
+def test_left_padded_logits_equal_those_of_transformers(architecture, random_model):
+    model = random_model(architecture)
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    ids[0, :5], mask[0, :5] = PAD, 0
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = in_transformers(model)(ids, attention_mask=mask, position_ids=positions).logits
+        logits = model(ids, attention_mask=mask)["logits"]
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], **CLOSE)
+
+
+def test_gradients_equal_those_of_transformers(architecture, random_model):
+    """The backward pass as well: the gradient of the (tied) embedding gathers every path through the model."""
+    model = random_model(architecture)
+    theirs = in_transformers(model)
+    ids = random_ids(2, 12)
+    model(ids, labels=ids)["loss"].backward()
+    theirs(ids, labels=ids).loss.backward()
+    expected = theirs.get_input_embeddings().weight.grad
+    torch.testing.assert_close(model.token_embedding.weight.grad, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_greedy_generation_equals_that_of_transformers(architecture, random_model):
+    model = random_model(architecture)
+    prompt = random_ids(1, 5)
+    settings = dict(max_new_tokens=20, do_sample=False, pad_token_id=PAD, eos_token_id=None)
+    expected = in_transformers(model).generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    assert model.generate(prompt, max_gen_len=20, temperature=0).tolist() == expected.tolist()
