@@ -9,6 +9,7 @@ of the whole global batch, whatever the accumulation and the number of ranks.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import signal
@@ -32,7 +33,13 @@ from tqdm import tqdm
 
 import distributed
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import load_checkpoint, require_disk_space, require_same_model, save_checkpoint
+from checkpoint import (
+    load_checkpoint,
+    require_disk_space,
+    require_same_model,
+    require_writable_folder,
+    save_checkpoint,
+)
 from command_line import Interrupted, UserError, option
 from data_loader import Batch, BatchOrder
 from gpt_model import GPTConfig
@@ -93,13 +100,17 @@ class TrainingConfig:
             f"--{name} must be at least {least}, not {getattr(self, name)}"
             for name, least in (
                 *((name, 1) for name in ("batch_size", "grad_accum_steps", "keep_checkpoints", "log_interval")),
+                ("max_skipped_steps", 1),
                 *((name, 0) for name in ("max_steps", "eval_interval", "save_interval", "patience", "num_threads")),
-                ("max_seq_len", 0),
+                *((name, 0) for name in ("max_seq_len", "weight_decay", "max_grad_norm")),
+                ("warmup_steps", -1),
             )
-            if getattr(self, name) < least
+            if not getattr(self, name) >= least  # and not `<`, which is false for nan
         ]
-        if self.epochs <= 0 and not self.max_steps:
+        if not 0 < self.epochs < math.inf and not self.max_steps:
             complaints.append(f"--epochs must be positive, not {self.epochs}")
+        if not 0 <= self.seed < 1 << 31:
+            complaints.append(f"--seed must be between 0 and 2^31 - 1, not {self.seed}")
         if not 0 < self.lr < 10:
             complaints.append(f"--lr must be between 0 and 10, not {self.lr}")
         if not 0 <= self.min_lr_ratio <= 1:
@@ -141,7 +152,12 @@ class StopSignal:
 
 
 def prepare_machine(config: TrainingConfig) -> torch.device:
-    """Join the other ranks, set threads, matrix precision and the seed; returns the device of this process."""
+    """Join the other ranks, set threads, matrix precision and the seed; returns the device of this process.
+
+    Raises:
+        UserError: the device is not there, or `--output_dir` cannot be written to.
+    """
+    require_writable_folder(config.output_dir)
     device = distributed.start(resolve_device(config.device))
     torch.set_num_threads(config.num_threads or max(1, (os.cpu_count() or 1) // distributed.world_size()))
     torch.set_float32_matmul_precision("high")
@@ -224,8 +240,11 @@ class TrainingLoop:
         config = self.config
         if distributed.is_main():  # float weights of a step and the best, and the optimiser's two moments
             require_disk_space(self.folder, 4 * self.n_parameters * (1 + 3 * (config.keep_checkpoints + 1)))
+            self._remove_leftovers()
         if config.resume:
             self.resume(config.resume)
+        if self.step == 0:
+            self.before_first_step()
         if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
             self.compile()
         log = RunLog(
@@ -245,7 +264,7 @@ class TrainingLoop:
         elapsed_before = self.seconds
         try:
             with StopSignal() as stop:
-                while self.step < self.max_steps:
+                while self.step < self.max_steps and not self._patience_is_over():
                     record = self.train_step()
                     tokens += record.pop("tokens")
                     log.advance(**{key: record[key] for key in self.shown})
@@ -262,9 +281,8 @@ class TrainingLoop:
                     self.seconds = elapsed_before + time.perf_counter() - start
                     pause = time.perf_counter()
                     if self.step % self.eval_interval == 0 or last:
-                        stop_early = self._evaluate_and_keep_best(log)
-                    else:
-                        stop_early = False
+                        self._evaluate_and_keep_best(log)
+                    stop_early = self._patience_is_over()
                     received = self._stop_requested(stop)
                     if self.step % self.save_interval == 0 or last or received or stop_early:
                         self.save()
@@ -275,7 +293,6 @@ class TrainingLoop:
                         )
                     if stop_early:
                         log.say(f"no improvement in {config.patience} evaluations, stopped at step {self.step}")
-                        break
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
@@ -286,6 +303,9 @@ class TrainingLoop:
         finally:
             log.close()
         return self.best
+
+    def before_first_step(self) -> None:
+        """What a run does once, at its very beginning; a resumed run has it behind it."""
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns the global `loss`, `lr`, `grad_norm` and the number of `tokens` read."""
@@ -348,8 +368,8 @@ class TrainingLoop:
         loss_sum = distributed.sum_over_ranks(loss_sum, self.device)
         return {"val_loss": loss_sum / distributed.sum_over_ranks(n_items, self.device)}
 
-    def _evaluate_and_keep_best(self, log: RunLog) -> bool:
-        """Evaluate, keep the best model; returns whether patience has run out."""
+    def _evaluate_and_keep_best(self, log: RunLog) -> None:
+        """Evaluate, and keep the best model."""
         metrics = self.evaluate()
         if self.score is not None:
             metrics |= self.score(self.model, metrics)
@@ -361,9 +381,11 @@ class TrainingLoop:
         else:
             self.evaluations_without_improvement += 1
         if metrics:
-            log.log(self.step, metrics)
+            log.log(self.step, {**metrics, "seconds": round(self.seconds, 3)})
             figures = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
             log.say(f"step {self.step}: {figures}{' (best so far)' if improved else ''}")
+
+    def _patience_is_over(self) -> bool:
         return 0 < self.config.patience <= self.evaluations_without_improvement
 
     def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
@@ -418,11 +440,24 @@ class TrainingLoop:
         config = self.config
         return {
             "samples": len(self.train_data),
+            "data": self._data_fingerprint(),
             "global_batch": self.order.batch_size,
             "max_seq_len": config.max_seq_len,
             "seed": config.seed,
             "optimizer": config.optimizer,
         }
+
+    def _data_fingerprint(self) -> str:
+        """Of up to 64 training samples, evenly spread: enough to tell one data set from another."""
+        n_samples = len(self.train_data)
+        samples = [self.train_data[index] for index in range(0, n_samples, -(-n_samples // 64))]
+        return hashlib.sha256(self.train_data.collate(samples)["input_ids"].numpy().tobytes()).hexdigest()[:12]
+
+    def _remove_leftovers(self) -> None:
+        """Clear away what an earlier run was writing when it was killed."""
+        for folder, name in ((self.folder, self.best_path.name), (self.checkpoint_folder, "step_*.pth")):
+            for leftover in folder.glob(f".{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
 
     def resume(self, source: str) -> None:
         """Continue from a checkpoint: a path, or `auto` for the newest sound one in the output folder, if any."""
@@ -432,6 +467,8 @@ class TrainingLoop:
             if distributed.is_main():
                 print(f"no checkpoint in {self.checkpoint_folder}, starting from step 0", flush=True)
             return
+        if content["stage"] != self.stage:
+            raise UserError(f"{path} is a {content['stage']} checkpoint; --resume needs one of stage {self.stage}")
         require_same_model(content, self.gpt_config, self.tokenizer, path)
         state = content.get("training_state")
         if state is None:
@@ -439,7 +476,7 @@ class TrainingLoop:
         differing = [
             f"{name} {state['run'][name]} there, {value} here"
             for name, value in self._run_identity().items()
-            if state["run"][name] != value
+            if state["run"].get(name, value) != value
         ]
         if differing:
             raise UserError(f"{path} belongs to another run ({'; '.join(differing)}); use the same settings and data")
@@ -513,7 +550,9 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch (on any device) or Python ran out of memory."""
     words = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in words
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        phrase in words for phrase in ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # CPU, MPS, cuBLAS
+    )
 
 
 def checkpoints_by_age(folder: Path) -> list[Path]:
