@@ -103,6 +103,15 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
+def require_writable_folder(folder: str | Path) -> None:
+    """Refuse a run before any work if `folder` is not, and cannot become, a folder that can be written to."""
+    existing = _existing_parent(Path(folder) / "x")
+    if not existing.is_dir():
+        raise UserError(f"{folder} cannot be a folder, because {existing} is a file; choose another --output_dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} cannot be written to; choose another --output_dir or mend its permissions")
+
+
 def require_disk_space(folder: str | Path, n_bytes: int) -> None:
     """Refuse a run before any work if the disk of `folder` cannot take `n_bytes`."""
     free = shutil.disk_usage(_existing_parent(Path(folder) / "x")).free

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import resource
@@ -26,7 +27,8 @@ class RunLog:
     """The record of one training run.
 
     Every call of `log` appends one JSON object to `<output_dir>/metrics.jsonl` and sends the same numbers to the
-    trackers. A resumed run cuts the records beyond the step it continues from, so the file tells one story.
+    trackers. A resumed run cuts the records beyond the step it continues from, so the file tells one story. A file
+    that cannot be written is a `UserError`.
 
     Args:
         output_dir: folder of the run.
@@ -55,12 +57,8 @@ class RunLog:
         if not enabled:
             self.progress = tqdm(disable=True)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
-        self._file = self.path.open("w", encoding="utf-8")
-        for record in kept:
-            self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._restart_file(kept)
         if tensorboard:
             self._sinks.append(_tensorboard(self.folder / "tensorboard", start_step))
         if tracker != "none":
@@ -88,8 +86,11 @@ class RunLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
         for send in self._sinks:
             send(step, finite)
 
@@ -104,8 +105,28 @@ class RunLog:
         """End the progress bar and draw the curves."""
         self.progress.close()
         if self.enabled:
-            self._file.close()
-            plot_metrics(self.path, self.folder / "curves.png", self.name)
+            image_path = self.folder / "curves.png"
+            try:
+                plot_metrics(self.path, image_path, self.name)
+            except OSError as error:  # a full disk; whatever ended the run matters more
+                image_path.unlink(missing_ok=True)
+                print(f"warning: the curves are not drawn ({error}); they can be, from {self.path}", flush=True)
+
+    def _restart_file(self, records: list[dict[str, Any]]) -> None:
+        """Make `metrics.jsonl` consist of `records`, in one move: a kill never costs the history."""
+        temporary = self.path.with_suffix(".jsonl.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            temporary.replace(self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write to {self.folder} ({error.strerror}); free some space or choose another --output_dir"
+        )
 
 
 def _tensorboard(folder: Path, start_step: int) -> Any:
@@ -191,15 +212,20 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+@functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The machine's peak in FLOP/s: from the data sheet of a known GPU, measured for a CPU or an unknown GPU."""
+    """The machine's peak in FLOP/s: from the data sheet of a known GPU, measured for a CPU or an unknown GPU.
+
+    The random numbers are its own: the generators that dropout uses stand untouched, as exact resuming needs.
+    """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for key, tflops in PEAK_TFLOPS.items():
             if key in name:
                 return tflops * 1e12
     size = 1024 if device.type == "cpu" else 4096
-    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
     best = math.inf
     for _ in range(6):
         start = time.perf_counter()

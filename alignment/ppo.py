@@ -271,14 +271,12 @@ class PPOLoop(TrainingLoop):
 
     # ------------------------------------------------------------------------------------------------------- the step
 
-    def train(self) -> dict[str, float]:
-        """As `TrainingLoop.train`; first, the SFT model's rewards are measured."""
-        if not self.config.resume:
-            rewards = torch.cat([rollout["rewards"] for rollout in self._validation_rollouts()])
-            mean, std = self._moments(rewards)
-            self.model.reward_mean.fill_(mean)
-            self.model.reward_std.fill_(std or 1.0)
-        return super().train()
+    def before_first_step(self) -> None:
+        """Measure the SFT model's rewards."""
+        rewards = torch.cat([rollout["rewards"] for rollout in self._validation_rollouts()])
+        mean, std = self._moments(rewards)
+        self.model.reward_mean.fill_(mean)
+        self.model.reward_std.fill_(std or 1.0)
 
     def train_step(self) -> dict[str, float]:
         """One batch of answers and `ppo_epochs` passes of updates over it."""
@@ -395,7 +393,7 @@ def train_reward_for(config: PPOConfig) -> str:
         device=config.device,
         num_threads=config.num_threads,
         precision=config.precision,
-        resume=config.resume,
+        resume="auto" if config.resume else "",  # a path is of PPO's checkpoint
     )
     train_reward_model(reward_config)
     return str(Path(reward_config.output_dir) / "reward_best.pth")
