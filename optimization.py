@@ -194,13 +194,16 @@ def build_optimizers(
         {"params": groups["decay"], "weight_decay": weight_decay},
         {"params": groups["no_decay"], "weight_decay": 0.0},
     ]
+    adamw_groups = [group for group in adamw_groups if group["params"]]
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     # The fused kernel updates all parameters in one pass over memory, on CPUs and GPUs alike
     speed = {"foreach": True} if sharded else {"fused": True}
-    adamw = torch.optim.AdamW([g for g in adamw_groups if g["params"]], lr=lr, betas=betas, eps=1e-8, **speed)
-    if optimizer == "adamw":
-        return [adamw]
-    return [Muon(groups["muon"], lr=lr, weight_decay=weight_decay), adamw]
+    optimizers: list[torch.optim.Optimizer] = []  # where most is frozen, one of the two may have nothing to do
+    if groups["muon"]:
+        optimizers.append(Muon(groups["muon"], lr=lr, weight_decay=weight_decay))
+    if adamw_groups:
+        optimizers.append(torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=1e-8, **speed))
+    return optimizers
 
 
 # ---------------------------------------------------------------------------------------------------------- the step
