@@ -6,12 +6,14 @@ are read one at a time, so a corpus never has to fit into memory.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from command_line import UserError
 
@@ -38,14 +40,42 @@ def resolve_files(path: str | Path, endings: tuple[str, ...] = TEXT_ENDINGS) -> 
     candidates = [path.with_name(path.name + ending) for ending in endings]
     files = [file for file in candidates if file.is_file()]
     if not files:
-        raise UserError(f"there is no data at {path} (nor with one of the endings {', '.join(endings)}); check the path")
+        raise UserError(
+            f"there is no data at {path} (nor with one of the endings {', '.join(endings)}); check the path"
+        )
     return files[:1]
 
 
+def _open_bytes(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+
+
 def _open_text(path: Path) -> TextIO:
-    raw = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
     # utf-8-sig: a byte-order mark, which Windows editors leave, is not part of the text
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
+    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig", newline="\n")
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a `UserError` that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:  # its own position counts from the last block that was read
+        with _open_bytes(path) as file:
+            line = next(number for number, line in enumerate(file, start=1) if not _is_utf8(line))
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} in line {line}); save it as UTF-8") from None
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path} is not a sound gzip file ({error}); make it anew") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); mend that and try again") from None
 
 
 def _text_of(record: object, where: str) -> str:
@@ -54,17 +84,30 @@ def _text_of(record: object, where: str) -> str:
     return record["text"]
 
 
+def _documents_of_parquet(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"reading {path} needs pyarrow; `pip install pyarrow` and try again") from None
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        if "text" not in names:
+            raise UserError(f'{path} has no column "text"; its columns are {", ".join(names)}')
+        for batch in table.iter_batches(columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                if text is not None and not isinstance(text, str):
+                    raise UserError(f'the column "text" of {path} does not hold texts but {type(text).__name__} values')
+                if text and text.strip():
+                    yield text
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a sound parquet file ({error}); make it anew") from None
+
+
 def _documents_of_file(path: Path) -> Iterator[str]:
     if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError(f"reading {path} needs pyarrow; `pip install pyarrow` and try again") from None
-        table = pyarrow.parquet.ParquetFile(path)
-        if "text" not in table.schema_arrow.names:
-            raise UserError(f'{path} has no column "text"; its columns are {", ".join(table.schema_arrow.names)}')
-        for batch in table.iter_batches(columns=["text"]):
-            yield from (text for text in batch.column("text").to_pylist() if text and text.strip())
+        yield from _documents_of_parquet(path)
         return
     is_jsonl = ".jsonl" in path.suffixes
     with _open_text(path) as file:
@@ -84,7 +127,7 @@ def parse_json(text: str, where: str) -> object:
     """Parse JSON; a mistake in it is a `UserError` that says where."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise UserError(f"{where} is not valid JSON ({error}); mend it and try again") from None
 
 
@@ -96,14 +139,10 @@ def iter_documents(path: str | Path) -> Iterator[str]:
     """
     for file in resolve_files(path):
         count = 0
-        try:
+        with _reading(file):
             for document in _documents_of_file(file):
                 count += 1
                 yield document
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise UserError(f"{file} is not a sound gzip file ({error}); make it anew") from None
         if count == 0:
             raise UserError(f"{file} holds no text; give a file with at least one line that is not blank")
 
@@ -115,18 +154,15 @@ def iter_records(path: str | Path) -> Iterator[tuple[str, dict]]:
         UserError: no such file, invalid JSON, not UTF-8, or a record that is not an object.
     """
     for file in resolve_files(path, RECORD_ENDINGS):
-        try:
-            with _open_text(file) as stream:
-                if ".jsonl" in file.suffixes:
-                    lines = ((f"record {number} of {file}", line) for number, line in enumerate(stream, start=1))
-                    records = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
-                else:
-                    content = parse_json(stream.read(), str(file))
-                    if not isinstance(content, list):
-                        raise UserError(f"{file} must hold a list of records like [{{…}}, {{…}}]")
-                    records = [(f"record {number} of {file}", record) for number, record in enumerate(content, start=1)]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        with _reading(file), _open_text(file) as stream:
+            if ".jsonl" in file.suffixes:
+                lines = ((f"record {number} of {file}", line) for number, line in enumerate(stream, start=1))
+                records = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
+            else:
+                content = parse_json(stream.read(), str(file))
+                if not isinstance(content, list):
+                    raise UserError(f"{file} must hold a list of records like [{{…}}, {{…}}]")
+                records = [(f"record {number} of {file}", record) for number, record in enumerate(content, start=1)]
         if not records:
             raise UserError(f"{file} holds no record; give at least one")
         for where, record in records:
