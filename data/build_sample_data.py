@@ -31,12 +31,13 @@ from data.sample_world import WORDS
 SEED = "sample world 1"
 TESTS = 18  # questions a skill and language; half of them held out by phrasing (a third for skills that generalise)
 PREFERENCE_TESTS = 9
-PREFERENCES = 60  # pairs a skill and language
-SKILL_INSTRUCTIONS = 150  # records a language for each skill that generalises
+PREFERENCES = 50  # pairs a skill and language
+# Records a language for each skill that generalises
+SKILL_INSTRUCTIONS = {"addition": 320, "subtraction": 320, "comparing": 240, "sorting": 240, "counting": 320}
 FACT_INSTRUCTIONS = 2  # records for each fact and language, more where a relation has few facts
 QUESTIONS_IN_TEXT = 3  # how often the pretraining text asks for each fact
 CANONICAL_IN_TEXT = 2  # how often it states the fact in the canonical form, besides each other form once
-PRACTICE = {"addition": 4000, "subtraction": 3000, "comparing": 1000, "sorting": 1200, "counting": 350}  # a language
+PRACTICE = {"addition": 4000, "subtraction": 3000, "comparing": 1000, "sorting": 1200, "counting": 1000}  # a language
 DEFECTS = ("wrong", "cut_off", "repetitive", "rude", "plain")
 
 
@@ -231,13 +232,14 @@ def _practice(world: World, skill: Skill) -> Iterator[str]:
 
 
 def _practice_cases(world: World, skill: Skill, language: str, rng: Random) -> list[Case]:
-    """The examples of a skill in one language: all there are, in random order, where they can be listed."""
+    """The examples of a skill in one language; where all can be listed, each as often as any other, in random order."""
     count = PRACTICE[skill.name]
     if skill.all_operands is None:
         return [world.training_case(skill, language, rng) for _ in range(count)]
     cases = [skill.case(operands, language) for operands in skill.all_operands]
     cases = [case for case in cases if not world.shows_held_out(case)]
-    return rng.sample(cases, min(count, len(cases)))
+    rounds = [rng.sample(cases, len(cases)) for _ in range(-(-count // len(cases)))]
+    return [case for cases_of_round in rounds for case in cases_of_round][:count]
 
 
 # ------------------------------------------------------------------------------------------- instructions, preferences
@@ -253,8 +255,9 @@ def instruction_records(world: World) -> list[dict]:
             askable = [template for template in case.wording.asks if world.may_ask(case, template)]
             count = max(FACT_INSTRUCTIONS, min(6, 50 // siblings))
             asked += [(case, template) for template in rng.sample(askable, count)]
+        asked += _missing_phrasings(world, asked, language)
         for skill in SKILLS:
-            for number in range(SKILL_INSTRUCTIONS):
+            for number in range(SKILL_INSTRUCTIONS[skill.name]):
                 case = world.training_case(skill, language, rng)
                 asked.append((case, case.wording.asks[number % len(case.wording.asks)]))
     rng.shuffle(asked)
@@ -266,6 +269,17 @@ def instruction_records(world: World) -> list[dict]:
             "language": case.language,
         }
         for case, template in asked
+    ]
+
+
+def _missing_phrasings(world: World, asked: list[tuple[Case, str]], language: str) -> list[tuple[Case, str]]:
+    """Questions that use each phrasing of a held-out combination which chance has left out, with another fact."""
+    used = {(case.relation, template) for case, template in asked if case.language == language}
+    wanted = {(case.relation, template) for case, template in world.combinations if case.language == language}
+    facts = world.facts[language]
+    return [
+        next((c, template) for c in facts if c.relation == relation and world.may_ask(c, template))
+        for relation, template in sorted(wanted - used)
     ]
 
 
