@@ -38,9 +38,16 @@ ROLES = {
 def _text(record: dict, field: str, where: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        state = "is missing" if field not in record else "is empty" if value == "" else "is not a text"
+        state = "is missing" if field not in record else "is empty" if isinstance(value, str) else "is not a text"
         raise UserError(f'{where}: the field "{field}" {state}; it must be a non-empty string')
     return value
+
+
+def _optional_text(record: dict, field: str, where: str) -> str:
+    value = record.get(field)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ""
+    return _text(record, field, where)
 
 
 def _message(turn: object, where: str, default_role: str | None = None) -> Message:
@@ -49,21 +56,28 @@ def _message(turn: object, where: str, default_role: str | None = None) -> Messa
     if not isinstance(turn, dict):
         raise UserError(f'{where} is not an object like {{"role": "user", "content": "…"}}; mend it')
     role = turn.get("role", turn.get("from", default_role))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}")
     return {"role": ROLES[role], "content": _text(turn, "value" if "value" in turn else "content", where)}
+
+
+def _answer(turn: object, where: str) -> Message:
+    message = _message(turn, where, "assistant")
+    if message["role"] != "assistant":
+        raise UserError(f"{where} is a {message['role']} message; an answer is the assistant's")
+    return message
 
 
 def _prompt(record: dict, where: str) -> list[Message]:
     """The messages of a record, without the answer where the answer stands in a field of its own."""
     field = next((name for name in ("conversations", "messages") if name in record), None)
     messages: list[Message] = []
-    if isinstance(record.get("system"), str) and record["system"].strip():
-        messages.append({"role": "system", "content": record["system"]})
+    if system := _optional_text(record, "system", where):
+        messages.append({"role": "system", "content": system})
     if field is None:
         text = _text(record, "instruction", where)
-        if isinstance(record.get("input"), str) and record["input"].strip():
-            text += "\n" + record["input"]
+        if addition := _optional_text(record, "input", where):
+            text += "\n" + addition
         return [*messages, {"role": "user", "content": text}]
     if not isinstance(record[field], list) or not record[field]:
         raise UserError(f'{where}: the field "{field}" must be a list of at least one turn')
@@ -102,17 +116,19 @@ def parse_pairs(record: dict, where: str) -> list[dict]:
         UserError: which record, and which field is missing or wrong.
     """
     prompt = _prompt(record, where)
+    if prompt[-1]["role"] == "assistant":
+        raise UserError(f"{where} ends with an assistant message before its answers; it must end with the user's")
     if "responses" in record:
         answers = record["responses"]
         if not isinstance(answers, list) or len(answers) < 2:
             raise UserError(f'{where}: the field "responses" must list at least two answers, the best one first')
-        ranked = [_message(answer, f'an answer in "responses" of {where}', "assistant") for answer in answers]
+        ranked = [_answer(turn, f'answer {number} in "responses" of {where}') for number, turn in enumerate(answers, 1)]
         return [{"prompt": prompt, "chosen": better, "rejected": worse} for better, worse in combinations(ranked, 2)]
     sides = {}
     for side in ("chosen", "rejected"):
         if side not in record:
             raise UserError(f'{where}: the field "{side}" is missing; a preference has "chosen" and "rejected"')
-        sides[side] = _message(record[side], f'the field "{side}" of {where}', "assistant")
+        sides[side] = _answer(record[side], f'the field "{side}" of {where}')
     return [{"prompt": prompt, **sides}]
 
 
