@@ -1,0 +1,201 @@
+"""Every shape of instruction and preference data becomes the same messages; a wrong record is named with its field."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from command_line import UserError
+from conversation_data import load_conversations, load_pairs, parse_conversation, parse_pairs
+
+ROOT = Path(__file__).resolve().parent.parent
+USER, ASSISTANT = {"role": "user", "content": "法国的首都?"}, {"role": "assistant", "content": "巴黎。"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+MULTI_TURN = [
+    SYSTEM,
+    USER,
+    ASSISTANT,
+    {"role": "user", "content": "And Italy?"},
+    {"role": "assistant", "content": "Rome."},
+]
+
+
+def sharegpt(messages):
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    return [{"from": names[message["role"]], "value": message["content"]} for message in messages]
+
+
+# ------------------------------------------------------------------------------------------------------- instructions
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "法国的首都?", "response": "巴黎。"},
+        {"instruction": "法国的首都?", "output": "巴黎。"},
+        {"instruction": "法国的首都?", "input": "", "output": "巴黎。", "history": []},
+        {"instruction": "法国的首都?", "input": None, "response": "巴黎。", "skill": "countries"},
+        {"instruction": "法国的首都?", "system": "", "response": "巴黎。"},
+        {"messages": [USER, ASSISTANT]},
+        {"conversations": [USER, ASSISTANT]},
+        {"conversations": sharegpt([USER, ASSISTANT])},
+        {"messages": sharegpt([USER, ASSISTANT])},
+        {"messages": [USER], "response": "巴黎。"},
+        {"conversations": [USER], "output": "巴黎。"},
+        {"conversations": [USER, {"from": "bot", "value": "巴黎。"}], "id": 7},
+    ],
+)
+def test_every_shape_of_instruction_is_the_same_conversation(record):
+    assert parse_conversation(record, "record 1") == [USER, ASSISTANT]
+
+
+def test_an_input_stands_below_its_instruction():
+    record = {"instruction": "Sort these.", "input": "3, 1, 2", "output": "1, 2, 3"}
+    assert parse_conversation(record, "record 1")[0] == {"role": "user", "content": "Sort these.\n3, 1, 2"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": MULTI_TURN},
+        {"conversations": sharegpt(MULTI_TURN)},
+        {"conversations": sharegpt(MULTI_TURN[1:]), "system": "Be brief."},
+    ],
+)
+def test_turns_and_system_messages_are_kept(record):
+    assert parse_conversation(record, "record 1") == MULTI_TURN
+
+
+def test_a_system_field_goes_with_an_instruction():
+    record = {"system": "Be brief.", "instruction": "法国的首都?", "response": "巴黎。"}
+    assert parse_conversation(record, "record 1") == [SYSTEM, USER, ASSISTANT]
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({}, 'the field "instruction" is missing'),
+        ({"prompt": "x", "completion": "y"}, 'the field "instruction" is missing'),
+        ({"instruction": "x"}, 'the field "response" is missing'),
+        ({"instruction": "x", "response": ""}, 'the field "response" is empty'),
+        ({"instruction": " \n", "response": "y"}, 'the field "instruction" is empty'),
+        ({"instruction": "x", "output": None}, 'the field "output" is not a text'),
+        ({"instruction": 3, "response": "y"}, 'the field "instruction" is not a text'),
+        ({"instruction": "x", "input": 3, "response": "y"}, 'the field "input" is not a text'),
+        ({"instruction": "x", "system": ["be brief"], "response": "y"}, 'the field "system" is not a text'),
+        ({"messages": []}, 'the field "messages" must be a list of at least one turn'),
+        ({"conversations": "hello"}, 'the field "conversations" must be a list of at least one turn'),
+        ({"messages": [USER]}, 'the field "response" is missing'),
+        ({"messages": [USER, "Paris"]}, "turn 2 of RECORD is not an object"),
+        ({"messages": [{"role": "teacher", "content": "x"}, ASSISTANT]}, "turn 1 of RECORD has the role 'teacher'"),
+        ({"messages": [{"role": ["user"], "content": "x"}, ASSISTANT]}, "turn 1 of RECORD has the role"),
+        ({"messages": [{"content": "x"}, ASSISTANT]}, "turn 1 of RECORD has the role None"),
+        ({"messages": [USER, {"role": "assistant"}]}, 'turn 2 of RECORD: the field "content" is missing'),
+        ({"conversations": [{"from": "human", "value": 3}]}, 'turn 1 of RECORD: the field "value" is not a text'),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, 'turn 2 of RECORD: the field "content" is empty'),
+        ({"messages": [USER, ASSISTANT, SYSTEM]}, "RECORD ends with a system message"),
+    ],
+)
+def test_a_wrong_instruction_names_record_and_field(record, complaint):
+    with pytest.raises(UserError) as caught:
+        parse_conversation(record, "RECORD")
+    assert "RECORD" in str(caught.value)
+    assert complaint in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------- preferences
+
+
+GOOD, BAD = ASSISTANT, {"role": "assistant", "content": "不知道。"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "法国的首都?", "chosen": "巴黎。", "rejected": "不知道。"},
+        {"instruction": "法国的首都?", "input": "", "chosen": GOOD, "rejected": BAD},
+        {"conversations": sharegpt([USER]), "chosen": sharegpt([GOOD])[0], "rejected": sharegpt([BAD])[0]},
+        {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+        {"instruction": "法国的首都?", "responses": ["巴黎。", "不知道。"]},
+        {"messages": [USER], "responses": [GOOD, BAD]},
+    ],
+)
+def test_every_shape_of_preference_is_the_same_pair(record):
+    assert parse_pairs(record, "record 1") == [{"prompt": [USER], "chosen": GOOD, "rejected": BAD}]
+
+
+def test_a_conversation_before_the_two_answers_is_their_prompt():
+    record = {"system": "Be brief.", "conversations": sharegpt(MULTI_TURN[1:4]), "chosen": "Rome.", "rejected": "No."}
+    [pair] = parse_pairs(record, "record 1")
+    assert pair["prompt"] == MULTI_TURN[:4]
+
+
+def test_a_ranking_becomes_every_pair_of_better_and_worse():
+    pairs = parse_pairs({"instruction": "x", "responses": ["best", "good", "poor", "worst"]}, "record 1")
+    found = [(pair["chosen"]["content"], pair["rejected"]["content"]) for pair in pairs]
+    assert found == [
+        ("best", "good"),
+        ("best", "poor"),
+        ("best", "worst"),
+        ("good", "poor"),
+        ("good", "worst"),
+        ("poor", "worst"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"chosen": "a", "rejected": "b"}, 'the field "instruction" is missing'),
+        ({"instruction": "x", "rejected": "b"}, 'the field "chosen" is missing'),
+        ({"instruction": "x", "chosen": "a"}, 'the field "rejected" is missing'),
+        ({"instruction": "x", "chosen": "a", "rejected": ""}, 'the field "rejected" of RECORD'),
+        ({"instruction": "x", "chosen": ["a"], "rejected": "b"}, 'the field "chosen" of RECORD'),
+        ({"instruction": "x", "chosen": USER, "rejected": BAD}, 'the field "chosen" of RECORD is a user message'),
+        ({"messages": [USER, GOOD], "chosen": GOOD, "rejected": BAD}, "RECORD ends with an assistant message"),
+        ({"messages": [], "chosen": GOOD, "rejected": BAD}, 'the field "messages" must be a list'),
+        ({"instruction": "x", "responses": ["only one"]}, 'the field "responses" must list at least two answers'),
+        ({"instruction": "x", "responses": "abc"}, 'the field "responses" must list at least two answers'),
+        ({"instruction": "x", "responses": ["a", 3]}, 'answer 2 in "responses" of RECORD'),
+    ],
+)
+def test_a_wrong_preference_names_record_and_field(record, complaint):
+    with pytest.raises(UserError) as caught:
+        parse_pairs(record, "RECORD")
+    assert "RECORD" in str(caught.value)
+    assert complaint in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_files_of_mixed_shapes_are_read_in_order(ending, tmp_path):
+    records = [
+        {"instruction": "法国的首都?", "response": "巴黎。"},
+        {"messages": MULTI_TURN},
+        {"instruction": "法国的首都?", "output": "巴黎。"},
+    ]
+    path = tmp_path / f"data.{ending}"
+    path.write_text(json.dumps(records) if ending == "json" else "\n".join(map(json.dumps, records)))
+    assert load_conversations(path) == [[USER, ASSISTANT], MULTI_TURN, [USER, ASSISTANT]]
+
+
+def test_a_mistake_in_a_file_is_named_by_record_and_file(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(
+        json.dumps([{"instruction": "x", "response": "y", "chosen": "y", "rejected": "z"}] * 2 + [{"instruction": "x"}])
+    )
+    with pytest.raises(UserError, match=r'record 3 of .*data\.json: the field "response" is missing'):
+        load_conversations(path)
+    with pytest.raises(UserError, match=r'record 3 of .*data\.json: the field "chosen" is missing'):
+        load_pairs(path)
+
+
+def test_the_committed_sample_data_is_in_order():
+    """What comes with the project reads without a complaint, and every conversation is a question and an answer."""
+    for name in ("sft_data", "sft_test"):
+        conversations = load_conversations(ROOT / "data" / "sft" / f"{name}.json")
+        assert len(conversations) >= 100
+        assert all([m["role"] for m in c] == ["user", "assistant"] for c in conversations)
+    assert all(pair["chosen"] != pair["rejected"] for pair in load_pairs(ROOT / "data" / "sft" / "rlhf_pairwise.json"))
