@@ -74,14 +74,34 @@ class PipelineConfig:
     smoke: bool = option(False, "a two-minute check of every stage, in models/smoke; the model it makes is useless")
     models_dir: str = option("models", "folder for everything that is made")
     train_data: str = option("data/pretrain/train", "pretraining text")
-    val_data: str = option("data/pretrain/val", "validation text; empty: a share of the training text")
+    val_data: str = option("data/pretrain/val", "validation text; empty, or with your own text: a share of that")
     sft_data: str = option("data/sft/sft_data.json", "instruction data")
     sft_test: str = option("data/sft/sft_test.json", "held-out questions")
     pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data")
-    pairwise_test: str = option("data/sft/rlhf_pairwise_test.json", "held-out preferences; empty: a share of the others")
+    pairwise_test: str = option(
+        "data/sft/rlhf_pairwise_test.json", "held-out preferences; empty, or with your own pairs: a share of those"
+    )
     num_threads: int = option(0, "CPU threads; 0 means one for each core")
     port: int = option(0, "port of the service while it is tried; 0 means any free one")
     serve: bool = option(False, "leave the service running in the foreground at the end, on port 8000 or --port")
+
+
+def settle(config: PipelineConfig) -> None:
+    """What follows from the options given: a smoke run's size and folder; your own data are not judged by the sample's.
+
+    Raises:
+        UserError: own instructions without test questions.
+    """
+    if config.smoke:
+        config.preset = "smoke"
+        if "models_dir" not in config.given:
+            config.models_dir = "models/smoke"
+    if "train_data" in config.given and "val_data" not in config.given:
+        config.val_data = ""
+    if "pairwise_data" in config.given and "pairwise_test" not in config.given:
+        config.pairwise_test = ""
+    if "sft_data" in config.given and "sft_test" not in config.given:
+        raise UserError("--sft_data is your own; name the questions to test with in --sft_test, too")
 
 
 @dataclass
@@ -136,6 +156,14 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
         return Stage(f"evaluate-{model.stem}{name}", f"asking {label}", command, [model, *questions], [path])
 
     perplexity = pretrain.with_name("pretrain_best_text_eval.json")
+    score_text = Stage(
+        "evaluate-text",
+        "scoring the pretrained model on held-out text",
+        ["evaluator.py", "--model_path", str(pretrain), "--test_data_path", config.val_data]
+        + ["--model_type", "pretrain", "--output_path", str(perplexity), *sizes["evaluate"], *threads],
+        [pretrain, *val_text],
+        [perplexity],
+    )
     ngram = root / "ngram_eval.json"
     return [
         Stage(
@@ -184,14 +212,7 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
         ),
         quantize(sft),
         quantize(ppo),
-        Stage(
-            "evaluate-text",
-            "scoring the pretrained model on held-out text",
-            ["evaluator.py", "--model_path", str(pretrain), "--test_data_path", config.val_data or config.train_data]
-            + ["--model_type", "pretrain", "--output_path", str(perplexity), *sizes["evaluate"], *threads],
-            [pretrain, *val_text],
-            [perplexity],
-        ),
+        *([score_text] if config.val_data else []),  # what pretraining sets aside by itself, it scores by itself
         Stage(
             "evaluate-ngram",
             "asking a 5-gram model, for comparison",
@@ -333,10 +354,7 @@ def try_service(model: Path, port: int, log_path: Path) -> list[dict[str, str]]:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     config = parse_config(PipelineConfig, argv, description="Train, align, evaluate, quantize and serve a GPT.")
-    if config.smoke:
-        config.preset = "smoke"
-        if "models_dir" not in config.given:
-            config.models_dir = "models/smoke"
+    settle(config)
     root, start = Path(config.models_dir), time.time()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would slow down whatever else runs
     stages = build_stages(config)

@@ -58,15 +58,16 @@ PAGE = """<!doctype html>
 <th class="n">ends by itself<th class="n">BLEU<th class="n">ROUGE-L<th class="n">tokens an answer</tr>
 {% for row in score_rows %}<tr><td><b>{{ row.label }}</b><td>{{ row.what }}
 {% for key in ("exact", "preferred", "polite", "ended") %}
+{% if key not in row.scores %}<td class="n">–{% else %}
 <td class="n bar" style="--p:{{ (100 * row.scores[key]) | round(1) }}%">{{ "%.1f" | format(100 * row.scores[key]) }} %
-{% endfor %}
+{% endif %}{% endfor %}
 <td class="n">{{ "%.3f" | format(row.scores.bleu) }}<td class="n">{{ "%.3f" | format(row.scores["rouge-l"]) }}
 <td class="n">{{ "%.1f" | format(row.scores.mean_tokens) }}</tr>
 {% endfor %}</table></div>
-<p class="note">{{ n_questions }} questions, none of which is in the training data: held out by operands, by phrasing or by
-combination of fact and phrasing. <i>Exactly right</i>: the answer without courtesies is the expected sentence, character
-for character. <i>Preferred</i>: right, complete, polite, not repetitive, not rude; a program decides. BLEU and ROUGE
-compare with the plain answer, so courtesies lower them.</p>
+<p class="note">{{ n_questions }} questions{% if sample %}, none of which is in the training data: held out by operands,
+by phrasing or by combination of fact and phrasing{% endif %}. <i>Exactly right</i>: the answer without courtesies is
+the expected sentence, character for character. <i>Preferred</i>: right, complete, polite, not repetitive, not rude; a
+program decides. BLEU and ROUGE compare with the plain answer, so courtesies lower them.</p>
 
 <h2>By skill</h2>
 <div class="wide"><table><tr><th>skill{% for label in skill_labels %}<th class="n">{{ label }}{% endfor %}</tr>
@@ -84,7 +85,8 @@ compare with the plain answer, so courtesies lower them.</p>
 
 {% if exchanges %}<h2>Asked through the service</h2>
 <table><tr><th>POST /generate<th>generated_text</tr>
-{% for exchange in exchanges %}<tr><td>{{ exchange.question }}<td>{{ exchange.answer }}</tr>{% endfor %}</table>{% endif %}
+{% for exchange in exchanges %}<tr><td>{{ exchange.question }}<td>{{ exchange.answer }}</tr>
+{% endfor %}</table>{% endif %}
 
 <h2>Learning curves</h2>
 {% for run in runs %}<h3>{{ run.title }}</h3><p class="note">{{ run.sentence }}</p>
@@ -120,14 +122,19 @@ def headline(scores: dict[str, dict[str, float]], kl: float | None) -> str:
     if "SFT" in scores:
         parts.append(f"The SFT model answers {scores['SFT']['exact']:.1%} of the held-out questions exactly right")
     if "5-gram" in scores:
-        parts[-1:] = [(parts[-1] if parts else "The models are ready") + f" (a 5-gram model {scores['5-gram']['exact']:.1%})"]
+        so_far = parts[-1] if parts else "The models are ready"
+        parts[-1:] = [f"{so_far} (a 5-gram model {scores['5-gram']['exact']:.1%})"]
     if {"SFT", "PPO"} <= set(scores):
-        gain = 100 * (scores["PPO"]["preferred"] - scores["SFT"]["preferred"])
-        change = 100 * (scores["PPO"]["exact"] - scores["SFT"]["exact"])
+        changes = [
+            f"{what} answers by {100 * (scores['PPO'][key] - scores['SFT'][key]):+.1f} points"
+            for key, what in (("preferred", "preferred"), ("exact", "exact"))
+            if key in scores["PPO"] and key in scores["SFT"]  # only records with an "answer" can be preferred
+        ]
         divergence = "" if kl is None else f" at a divergence of {kl:.2f} nats an answer"
-        parts.append(f"PPO changes preferred answers by {gain:+.1f} points and exact ones by {change:+.1f}{divergence}")
+        parts.append(f"PPO changes {' and '.join(changes)}{divergence}")
     if {"PPO", "INT8"} <= set(scores):
-        parts.append(f"INT8 changes exact answers by {100 * (scores['INT8']['exact'] - scores['PPO']['exact']):+.1f} points")
+        change = 100 * (scores["INT8"]["exact"] - scores["PPO"]["exact"])
+        parts.append(f"INT8 changes exact answers by {change:+.1f} points")
     return "; ".join(parts) + "."
 
 
@@ -182,16 +189,17 @@ def write_report(
         if (root / name / "curves.png").is_file()
     ]
     seconds = sum(seconds for _, seconds in stages)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
     html = page.render(
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, Python {platform.python_version()}, "
-        f"PyTorch {torch.__version__}",
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}, "
+        f"Python {platform.python_version()}, PyTorch {torch.__version__}",
         today=date.today().isoformat(),
         stage_total=f"{int(seconds // 60)} min {int(seconds % 60):02d} s",
         headline=headline({label: evaluation["scores"] for label, evaluation in by_label.items()}, best.get("val_kl")),
         score_rows=rows,
         n_questions=len(answers[0][1]) if answers else 0,
+        sample=any("by_held_out" in evaluation for _, _, evaluation in found),  # proven by the sample data's builder
         skill_labels=[label for label, _, _ in found],
         skill_rows=[
             (skill, [evaluation.get("by_skill", {}).get(skill, {}).get("exact") for _, _, evaluation in found])

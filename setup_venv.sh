@@ -5,7 +5,7 @@ fail() { echo "error: $1" >&2; exit 2; }
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3 python3.12 python3.11 python3.10 python; do
+    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.10 python}; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             echo "$candidate"
             return
