@@ -72,7 +72,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
 
     A class attribute `presets: ClassVar[dict[str, dict]]` adds `--preset NAME`, which sets several fields at once;
     options given explicitly win over the preset. Where the class has `validate() -> list[str]`, all its complaints
-    are reported together. The names of the fields that the user gave are left in `config.given`.
+    are reported together. The names of the options that the user gave are left in `config.given`.
 
     Raises:
         UserError: an unknown option, a value of the wrong type, or anything `validate` complains about.
@@ -100,9 +100,10 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
             **({} if field.metadata["choices"] else {"metavar": getattr(read, "__name__", "value").strip("_").upper()}),
         )
     given = vars(parser.parse_args(argv))
+    names = {name for name, value in given.items() if value is not None}
     preset = presets.get(given.pop("preset", None), {})
     config = config_class(**{**defaults, **preset, **given})
-    config.given = frozenset(given)
+    config.given = frozenset(names)
     complaints = config.validate() if hasattr(config, "validate") else []
     if complaints:
         raise UserError("; ".join(complaints))
