@@ -1,0 +1,179 @@
+"""A documented dataclass becomes a command line; a user's mistake becomes one sentence and exit status 2."""
+
+import importlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from command_line import UserError, option, parse_config, require_file, run_main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Config:
+    """Settings of every kind that the scripts use."""
+
+    presets: ClassVar[dict] = {"tiny": {"lr": 0.5, "size": 2}, "large": {"size": 99}}
+
+    lr: float = option(1e-3, "peak learning rate")
+    size: int = option(8, "width, about 2 %% of everything")
+    name: str = option("run", "name of the run")
+    fast: bool = option(False, "hurry")
+    kind: str = option("a", "which kind", choices=("a", "b"))
+    limit: int | None = option(None, "at most so many, or no limit")
+    parts: list[int] = option(list, "sizes of parts")
+
+    def validate(self) -> list[str]:
+        complaints = []
+        if self.size < 1:
+            complaints.append(f"--size must be at least 1, not {self.size}")
+        if self.lr <= 0:
+            complaints.append(f"--lr must be positive, not {self.lr}")
+        return complaints
+
+
+def parse(*argv):
+    return parse_config(Config, argv, description="try it")
+
+
+def test_without_arguments_the_defaults_hold():
+    assert parse() == Config()
+    assert parse().given == frozenset()
+
+
+def test_every_kind_of_value_is_read():
+    line = "--lr 2e-4 --size 16 --name x --fast true --kind b --limit 7 --parts 1 2 3"
+    config = parse(*line.split())
+    assert config == Config(lr=2e-4, size=16, name="x", fast=True, kind="b", limit=7, parts=[1, 2, 3])
+    assert config.given == {"lr", "size", "name", "fast", "kind", "limit", "parts"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["--fast"], True), (["--fast", "False"], False), (["--fast", "no"], False), (["--fast=1"], True), ([], False)],
+)
+def test_a_switch_may_stand_alone_or_have_a_word(words, expected):
+    assert parse(*words).fast is expected
+
+
+def test_a_preset_sets_several_options_and_explicit_ones_win():
+    """Whatever their order; what was explicit can be told from what the preset brought."""
+    assert (parse("--preset", "tiny").lr, parse("--preset", "tiny").size) == (0.5, 2)
+    for line in ("--preset tiny --size 5", "--size 5 --preset tiny"):
+        config = parse(*line.split())
+        assert (config.lr, config.size, config.given) == (0.5, 5, {"size"})
+
+
+def test_configurations_do_not_share_a_list():
+    parse().parts.append(1)
+    assert parse().parts == []
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("--sizes 3", "unrecognized arguments: --sizes 3"),
+        ("--siz 3", "unrecognized arguments: --siz 3"),  # no guessing: a typing error is not an abbreviation
+        ("stray", "unrecognized arguments: stray"),
+        ("--size three", "argument --size: invalid int value: 'three'"),
+        ("--size", "argument --size: expected one argument"),
+        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--fast maybe", "expected true or false, not 'maybe'"),
+        ("--kind c", "argument --kind: invalid choice: 'c'"),
+        ("--preset huge", "argument --preset: invalid choice: 'huge'"),
+    ],
+)
+def test_a_wrong_option_is_named_and_help_is_pointed_to(line, complaint):
+    with pytest.raises(UserError) as caught:
+        parse(*line.split())
+    assert complaint in str(caught.value)
+    assert "--help` lists the options" in str(caught.value)
+
+
+def test_all_mistakes_are_reported_at_once():
+    with pytest.raises(UserError, match="--size must be at least 1, not 0; --lr must be positive, not -1.0"):
+        parse("--size", "0", "--lr", "-1")
+
+
+def test_help_shows_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit_.value.code == 0
+    assert "try it" in text
+    assert "peak learning rate (default: 0.001)" in text
+    assert "about 2 % of everything (default: 8)" in text
+    assert "--kind {a,b}" in text
+    assert "--preset {tiny,large}" in text
+
+
+@pytest.mark.parametrize("script", ["byte_level_bpe", "pretrain_trainer", "finetune", "evaluator"])
+def test_the_help_of_every_script_can_be_printed(script, capsys):
+    """A stray % in a help text, or two options of one name, would break it."""
+    module = importlib.import_module(script)
+    for mode in getattr(module, "MODES", [None]):
+        with pytest.raises(SystemExit) as exit_:
+            module.main([*(["--mode", mode] if mode else []), "--help"])
+        assert exit_.value.code == 0
+        assert "usage:" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- exit statuses
+
+
+SCRIPT = """
+import os, signal
+from command_line import Interrupted, UserError, run_main
+def main():
+    {}
+run_main(main)
+"""
+
+
+def run_script(statement):
+    """What a script that ends as every script of the project does leaves behind."""
+    return subprocess.run([sys.executable, "-c", SCRIPT.format(statement)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_success_is_0():
+    done = run_script("print('made it')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "made it\n", "")
+
+
+def test_a_users_mistake_is_one_sentence_and_2():
+    done = run_script("raise UserError('the file x is missing; make it')")
+    assert (done.returncode, done.stderr) == (2, "error: the file x is missing; make it\n")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    done = run_script("1 / 0")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize("statement", ["os.kill(os.getpid(), signal.SIGINT)", "raise Interrupted('saved at step 3')"])
+def test_an_interruption_is_130_without_a_traceback(statement):
+    done = run_script(statement)
+    assert done.returncode == 130
+    assert done.stderr in ("interrupted\n", "saved at step 3\n")
+
+
+def test_run_main_inside_a_process_leaves_by_system_exit():
+    with pytest.raises(SystemExit) as exit_:
+        run_main(lambda: None)
+    assert exit_.value.code == 0
+
+
+def test_require_file(tmp_path):
+    path = tmp_path / "there.txt"
+    path.write_text("")
+    assert require_file(str(path), "the data") == path
+    with pytest.raises(UserError, match=r"the data .*gone\.txt does not exist; check the path"):
+        require_file(tmp_path / "gone.txt", "the data")
+    with pytest.raises(UserError, match="the data .* is a folder, not a file; make one"):
+        require_file(tmp_path, "the data", "make one")
