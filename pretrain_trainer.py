@@ -20,8 +20,9 @@ from checkpoint import load_checkpoint, load_weights, require_same_model
 from command_line import UserError, option, parse_config, run_main
 from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
+from optimization import resolve_device
 from text_files import iter_documents, resolve_files
-from training_loop import TrainingConfig, TrainingLoop, prepare_machine
+from training_loop import TrainingConfig, TrainingLoop, advice_if_out_of_memory, prepare_machine
 
 SAMPLE_TRAIN, SAMPLE_VAL = "data/pretrain/train", "data/pretrain/val"
 DEFAULT_VAL_FRACTION = 0.05
@@ -63,7 +64,7 @@ class PretrainConfig(TrainingConfig):
     max_seq_len: int = option(128, "context length, in tokens")
     batch_size: int = option(32, "windows of one forward pass on one rank")
     lr: float = option(4e-3, "peak learning rate")
-    epochs: float = option(4.0, "passes over the training text, if --max_steps is 0")
+    epochs: float = option(5.0, "passes over the training text, if --max_steps is 0")
     sample_tokens: int = option(48, "tokens of the sample texts that are written at every evaluation; 0: none")
 
     def validate(self) -> list[str]:
@@ -71,6 +72,8 @@ class PretrainConfig(TrainingConfig):
         complaints = super().validate()
         if not 0 <= self.val_fraction < 1:
             complaints.append(f"--val_fraction must be between 0 and 1, not {self.val_fraction}")
+        if self.max_seq_len < 2:
+            complaints.append(f"--max_seq_len must be at least 2, a token and the next, not {self.max_seq_len}")
         if self.depth < 0:
             complaints.append(f"--depth must not be negative, not {self.depth}")
         if not complaints:
@@ -128,13 +131,24 @@ def turn_depth_dial(config: PretrainConfig) -> str:
     return f"depth {depth}: {chosen}" + (f"; as you said: {', '.join(overridden)}" if overridden else "")
 
 
+def fit_machine(config: PretrainConfig) -> None:
+    """Where the user chose no size, take one that suits the machine: `small` on a GPU, `tiny` elsewhere."""
+    sizes = {"preset", "depth", *(name for preset in config.presets.values() for name in preset)}
+    if not config.given & sizes and resolve_device(config.device).type == "cuda":
+        print("a GPU is here and no size was given: taking --preset small", flush=True)
+        for name, value in config.presets["small"].items():
+            setattr(config, name, value)
+
+
 class GPTTrainer:
     """Pretrains a GPT from a `PretrainConfig`: tokenizer, data, model and loop put together."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
         self.device = prepare_machine(config)
-        resolve_files(config.train_data_dir)
+        self.val_path = config.val_data_dir or (SAMPLE_VAL if config.train_data_dir == SAMPLE_TRAIN else "")
+        for path in filter(None, (config.train_data_dir, self.val_path)):
+            resolve_files(path)  # before the long work of tokenizing
         if distributed.is_main():
             self.tokenizer = load_or_train_tokenizer(config)
             train_shards, val_shards = self._tokenize()  # the other ranks then find the shards on the disk
@@ -144,28 +158,30 @@ class GPTTrainer:
             train_shards, val_shards = self._tokenize()
         pad_token_id = self.tokenizer.pad_token_id
         gpt_config = config.model_config(len(self.tokenizer), 0 if pad_token_id is None else pad_token_id)
-        self.model = GPTModel.from_config(gpt_config)
-        self.val_shards = val_shards
-        self.loop = TrainingLoop(
-            config,
-            self.model,
-            gpt_config,
-            self.tokenizer,
-            "pretrain",
-            GPTPretrainDataset(train_shards, config.max_seq_len, config.train_data_dir),
-            GPTPretrainDataset(val_shards, config.max_seq_len, "the validation text"),
-            self.device,
-            score=self._score,
-        )
-        self.train_shards = train_shards
+        self.train_shards, self.val_shards = train_shards, val_shards
+        train_data = GPTPretrainDataset(train_shards, config.max_seq_len, config.train_data_dir)
+        val_data = GPTPretrainDataset(val_shards, config.max_seq_len, "the validation text")
+        size = f"--d_model {config.d_model} and --n_layers {config.n_layers}"
+        with advice_if_out_of_memory(f"for a model of {size}; lower them, or take a smaller --preset or --depth"):
+            self.model = GPTModel.from_config(gpt_config)
+            self.loop = TrainingLoop(
+                config,
+                self.model,
+                gpt_config,
+                self.tokenizer,
+                "pretrain",
+                train_data,
+                val_data,
+                self.device,
+                score=self._score,
+            )
 
     def _tokenize(self) -> tuple[TokenShards, TokenShards]:
         config, tokenizer = self.config, self.tokenizer
-        val_path = config.val_data_dir or (SAMPLE_VAL if config.train_data_dir == SAMPLE_TRAIN else "")
-        if val_path:
+        if self.val_path:
             return (
                 tokenize_to_shards(config.train_data_dir, tokenizer, config.shard_dir),
-                tokenize_to_shards(val_path, tokenizer, config.shard_dir),
+                tokenize_to_shards(self.val_path, tokenizer, config.shard_dir),
             )
         if not config.val_fraction:
             config.val_fraction = DEFAULT_VAL_FRACTION
@@ -241,6 +257,7 @@ def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     config = parse_config(PretrainConfig, argv, description="Pretrain a GPT on raw text.")
+    fit_machine(config)
     if config.depth:
         dial = turn_depth_dial(config)
         complaints = config.validate()

@@ -262,8 +262,12 @@ class TrainingLoop:
         tokens = skipped_seconds = 0.0
         interval_start = start = time.perf_counter()
         elapsed_before = self.seconds
+        memory_advice = (
+            f"at --batch_size {config.batch_size} and --max_seq_len {config.max_seq_len}; halve --batch_size and double "
+            "--grad_accum_steps, or add --recompute_activations true"
+        )
         try:
-            with StopSignal() as stop:
+            with StopSignal() as stop, advice_if_out_of_memory(memory_advice):
                 while self.step < self.max_steps and not self._patience_is_over():
                     record = self.train_step()
                     tokens += record.pop("tokens")
@@ -293,13 +297,6 @@ class TrainingLoop:
                         )
                     if stop_early:
                         log.say(f"no improvement in {config.patience} evaluations, stopped at step {self.step}")
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"out of memory at --batch_size {config.batch_size} and --max_seq_len {config.max_seq_len}; halve "
-                "--batch_size and double --grad_accum_steps, or add --recompute_activations true"
-            ) from error
         finally:
             log.close()
         return self.best
@@ -545,6 +542,17 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextlib.contextmanager
+def advice_if_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn a lack of memory into one sentence: "out of memory" and what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory {advice}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
