@@ -167,7 +167,8 @@ def parameter_groups(model: nn.Module, optimizer: str) -> dict[str, list[nn.Para
     stay with AdamW: their rows are looked up, not multiplied through.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    heads = {id(module.weight) for name, module in model.named_modules() if name.endswith("head")}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    heads = {id(module.weight) for name, module in linear.items() if name.endswith("head")}
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
     for parameter in model.parameters():
         if not parameter.requires_grad:
