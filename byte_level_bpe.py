@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = ByteLevelBPETokenizer(config.vocab_size)
     tokenizer.train(documents, config.min_frequency, show_progress=sys.stderr.isatty())
     tokenizer.save(config.output_dir)
-    byte_count = sum(len(text.encode()) for text in documents.sample)
+    byte_count = sum(len(text.encode(errors="surrogatepass")) for text in documents.sample)
     token_count = sum(map(len, tokenizer.encode_batch(documents.sample)))
     print(
         f"tokenizer: {len(tokenizer)} tokens, {byte_count / token_count:.2f} bytes per token on a sample of the input, "

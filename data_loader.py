@@ -92,27 +92,45 @@ def tokenize_to_shards(
         val_fraction: the share of documents in the validation part.
 
     Raises:
-        UserError: the text cannot be read, or there is none.
+        UserError: the text cannot be read, or there is none, or the disk is full.
     """
     files = resolve_files(path)
     sources = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     identity = {"tokenizer": tokenizer.fingerprint, "sources": sources, "part": part, "val_fraction": val_fraction}
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(shard_dir) / f"{Path(path).name.split('.')[0]}-{part}-{digest}"
-    if not (folder / "manifest.json").is_file():
+    if not _complete(folder):
         temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         try:
-            _write_shards(path, tokenizer, temporary, identity)
-        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _write_shards(path, tokenizer, temporary, identity)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.replace(folder)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"cannot write token shards into {shard_dir} ({error.strerror}); free some space or choose another "
+                    "--shard_dir"
+                ) from error
             raise
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    arrays = [np.memmap(folder / name, dtype=manifest["dtype"], mode="r") for name in manifest["shards"]]
+    manifest = _read_manifest(folder)
+    arrays = [np.memmap(folder / name, dtype=manifest["dtype"], mode="r") for name in manifest["shard_bytes"]]
     return TokenShards(arrays, manifest["n_bytes"], manifest["n_documents"])
+
+
+def _read_manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _complete(folder: Path) -> bool:
+    """Whether all shards are there with the sizes that the manifest gives: a power cut can leave less of a file."""
+    try:
+        sizes = _read_manifest(folder)["shard_bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
@@ -138,7 +156,7 @@ def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Pa
                 shards.append(f"shard_{len(shards):05d}.bin")
                 file, in_shard = (folder / shards[-1]).open("wb"), 0
             file.write(np.asarray(ids, dtype=dtype).tobytes())
-            size = sum(len(document.encode()) for document in chunk)
+            size = sum(len(document.encode(errors="surrogatepass")) for document in chunk)
             in_shard += len(ids)
             n_bytes += size
             n_documents += len(chunk)
@@ -150,7 +168,7 @@ def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Pa
     file.close()
     manifest = {
         **identity,
-        "shards": shards,
+        "shard_bytes": {name: (folder / name).stat().st_size for name in shards},
         "dtype": np.dtype(dtype).name,
         "n_bytes": n_bytes,
         "n_documents": n_documents,
@@ -173,6 +191,10 @@ class GPTPretrainDataset(Dataset):
     """
 
     def __init__(self, shards: TokenShards, max_seq_len: int, name: str = "the text") -> None:
+        if max_seq_len < 2:
+            raise UserError(
+                f"--max_seq_len must be at least 2, not {max_seq_len}: a window of one token predicts nothing"
+            )
         if shards.n_tokens < max_seq_len:
             raise UserError(
                 f"{name} has {shards.n_tokens} tokens, less than one window; lower --max_seq_len (now {max_seq_len}) "
@@ -185,6 +207,7 @@ class GPTPretrainDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """{"input_ids", "labels"}: both (max_seq_len,) int64; the model shifts the labels."""
+        index = range(len(self))[index]  # an IndexError beyond the end is what stops a `for` loop
         wanted = index * (self.max_seq_len - 1)
         start = min(wanted, self.shards.n_tokens - self.max_seq_len)
         ids = torch.from_numpy(self.shards.slice(start, start + self.max_seq_len).astype(np.int64))
@@ -277,7 +300,7 @@ class PairDataset(Dataset):
         return self.samples[index]
 
     def collate(self, samples: Sequence[list[list[int]]]) -> Batch:
-        """{"input_ids", "attention_mask"}: (2B, longest) int64, padded on the right; first all chosen, then rejected."""
+        """{"input_ids", "attention_mask"}: (2B, longest) int64, padded on the right; the chosen, then the rejected."""
         rows = [pair[0] for pair in samples] + [pair[1] for pair in samples]
         longest = max(map(len, rows))
         return {
