@@ -66,7 +66,7 @@ def test_a_preset_sets_several_options_and_explicit_ones_win():
     assert (parse("--preset", "tiny").lr, parse("--preset", "tiny").size) == (0.5, 2)
     for line in ("--preset tiny --size 5", "--size 5 --preset tiny"):
         config = parse(*line.split())
-        assert (config.lr, config.size, config.given) == (0.5, 5, {"size"})
+        assert (config.lr, config.size, config.given) == (0.5, 5, {"size", "preset"})
 
 
 def test_configurations_do_not_share_a_list():

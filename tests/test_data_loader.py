@@ -1,0 +1,499 @@
+"""From text and records to batches: nothing is lost, nothing is learnt that should not be, every run sees the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data_loader
+from byte_level_bpe import ByteLevelBPETokenizer
+from command_line import UserError
+from data_loader import (
+    BatchOrder,
+    GPTPPODataset,
+    GPTPretrainDataset,
+    GPTSFTDataset,
+    PairDataset,
+    TokenShards,
+    create_pretrain_dataloader,
+    create_sft_dataloader,
+    in_validation_part,
+    load_preference_pairs,
+    tokenize_to_shards,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+BOS, PAD, EOS = 0, 1, 2
+
+
+@pytest.fixture
+def text_file(tmp_path, corpus):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(line + "\n" for line in corpus), encoding="utf-8")
+    return path
+
+
+def all_tokens(shards):
+    return shards.slice(0, shards.n_tokens).tolist()
+
+
+def shard_folders(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+def test_shards_hold_every_document_between_its_special_tokens(text_file, corpus, tokenizer, tmp_path):
+    """`<s>` text `</s>` after one another, decoded back to the text; bytes and documents are counted."""
+    shards = tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
+    ids = all_tokens(shards)
+    assert ids.count(BOS) == ids.count(EOS) == shards.n_documents == len(corpus)
+    assert ids[0] == BOS
+    assert ids[-1] == EOS
+    assert tokenizer.decode(ids) == "".join(corpus)
+    assert shards.n_bytes == sum(len(line.encode()) for line in corpus)
+    assert shards.arrays[0].dtype == np.uint16
+    assert isinstance(shards.arrays[0], np.memmap)  # never wholly in memory
+
+
+def test_a_long_corpus_is_cut_into_several_shards_that_read_as_one(corpus, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(corpus * 200), encoding="utf-8")
+    whole = tokenize_to_shards(path, tokenizer, tmp_path / "one")
+    monkeypatch.setattr(data_loader, "SHARD_TOKENS", 10_000)
+    parts = tokenize_to_shards(path, tokenizer, tmp_path / "many")
+    assert len(whole.arrays) == 1
+    assert len(parts.arrays) > 2
+    assert all_tokens(parts) == all_tokens(whole)
+    edge = len(parts.arrays[0])
+    assert parts.slice(edge - 3, edge + 4).tolist() == whole.slice(edge - 3, edge + 4).tolist()
+
+
+def test_a_large_vocabulary_has_room_in_the_shards(text_file, tokenizer, tmp_path, monkeypatch):
+    """Ids beyond 65,535 need four bytes."""
+    monkeypatch.setattr(ByteLevelBPETokenizer, "__len__", lambda self: 70_000)
+    monkeypatch.setattr(ByteLevelBPETokenizer, "encode_batch", lambda self, texts, **_: [[69_999] for _ in texts])
+    shards = tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
+    assert all_tokens(shards)[:3] == [BOS, 69_999, EOS]
+
+
+def test_shards_are_reused_while_text_and_tokenizer_stay(text_file, tokenizer, tmp_path, monkeypatch):
+    first = tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
+    tokens = all_tokens(first)
+    monkeypatch.setattr(data_loader, "_write_shards", lambda *_: pytest.fail("tokenized again"))
+    again = tokenize_to_shards(
+        str(text_file.with_suffix("")), tokenizer, tmp_path / "shards"
+    )  # found without its ending
+    assert all_tokens(again) == tokens
+    assert (again.n_bytes, again.n_documents) == (first.n_bytes, first.n_documents)
+
+
+def test_shards_are_made_anew_when_the_text_changes(text_file, tokenizer, tmp_path):
+    """Also where its length and even its first lines stay the same."""
+    tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
+    changed = text_file.read_text(encoding="utf-8").replace("Paris", "sirap")
+    os.utime(text_file, (1, 1))
+    text_file.write_text(changed, encoding="utf-8")
+    decoded = tokenizer.decode(all_tokens(tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")))
+    assert "sirap" in decoded
+    assert "Paris" not in decoded
+
+
+def test_shards_are_made_anew_for_another_tokenizer(text_file, corpus, tokenizer, tmp_path):
+    other = ByteLevelBPETokenizer(vocab_size=290)
+    other.train(corpus)
+    shards = [tokenize_to_shards(text_file, t, tmp_path / "shards") for t in (tokenizer, other)]
+    assert shards[0].n_tokens < shards[1].n_tokens
+    assert tokenizer.decode(all_tokens(shards[0])) == other.decode(all_tokens(shards[1])) == "".join(corpus)
+
+
+def test_shards_are_made_anew_when_a_file_joins_the_folder(tokenizer, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("first\n")
+    assert tokenize_to_shards(folder, tokenizer, tmp_path / "shards").n_documents == 1
+    (folder / "b.txt").write_text("second\nthird\n")
+    assert tokenize_to_shards(folder, tokenizer, tmp_path / "shards").n_documents == 3
+
+
+TOKENIZE = """
+import sys
+from byte_level_bpe import ByteLevelBPETokenizer
+from data_loader import tokenize_to_shards
+tokenize_to_shards(sys.argv[1], ByteLevelBPETokenizer.from_pretrained(sys.argv[2]), sys.argv[3])
+"""
+
+
+def test_killed_while_tokenizing_leaves_nothing_that_is_used(corpus, tokenizer, tmp_path):
+    """A real process, `kill -9` once it has written its first tokens; the next run starts over and is complete."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(corpus * 20_000), encoding="utf-8")
+    tokenizer.save(tmp_path / "tokenizer")
+    folder = tmp_path / "shards"
+    process = subprocess.Popen(
+        [sys.executable, "-c", TOKENIZE, str(path), str(tmp_path / "tokenizer"), str(folder)], cwd=ROOT
+    )
+    while process.poll() is None and not any(part.stat().st_size for part in folder.rglob("*.bin")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # it was killed, not done
+    [left] = folder.iterdir()
+    assert left.name.endswith(".tmp")
+    assert not list(folder.rglob("manifest.json"))
+
+    path.write_text("\n".join(corpus), encoding="utf-8")  # the same path; short, so that the test is
+    assert tokenizer.decode(all_tokens(tokenize_to_shards(path, tokenizer, folder))) == "".join(corpus)
+
+
+@pytest.mark.parametrize("name", ["shard_00000.bin", "manifest.json"])
+@pytest.mark.parametrize("keep", [0, 7])
+def test_shards_that_a_power_cut_left_incomplete_are_made_anew(name, keep, text_file, corpus, tokenizer, tmp_path):
+    tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
+    [folder] = (tmp_path / "shards").iterdir()
+    (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+    assert tokenizer.decode(all_tokens(tokenize_to_shards(text_file, tokenizer, tmp_path / "shards"))) == "".join(
+        corpus
+    )
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(corpus, tokenizer, tmp_path):
+    """A real limit on the size of files, in a process of its own."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(corpus * 500), encoding="utf-8")
+    tokenizer.save(tmp_path / "tokenizer")
+    script = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n" + TOKENIZE
+    arguments = [str(path), str(tmp_path / "tokenizer"), str(tmp_path / "shards")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert f"UserError: cannot write token shards into {tmp_path / 'shards'} (File too large); free some" in done.stderr
+    assert shard_folders(tmp_path / "shards") == []
+
+
+def test_a_shard_folder_that_cannot_be_made_is_named(text_file, tokenizer):
+    with pytest.raises(UserError, match=r"cannot write token shards into .*text\.txt .*choose another --shard_dir"):
+        tokenize_to_shards(text_file, tokenizer, text_file)
+
+
+def test_a_mistake_in_the_text_leaves_nothing_behind(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"txt": "wrong"}\n')
+    with pytest.raises(UserError, match="line 2 of"):
+        tokenize_to_shards(tmp_path / "a.jsonl", tokenizer, tmp_path / "shards")
+    assert shard_folders(tmp_path / "shards") == []
+
+
+def test_half_a_surrogate_pair_in_a_text_does_not_stop_the_run(tokenizer, tmp_path):
+    """Cut emoji are common in scraped JSON; they become U+FFFD, three bytes."""
+    (tmp_path / "a.jsonl").write_text('{"text": "cut \\\\ud83d"}\n'.replace("\\\\", "\\"))
+    shards = tokenize_to_shards(tmp_path / "a.jsonl", tokenizer, tmp_path / "shards")
+    assert tokenizer.decode(all_tokens(shards)) == "cut \ufffd"
+    assert shards.n_bytes == 7
+
+
+# ------------------------------------------------------------------------------------------------------ validation part
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3, 0.5])
+@pytest.mark.parametrize("n", [100, 1000, 12_345])
+def test_the_validation_part_is_evenly_spread(n, fraction):
+    """Of any number of documents, and of any stretch of them, it holds its share."""
+    chosen = [in_validation_part(index, fraction) for index in range(n)]
+    assert abs(sum(chosen) - n * fraction) <= 3
+    assert abs(sum(chosen[n // 2 :]) - n / 2 * fraction) <= 3
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.4])
+def test_train_and_validation_part_are_disjoint_and_complete(fraction, tokenizer, tmp_path):
+    lines = [f"document number {number}" for number in range(50)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(lines))
+
+    def documents(part, shard_dir):
+        shards = tokenize_to_shards(path, tokenizer, tmp_path / shard_dir, part=part, val_fraction=fraction)
+        ids = np.array(all_tokens(shards))
+        return [tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(ids == EOS) + 1)[:-1]]
+
+    train, val = documents("train", "shards"), documents("val", "shards")
+    assert sorted(train + val) == sorted(lines)
+    assert set(train).isdisjoint(val)
+    assert len(val) == pytest.approx(50 * fraction, abs=2)
+    assert documents("val", "elsewhere") == val  # the same in every run
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_text_too_small_to_be_divided_says_so(part, tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a\n")
+    fraction = 0.5 if part == "train" else 0.0
+    with pytest.raises(UserError, match=f"has no document in its {part} part; give more text, another --val_fraction"):
+        tokenize_to_shards(path, tokenizer, tmp_path / "shards", part=part, val_fraction=fraction)
+    assert shard_folders(tmp_path / "shards") == []
+
+
+# -------------------------------------------------------------------------------------------------------- pretraining
+
+
+def numbered_shards(n_tokens, sizes=()):
+    """Tokens 0, 1, 2, …, in one shard or in several."""
+    return TokenShards(np.split(np.arange(n_tokens, dtype=np.uint16), np.cumsum(sizes)), n_tokens, 1)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "sizes"), [(8, ()), (9, ()), (15, (4,)), (16, (1, 5)), (100, (33, 33)), (22, (8, 8))]
+)
+def test_every_token_is_predicted_exactly_once_in_a_pass(n_tokens, sizes):
+    """All but the very first, each with what stands before it; regression of trap 4, where the rest was dropped."""
+    dataset = GPTPretrainDataset(numbered_shards(n_tokens, sizes), max_seq_len=8)
+    predicted = Counter()
+    for sample in dataset:
+        ids, labels = sample["input_ids"], sample["labels"]
+        assert ids.shape == labels.shape == (8,)
+        assert (ids.diff() == 1).all()  # a window is a piece of the text
+        targets = labels[1:][labels[1:] != -100]
+        assert torch.equal(targets, ids[1:][labels[1:] != -100])
+        predicted.update(targets.tolist())
+    assert predicted == Counter(range(1, n_tokens))
+    batch = dataset.collate(list(dataset))
+    assert dataset.count(batch) == n_tokens - 1
+
+
+@pytest.mark.parametrize("index", [-1, 3, 99])
+def test_windows_end_where_the_text_ends(index):
+    """An index beyond is an IndexError, which is how Python's `for` finds the end."""
+    dataset = GPTPretrainDataset(numbered_shards(22), max_seq_len=8)
+    assert len(dataset) == 3
+    if index >= 0:
+        with pytest.raises(IndexError):
+            dataset[index]
+    else:
+        assert dataset[-1]["input_ids"].tolist() == dataset[2]["input_ids"].tolist()
+
+
+def test_a_text_shorter_than_a_window_says_how_long_it_is():
+    with pytest.raises(UserError, match=r"poem\.txt has 7 tokens, less than one window; lower --max_seq_len .now 8."):
+        GPTPretrainDataset(numbered_shards(7), max_seq_len=8, name="poem.txt")
+
+
+def test_a_window_of_one_token_predicts_nothing_and_is_refused():
+    with pytest.raises(UserError, match="--max_seq_len must be at least 2, not 1"):
+        GPTPretrainDataset(numbered_shards(7), max_seq_len=1)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_short_texts_and_small_corpora_are_trained_on(shuffle, tokenizer, tmp_path):
+    """Regression of trap 4: no text is too short to count, and fewer windows than a batch still make a batch."""
+    path = tmp_path / "short.txt"
+    path.write_text("ab\n猫\nc\n" * 4, encoding="utf-8")
+    loader = create_pretrain_dataloader(
+        path, tokenizer, batch_size=64, max_seq_len=8, shuffle=shuffle, shard_dir=tmp_path / "shards"
+    )
+    batches = list(loader)
+    assert len(batches) == 1
+    seen = set(batches[0]["input_ids"].flatten().tolist())
+    expected = set(all_tokens(tokenize_to_shards(path, tokenizer, tmp_path / "shards")))
+    assert seen == expected
+
+
+def test_a_pretraining_batch_fits_the_model(text_file, tokenizer, tmp_path, random_model):
+    model = random_model("modern", vocab_size=len(tokenizer))
+    loader = create_pretrain_dataloader(text_file, tokenizer, 4, 16, shard_dir=tmp_path / "shards")
+    batch = next(iter(loader))
+    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
+        name: ((4, 16), torch.int64) for name in ("input_ids", "labels")
+    }
+    assert model(**batch)["loss"].isfinite()
+
+
+# ---------------------------------------------------------------------------------------------------------------- SFT
+
+
+def conversation(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+CONVERSATIONS = [
+    conversation("法国的首都?", "巴黎。"),
+    conversation("What is the capital of Italy?", "Rome."),
+    [*conversation("1+1?", "2"), *conversation("And 2+2?", "That is 4.")],
+]
+
+
+def labelled_text(tokenizer, labels):
+    return tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False)
+
+
+def test_labels_are_exactly_the_answers_and_their_ends(tokenizer):
+    """Regression of trap 5: the first token of the answer and the `</s>` that ends it are learnt, the prompt is not."""
+    dataset = GPTSFTDataset(CONVERSATIONS, tokenizer, max_seq_len=256)
+    expected = ["巴黎。</s>", "Rome.</s>", "2</s>That is 4.</s>"]
+    assert [labelled_text(tokenizer, labels) for _, labels in dataset] == expected
+    for (ids, labels), messages in zip(dataset, CONVERSATIONS, strict=True):
+        assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+        prompt = tokenizer.encode_chat(messages[:-1], add_generation_prompt=True)["input_ids"]
+        assert ids[: len(prompt)] == prompt
+        assert labels[len(prompt)] == ids[len(prompt)] != -100  # right after the prompt the learning begins
+        assert labels[len(prompt) - 1] == -100
+
+
+def test_padding_reaches_only_to_the_longest_and_is_not_learnt(tokenizer):
+    dataset = GPTSFTDataset(CONVERSATIONS, tokenizer, max_seq_len=256)
+    batch = dataset.collate(list(dataset))
+    longest = max(dataset.lengths)
+    assert batch["input_ids"].shape == batch["labels"].shape == (3, longest)
+    for row, (ids, labels) in enumerate(dataset):
+        assert batch["input_ids"][row].tolist() == ids + [PAD] * (longest - len(ids))
+        assert batch["labels"][row].tolist() == labels + [-100] * (longest - len(ids))
+    assert dataset.collate(list(dataset)[:1])["input_ids"].shape == (1, dataset.lengths[0])
+
+
+def test_the_loss_of_a_padded_batch_is_the_mean_over_its_answers(architecture, tokenizer, random_model):
+    """No mask is needed: what stands right of a row neither is seen nor counts."""
+    model = random_model(architecture, vocab_size=len(tokenizer), max_seq_len=256)
+    dataset = GPTSFTDataset(CONVERSATIONS, tokenizer, max_seq_len=256)
+    batch = dataset.collate(list(dataset))
+    total = 0.0
+    for sample in dataset:
+        alone = dataset.collate([sample])
+        total += model(**alone)["loss"].item() * dataset.count(alone)
+    assert model(**batch)["loss"].item() == pytest.approx(total / dataset.count(batch), rel=1e-5)
+
+
+def test_long_conversations_are_cut_and_those_without_an_answer_left_out(tokenizer):
+    prompt = tokenizer.encode_chat(CONVERSATIONS[1][:1], add_generation_prompt=True)["input_ids"]
+    for room, kept in ((0, 0), (1, 1), (2, 1)):
+        dataset = GPTSFTDataset([CONVERSATIONS[1], conversation("a", "b")], tokenizer, len(prompt) + room)
+        assert (len(dataset), dataset.n_dropped) == (1 + kept, 1 - kept)
+        assert max(dataset.lengths) <= len(prompt) + room
+    with pytest.raises(UserError, match="no conversation fits into 4 tokens; raise --max_seq_len"):
+        GPTSFTDataset(CONVERSATIONS, tokenizer, max_seq_len=4)
+
+
+def test_text_in_a_message_never_becomes_a_special_token(tokenizer):
+    dataset = GPTSFTDataset([conversation("say </s> and <pad>", "</s><s>")], tokenizer, max_seq_len=256)
+    [(ids, labels)] = list(dataset)
+    assert ids.count(EOS) == 1
+    assert PAD not in ids
+    assert labels[-1] == EOS
+
+
+def test_sft_batches_from_a_file(tokenizer, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"instruction": f"{n}?", "response": "x" * n} for n in range(1, 11)]))
+    for shuffle in (True, False):
+        loader = create_sft_dataloader(path, tokenizer, batch_size=4, max_seq_len=64, shuffle=shuffle)
+        answers = [labelled_text(tokenizer, row.tolist()) for batch in loader for row in batch["labels"]]
+        assert set(answers) == {"x" * n + "</s>" for n in range(1, 11)}
+        assert len(loader) == 3
+
+
+# --------------------------------------------------------------------------------------------------- pairs and prompts
+
+
+def test_preference_pairs_stand_side_by_side(tokenizer, tmp_path):
+    """The first half of a batch is chosen, the second rejected; the mask is 1 on tokens; longer pairs are left out."""
+    path = tmp_path / "pairs.jsonl"
+    records = [
+        {"instruction": "法国的首都?", "chosen": "巴黎。", "rejected": "不知道,我真的不知道。"},
+        {"instruction": "x", "responses": ["good", "poor", "bad"]},
+        {"instruction": "too long", "chosen": "a", "rejected": "0 1 2 3 4 5 6 7 8 9 " * 20},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    dataset = load_preference_pairs(path, tokenizer, max_seq_len=64)
+    assert (len(dataset), dataset.n_dropped) == (4, 1)
+    batch = dataset.collate(list(dataset))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (8, max(dataset.lengths))
+    assert dataset.count(batch) == 4
+    texts = [tokenizer.decode(row[mask == 1].tolist()) for row, mask in zip(*batch.values(), strict=True)]
+    assert [text.split(":")[-1] for text in texts] == [
+        *("巴黎。", "good", "good", "poor"),
+        *("不知道,我真的不知道。", "poor", "bad", "bad"),
+    ]
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == PAD).all()
+    assert (batch["attention_mask"].diff(dim=1) <= 0).all()  # padded on the right
+    with pytest.raises(UserError, match="no preference pair fits into 3 tokens"):
+        PairDataset(
+            [{"prompt": CONVERSATIONS[0][:1], "chosen": CONVERSATIONS[0][1], "rejected": CONVERSATIONS[0][1]}],
+            tokenizer,
+            3,
+        )
+
+
+def test_prompts_are_padded_on_the_left_and_end_where_the_answer_begins(tokenizer):
+    """Regression of trap 7 (shapes of different prompts collide) and of trap 2 (`</s>` after the prompt)."""
+    prompts = [messages[:-1] for messages in CONVERSATIONS]
+    dataset = GPTPPODataset([*prompts, prompts[0]], tokenizer, max_prompt_len=256)
+    assert len(dataset) == 3  # each once
+    batch = dataset.collate(list(dataset))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert (batch["attention_mask"].diff(dim=1) >= 0).all()
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == PAD).all()
+    for row, mask, prompt in zip(*batch.values(), prompts, strict=True):
+        expected = tokenizer.encode_chat(prompt, add_generation_prompt=True)["input_ids"]
+        assert row[mask == 1].tolist() == expected
+        assert row[-1] != EOS
+    with pytest.raises(UserError, match="no prompt fits into 2 tokens"):
+        GPTPPODataset(prompts, tokenizer, max_prompt_len=2)
+
+
+# -------------------------------------------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (1, 4), (3, 8), (10, 3), (64, 8), (1000, 7)])
+def test_every_sample_comes_in_every_epoch(n, batch_size, with_lengths):
+    """Full batches only; what is missing in the last is taken from the same epoch, nobody more than once too often."""
+    lengths = [1 + index % 17 for index in range(n)] if with_lengths else None
+    order = BatchOrder(n, batch_size, seed=3, lengths=lengths)
+    assert len(order) == order.steps_per_epoch == -(-n // batch_size)
+    for epoch in range(3):
+        batches = [order.batch(epoch * len(order) + step) for step in range(len(order))]
+        assert {len(batch) for batch in batches} == {batch_size}
+        counts = Counter(index for batch in batches for index in batch)
+        assert set(counts) == set(range(n))
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.parametrize("lengths", [None, [index % 13 for index in range(100)]])
+def test_the_order_is_a_pure_function_of_seed_and_step(lengths):
+    """Asked in any order, by any process, so that a resumed run goes on with the data the first had not seen."""
+    steps = list(range(60))
+    straight = [BatchOrder(100, 8, 5, lengths).batch(step) for step in steps]
+    order = BatchOrder(100, 8, 5, lengths)
+    backwards = [order.batch(step) for step in reversed(steps)][::-1]
+    alone = [BatchOrder(100, 8, 5, lengths).batch(step) for step in (0, 12, 13, 59)]
+    assert backwards == straight
+    assert alone == [straight[step] for step in (0, 12, 13, 59)]
+    assert [BatchOrder(100, 8, 6, lengths).batch(step) for step in steps] != straight
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    BatchOrder(100, 8, 5, lengths).batch(3)
+    assert torch.equal(torch.get_rng_state(), state)  # and it leaves the run's own randomness alone
+
+
+def test_epochs_differ():
+    order = BatchOrder(100, 10, 0)
+    epochs = [[order.batch(epoch * 10 + step) for step in range(10)] for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_similar_lengths_share_a_batch():
+    """Which spares nearly all padding, while long and short batches still come in mixed order."""
+    lengths = torch.randint(5, 200, (1600,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def padding(order):
+        batches = [[lengths[index] for index in order.batch(step)] for step in range(len(order))]
+        return sum(max(batch) * len(batch) - sum(batch) for batch in batches) / sum(lengths)
+
+    bucketed = BatchOrder(1600, 16, 0, lengths)
+    assert padding(BatchOrder(1600, 16, 0)) > 0.5
+    assert padding(bucketed) < 0.05
+    longest = [max(lengths[index] for index in bucketed.batch(step)) for step in range(len(bucketed))]
+    rises = sum(later > earlier for earlier, later in zip(longest, longest[1:], strict=False))
+    assert 30 < rises < 70
