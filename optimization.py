@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn as nn
@@ -160,6 +160,14 @@ def like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Tensors that one foreach kernel can take together: sharded over the same ranks, or not at all."""
+    groups: dict[object, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(groups.values())
+
+
 def parameter_groups(model: nn.Module, optimizer: str) -> dict[str, list[nn.Parameter]]:
     """Each trainable parameter in exactly one of `muon`, `decay` and `no_decay`.
 
@@ -192,10 +200,10 @@ def build_optimizers(
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101), or Muon for hidden matrices beside AdamW for the rest."""
     groups = parameter_groups(model, optimizer)
     adamw_groups = [
-        {"params": groups["decay"], "weight_decay": weight_decay},
-        {"params": groups["no_decay"], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay}
+        for name, decay in (("decay", weight_decay), ("no_decay", 0.0))
+        for parameters in by_mesh(groups[name])
     ]
-    adamw_groups = [group for group in adamw_groups if group["params"]]
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     # The fused kernel updates all parameters in one pass over memory, on CPUs and GPUs alike
     speed = {"foreach": True} if sharded else {"fused": True}
@@ -220,6 +228,8 @@ class Updater:
         device: where the model is.
         max_grad_norm: gradients are scaled down to this global norm (Pascanu et al., arXiv:1211.5063); 0 turns it off.
         max_skipped: after so many steps in a row with a non-finite gradient the run stops with advice.
+        clip: scales the gradients of (parameters, max_norm) in place and returns their norm before; a model that is
+            spread over ranks brings its own, `distributed.ParallelModel.clip_gradients`.
     """
 
     def __init__(
@@ -230,7 +240,9 @@ class Updater:
         device: torch.device,
         max_grad_norm: float = 1.0,
         max_skipped: int = 10,
+        clip: Callable[[Sequence[nn.Parameter], float], torch.Tensor] = nn.utils.clip_grad_norm_,
     ) -> None:
+        self.clip = clip
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizers = optimizers
         self.precision, self.device = precision, device
@@ -263,7 +275,7 @@ class Updater:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         max_norm = self.max_grad_norm or math.inf
-        grad_norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, max_norm, foreach=True)))
+        grad_norm = float(self.clip(self.parameters, max_norm))
         if math.isfinite(grad_norm + loss):
             self.skipped_in_a_row = 0
             for optimizer in self.optimizers:

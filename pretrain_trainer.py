@@ -2,7 +2,7 @@
 
     python pretrain_trainer.py                                   # sample data, a size that suits the machine
     python pretrain_trainer.py --train_data_dir my_texts/ --val_fraction 0.02 --preset small
-    torchrun --nproc_per_node=2 pretrain_trainer.py …            # several processes
+    torchrun --nproc_per_node=2 pretrain_trainer.py --parallel fsdp …     # several processes, see docs/distributed.md
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 import distributed
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import load_checkpoint, load_weights, require_same_model
+from checkpoint import load_checkpoint, require_same_model
 from command_line import UserError, option, parse_config, run_main
 from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
@@ -197,15 +197,18 @@ class GPTTrainer:
         """Bits per byte of the raw text, which compares models of different tokenizers; and samples, to be read."""
         n_predicted = self.val_shards.n_tokens - 1
         bits_per_byte = metrics["val_loss"] * n_predicted / math.log(2) / self.val_shards.n_bytes
-        if self.config.sample_tokens and distributed.is_main():
-            self._write_samples(model)
+        if self.config.sample_tokens:
+            whole_model = self.loop.parallel_model.whole_model()
+            if whole_model is not None:
+                self._write_samples(whole_model)
         return {"val_bpb": bits_per_byte}
 
     def _write_samples(self, model: GPTModel, n_samples: int = 3) -> None:
         """Continue the beginnings of validation documents, into `samples.txt`."""
+        device = model.token_embedding.weight.device
         start = self.val_shards.slice(0, 8 * n_samples)
-        prompts = torch.tensor(start.astype("int64")).view(n_samples, 8).to(self.device)
-        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        prompts = torch.tensor(start.astype("int64")).view(n_samples, 8).to(device)
+        generator = torch.Generator(device).manual_seed(self.config.seed)
         output = model.generate(
             prompts,
             self.config.sample_tokens,
@@ -240,7 +243,7 @@ class GPTTrainer:
         """Take the weights of a checkpoint of the same architecture and tokenizer; training starts from them."""
         content = load_checkpoint(path)
         require_same_model(content, self.loop.gpt_config, self.tokenizer, Path(path))
-        load_weights(self.model, content["model"], path)
+        self.loop.parallel_model.load_model_state(content["model"])
 
 
 def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:

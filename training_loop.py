@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,13 +22,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from tqdm import tqdm
 
 import distributed
@@ -54,8 +47,6 @@ from optimization import (
     resolve_precision,
 )
 from run_log import TRACKERS, RunLog, peak_flops, peak_memory_bytes, training_flops_per_token
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, on the CPU of rank 0
 
 
 @dataclass
@@ -84,7 +75,7 @@ class TrainingConfig:
     num_threads: int = option(0, "CPU threads; 0 means one for each core")
     compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "true", "false"))
     recompute_activations: bool = option(False, "activation checkpointing: less memory, about a third more time")
-    parallel: str = option("ddp", "how torchrun's ranks share the work", choices=distributed.PARALLEL_MODES)
+    parallel: str = option("ddp", "how torchrun's ranks share the work: ddp, fsdp, tp, pp, or such as fsdp:2+tp:2")
     eval_interval: int = option(0, "steps between evaluations; 0 means ten in a run")
     patience: int = option(0, "stop after so many evaluations without improvement; 0 never")
     save_interval: int = option(0, "steps between checkpoints; 0 means at every evaluation")
@@ -115,7 +106,7 @@ class TrainingConfig:
             complaints.append(f"--lr must be between 0 and 10, not {self.lr}")
         if not 0 <= self.min_lr_ratio <= 1:
             complaints.append(f"--min_lr_ratio must be between 0 and 1, not {self.min_lr_ratio}")
-        return complaints
+        return complaints + distributed.check_parallel_option(self.parallel)
 
 
 class TrainingData(Protocol):
@@ -159,7 +150,8 @@ def prepare_machine(config: TrainingConfig) -> torch.device:
     """
     require_writable_folder(config.output_dir)
     device = distributed.start(resolve_device(config.device))
-    torch.set_num_threads(config.num_threads or max(1, (os.cpu_count() or 1) // distributed.world_size()))
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(config.num_threads or max(1, cores // distributed.processes_on_this_machine()))
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     return device
@@ -201,17 +193,28 @@ class TrainingLoop:
         self.best_path = self.folder / f"{stage}_best.pth"
         self.checkpoint_folder = self.folder / "checkpoints"
 
-        self.model = model.to(device)
+        model = model.to(device)
         if hasattr(model, "recompute_activations"):
             model.recompute_activations = config.recompute_activations
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.parallel_model = distributed.parallelize(model, config.parallel, device)
+        self.parallel_model = distributed.ParallelModel(model, config.parallel, device)
+        self.model = model = self.parallel_model.module  # what this rank optimises
+        self.ranks, self.data_rank = self.parallel_model.layout.data_ranks, self.parallel_model.data_rank
+        if self.data_rank:
+            torch.manual_seed(config.seed + self.data_rank)  # dropout and sampled answers of its own
         self.precision = resolve_precision(config.precision, device)
+        if self.precision == torch.float16 and self.parallel_model.is_sharded:
+            raise UserError(f"--precision fp16 works with --parallel ddp only, not {config.parallel}; use bf16 or fp32")
         self.optimizers = build_optimizers(model, config.optimizer, config.lr, config.weight_decay)
         self.updater = Updater(
-            model, self.optimizers, self.precision, device, config.max_grad_norm, config.max_skipped_steps
+            model,
+            self.optimizers,
+            self.precision,
+            device,
+            config.max_grad_norm,
+            config.max_skipped_steps,
+            self.parallel_model.clip_gradients,
         )
-        self.ranks = distributed.world_size()
         self.order = BatchOrder(len(train_data), self.global_batch(), config.seed, lengths)
         self.max_steps = config.max_steps or max(1, math.ceil(config.epochs * self.order.steps_per_epoch))
         self.warmup_steps = config.warmup_steps if config.warmup_steps >= 0 else max(10, self.max_steps // 50)
@@ -225,7 +228,7 @@ class TrainingLoop:
         self.seconds = 0.0
 
     def global_batch(self) -> int:
-        """Samples of one step over all accumulation steps and ranks."""
+        """Samples of one step over all accumulation steps and data-parallel ranks."""
         return self.config.batch_size * self.config.grad_accum_steps * self.ranks
 
     # ------------------------------------------------------------------------------------------------------ the loop
@@ -257,7 +260,7 @@ class TrainingLoop:
             asdict(config),
             enabled=distributed.is_main(),
         )
-        peak = peak_flops(self.device, self.precision) * self.ranks
+        peak = peak_flops(self.device, self.precision) * distributed.world_size()
         flops = self._flops_per_token()
         tokens = skipped_seconds = 0.0
         interval_start = start = time.perf_counter()
@@ -309,7 +312,7 @@ class TrainingLoop:
         self.parallel_model.train()
         size, accumulation = self.config.batch_size, self.config.grad_accum_steps
         indices = self.order.batch(self.step)
-        parts = [indices[(k * self.ranks + distributed.rank()) * size :][:size] for k in range(accumulation)]
+        parts = [indices[(k * self.ranks + self.data_rank) * size :][:size] for k in range(accumulation)]
         batches = [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
         means = self.accumulate(batches, [self.train_data.count(batch) for batch in batches])
         lr = self.learning_rate()
@@ -327,18 +330,23 @@ class TrainingLoop:
         Returns:
             the global means of the loss and of every other scalar that the model returns.
         """
-        total = distributed.sum_over_ranks(float(sum(counts)), self.device)
+        total = self.parallel_model.sum(float(sum(counts)))
+        # Data parallelism averages gradients over ranks; a sum is wanted
+        weights = [count / total * self.ranks for count in counts]
+        if self.parallel_model.pipeline is not None:
+            with self.updater.autocast():
+                loss = self.parallel_model.pipeline.step([self._to_device(batch) for batch in batches], weights)
+            return {"loss": self.parallel_model.sum(float(loss)) / self.ranks}
         sums: dict[str, torch.Tensor] = {}
-        for number, (batch, count) in enumerate(zip(batches, counts, strict=True), start=1):
-            with self._synchronised(number == len(batches)):
+        for number, (batch, count, weight) in enumerate(zip(batches, counts, weights, strict=True), start=1):
+            with self.parallel_model.synchronised(last=number == len(batches)):
                 with self.updater.autocast():
                     output = self.parallel_model(**self._to_device(batch))
-                # Data parallelism averages gradients over ranks; a sum is wanted
-                self.updater.backward(output["loss"] * (count / total * self.ranks))
+                self.updater.backward(output["loss"] * weight)
             for name, value in output.items():
                 if torch.is_tensor(value) and value.ndim == 0:
                     sums[name] = sums.get(name, 0.0) + value.detach() * count
-        return {name: distributed.sum_over_ranks(float(value), self.device) / total for name, value in sums.items()}
+        return {name: self.parallel_model.sum(float(value)) / total for name, value in sums.items()}
 
     def learning_rate(self) -> float:
         """The learning rate of the step to come."""
@@ -351,19 +359,20 @@ class TrainingLoop:
         """The mean loss over every item of the validation data, each counted once."""
         if self.val_data is None:
             return {}
-        size, rank = self.config.batch_size, distributed.rank()
-        starts = range(0, len(self.val_data), size)
+        size, n_samples = self.config.batch_size, len(self.val_data)
+        starts = list(range(self.data_rank * size, n_samples, self.ranks * size))
+        rounds = -(-n_samples // (self.ranks * size))  # as many on every rank, which exchange weights in each
         loss_sum = n_items = 0.0
         self.parallel_model.eval()
-        for start in tqdm(starts[rank :: self.ranks], desc="evaluating", leave=False, disable=None if not rank else True):
-            stop = min(start + size, len(self.val_data))
-            batch = self.val_data.collate([self.val_data[index] for index in range(start, stop)])
-            count = self.val_data.count(batch)
+        silent = None if distributed.is_main() else True
+        for start in tqdm((starts + [None])[:rounds], desc="evaluating", leave=False, disable=silent):
+            first = 0 if start is None else start
+            batch = self.val_data.collate([self.val_data[i] for i in range(first, min(first + size, n_samples))])
+            count = 0 if start is None else self.val_data.count(batch)
             with self.updater.autocast():
-                loss_sum += float(self.model(**self._to_device(batch))["loss"]) * count
+                loss_sum += float(self.parallel_model(**self._to_device(batch))["loss"]) * count
             n_items += count
-        loss_sum = distributed.sum_over_ranks(loss_sum, self.device)
-        return {"val_loss": loss_sum / distributed.sum_over_ranks(n_items, self.device)}
+        return {"val_loss": self.parallel_model.sum(loss_sum) / self.parallel_model.sum(n_items)}
 
     def _evaluate_and_keep_best(self, log: RunLog) -> None:
         """Evaluate, and keep the best model."""
@@ -400,13 +409,13 @@ class TrainingLoop:
 
     def published_state(self) -> dict[str, torch.Tensor]:
         """The weights that the best checkpoint consists of."""
-        return get_model_state_dict(self.model, options=WHOLE)
+        return self.parallel_model.model_state()
 
     def save(self) -> None:
         """Write everything that exact resuming needs and drop the oldest checkpoints."""
-        state = get_model_state_dict(self.model, options=WHOLE)
+        state = self.parallel_model.model_state()
         training_state = {
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE),
+            "optimizer": self.parallel_model.optimizer_state(self.optimizers),
             "updater": self.updater.state_dict(),
             "random": distributed.gather_objects(random_state(self.device)),
             "best": self.best,
@@ -477,10 +486,10 @@ class TrainingLoop:
         ]
         if differing:
             raise UserError(f"{path} belongs to another run ({'; '.join(differing)}); use the same settings and data")
-        set_model_state_dict(self.model, content["model"], options=WHOLE)
-        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=WHOLE)
+        self.parallel_model.load_model_state(content["model"])
+        self.parallel_model.load_optimizer_state(self.optimizers, state["optimizer"])
         self.updater.load_state_dict(state["updater"])
-        if len(state["random"]) == self.ranks:
+        if len(state["random"]) == distributed.world_size():
             set_random_state(state["random"][distributed.rank()], self.device)
         self.step, self.best, self.seconds = content["step"], state["best"], state["seconds"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
@@ -512,21 +521,14 @@ class TrainingLoop:
 
     def _stop_requested(self, stop: StopSignal) -> str | None:
         """The signal that any rank has received: all have to leave after the same step."""
-        return next((received for received in distributed.gather_objects(stop.received) if received), None)
+        if not distributed.sum_over_ranks(float(stop.received is not None), self.device):
+            return None
+        return next(received for received in distributed.gather_objects(stop.received) if received)
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cuda":
             return {key: value.pin_memory().to(self.device, non_blocking=True) for key, value in batch.items()}
         return {key: value.to(self.device) for key, value in batch.items()}
-
-    @contextlib.contextmanager
-    def _synchronised(self, synchronise: bool) -> Iterator[None]:
-        """Between the micro-batches of a step, gradients need no exchange among ranks."""
-        if synchronise or not hasattr(self.parallel_model, "no_sync"):
-            yield
-        else:
-            with self.parallel_model.no_sync():
-                yield
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
