@@ -57,12 +57,16 @@ class RunLog:
         if not enabled:
             self.progress = tqdm(disable=True)
             return
-        kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
-        self._restart_file(kept)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
         if tensorboard:
             self._sinks.append(_tensorboard(self.folder / "tensorboard", start_step))
         if tracker != "none":
             self._sinks.append(_tracker(tracker, name, settings or {}))
+        kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
+        self._restart_file(kept)
         self.progress = tqdm(
             total=max_steps,
             initial=start_step,
@@ -116,7 +120,6 @@ class RunLog:
         """Make `metrics.jsonl` consist of `records`, in one move: a kill never costs the history."""
         temporary = self.path.with_suffix(".jsonl.tmp")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
             temporary.replace(self.path)
         except OSError as error:
@@ -149,7 +152,9 @@ def _tracker(kind: str, name: str, settings: dict[str, Any]) -> Any:
     try:
         tracker = __import__(kind)
     except ImportError:
-        raise UserError(f"--tracker {kind} needs the package {kind}; `pip install {kind}`, or use --tracker none") from None
+        raise UserError(
+            f"--tracker {kind} needs the package {kind}; `pip install {kind}`, or use --tracker none"
+        ) from None
     run = tracker.init(project="gpt", config=settings, **{"experiment_name" if kind == "swanlab" else "name": name})
     return lambda step, values: run.log({k: v for k, v in values.items() if v is not None}, step=step)
 
@@ -192,7 +197,9 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
             points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
             if points:
                 steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, label=key, linewidth=1.2, marker="o" if len(points) < 30 else None, markersize=3)
+                axes.plot(
+                    steps, values, label=key, linewidth=1.2, marker="o" if len(points) < 30 else None, markersize=3
+                )
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
