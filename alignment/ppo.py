@@ -73,8 +73,14 @@ class PPOConfig(TrainingConfig):
                 f"--rollout_batch_size {self.rollout_batch_size} must be a multiple of --batch_size times "
                 f"--grad_accum_steps ({self.batch_size * self.grad_accum_steps})"
             )
-        if self.temperature <= 0:
-            complaints.append(f"--temperature must be positive, not {self.temperature}")
+        for name in ("temperature", "clip_range", "value_clip_range"):
+            if not getattr(self, name) > 0:
+                complaints.append(f"--{name} must be positive, not {getattr(self, name)}")
+        for name in ("kl_coef", "value_coef"):
+            if not getattr(self, name) >= 0:
+                complaints.append(f"--{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.gae_lambda <= 1:
+            complaints.append(f"--gae_lambda must be between 0 and 1, not {self.gae_lambda}")
         return complaints
 
 
@@ -358,6 +364,11 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
     if reward_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{config.reward_model} and {config.sft_model} have different tokenizers; use a matching pair")
     fit_context(config, policy)
+    if reward_model.config.max_seq_len < config.max_seq_len:
+        limit = reward_model.config.max_seq_len
+        raise UserError(
+            f"{config.reward_model} reads at most {limit} tokens, fewer than the policy; use --max_seq_len {limit}"
+        )
     room = config.max_seq_len - config.max_gen_len
     loop = PPOLoop(
         config,
