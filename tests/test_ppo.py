@@ -1,0 +1,357 @@
+"""PPO: the ratio starts at 1, advantages are what their definition says, frozen models stay frozen, rewards rise."""
+
+import json
+import math
+import shlex
+
+import pytest
+import torch
+
+import finetune
+from alignment import ppo
+from alignment.ppo import PPOConfig, PPOLoop, generalized_advantages, mask_after_end, rlhf_ppo
+from alignment.reward_model import RewardModel
+from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import load_checkpoint, load_model, save_checkpoint
+from command_line import UserError
+from data_loader import GPTPPODataset
+from gpt_model import GPTConfig, GPTModel
+from run_log import read_metrics
+from training_loop import prepare_machine
+
+PROMPTS = ["a", "法国的首都", "What is the capital of France?", "二加三", "The quick brown fox jumps", "hi there"]
+COMMON = dict(device="cpu", precision="fp32", num_threads=1, log_interval=1)
+
+
+class LikesSmallNumbers(RewardModel):
+    """A scripted reward: how many tokens of the answer have an id below 100. Its critic begins by expecting nothing."""
+
+    def __init__(self, backbone):
+        super().__init__(backbone)
+        torch.nn.init.zeros_(self.reward_head.weight)
+
+    def rewards(self, input_ids, attention_mask):
+        return (input_ids.lt(100) & attention_mask.bool())[:, -6:].float().sum(1)
+
+
+def make_loop(folder, tokenizer, random_model, reward_class=RewardModel, **settings):
+    """PPO on a random policy that writes answers of up to 6 tokens after prompts of different lengths."""
+    usual = dict(max_gen_len=6, rollout_batch_size=8, batch_size=4, ppo_epochs=2, max_steps=2, eval_interval=2)
+    config = PPOConfig(**{**COMMON, **usual, "output_dir": str(folder), "max_seq_len": 48, **settings})
+    assert config.validate() == []
+    device = prepare_machine(config)
+    policy = random_model("modern", vocab_size=len(tokenizer), max_seq_len=48, d_model=32)
+    policy.lm_head.weight.data.mul_(0.5)
+    torch.manual_seed(1)
+    reward_model = reward_class(random_model("gpt2", seed=1, vocab_size=len(tokenizer), max_seq_len=48))
+    prompts = GPTPPODataset([[{"role": "user", "content": text}] for text in PROMPTS], tokenizer, 42)
+    return PPOLoop(config, policy, reward_model, tokenizer, prompts, prompts, device)
+
+
+@pytest.fixture
+def loop(tmp_path, tokenizer, random_model):
+    return make_loop(tmp_path, tokenizer, random_model)
+
+
+def rollout_of(loop):
+    data = loop.train_data
+    torch.manual_seed(3)
+    return loop.answer(data.collate([data[index % len(data)] for index in range(8)]))
+
+
+# -- the first minibatch -----------------------------------------------------------------------------------------------
+
+
+def test_on_the_first_minibatch_the_ratio_is_1_and_all_divergences_are_0(loop):
+    """The ratio is against the policy that sampled; before any update that is the policy itself, and the reference."""
+    rollout = rollout_of(loop)
+    lengths = rollout["attention_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 3, "prompts of different lengths stand in one batch"
+    assert rollout["kl"].abs().max() < 1e-5
+    batch = loop._with_advantages(rollout)
+    for rows in (slice(0, 4), slice(4, 8)):
+        figures = loop.model(**{name: value[rows] for name, value in batch.items()})
+        assert figures["val/ratio"].item() == pytest.approx(1.0, abs=1e-5)
+        assert figures["policy/approxkl_avg"].item() == pytest.approx(0.0, abs=1e-6)
+        assert figures["policy/clipfrac_avg"].item() == 0.0
+
+
+def test_the_first_step_reports_no_divergence_from_the_reference(loop):
+    """`objective/kl` starts at 0; so does everything an update is judged by."""
+    figures = loop.train_step()
+    assert figures["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert loop.train_step()["objective/kl"] > 1e-4, "and after an update there is some"
+
+
+def test_log_probabilities_of_a_padded_batch_are_those_of_each_answer_alone(loop):
+    """Prompts of different lengths do not touch each other (by a forward pass for each row, without padding)."""
+    rollout = rollout_of(loop)
+    n_answer = rollout["answer_mask"].size(1)
+    for row in range(8):
+        ids = rollout["input_ids"][row][rollout["attention_mask"][row].bool()]
+        n_written = int(rollout["answer_mask"][row].sum())
+        log_probs = loop.model.policy(ids[None])["logits"][0].log_softmax(-1)
+        alone = log_probs[-n_written - 1 : -1].gather(1, ids[-n_written:, None]).squeeze(1)
+        assert torch.allclose(rollout["old_log_probs"][row, :n_written], alone, atol=1e-4)
+        values = loop.model.critic.token_values(ids[None], torch.ones_like(ids)[None])[0, -n_written - 1 : -1]
+        assert torch.allclose(rollout["old_values"][row, :n_written], values, atol=1e-4)
+        assert rollout["rewards"][row] == pytest.approx(
+            loop.reward_model.rewards(ids[None], torch.ones_like(ids)[None]).item(), abs=1e-4
+        )
+    assert n_answer <= 6
+
+
+def test_probabilities_are_taken_at_the_temperature_of_sampling(tmp_path, tokenizer, random_model):
+    loop = make_loop(tmp_path, tokenizer, random_model, temperature=0.5)
+    rollout = rollout_of(loop)
+    ids = rollout["input_ids"][:1]
+    logits = loop.model.policy(ids, rollout["attention_mask"][:1])["logits"][0]
+    first = ids.size(1) - rollout["answer_mask"].size(1)
+    expected = (logits[first - 1] / 0.5).log_softmax(-1)[ids[0, first]]
+    assert rollout["old_log_probs"][0, 0] == pytest.approx(expected.item(), abs=1e-4)
+
+
+# -- answers and advantages --------------------------------------------------------------------------------------------
+
+
+def test_what_stands_after_the_end_of_an_answer_counts_for_nothing():
+    answers = torch.tensor([[5, 2, 1, 1], [5, 6, 7, 8], [2, 2, 1, 2], [5, 6, 7, 2]])
+    assert mask_after_end(answers, 2).int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
+def test_advantages_are_gaes_by_brute_force_from_the_definition(gae_lambda):
+    """Â_t = Σ_l λˡ (r_{t+l} + V_{t+l+1} − V_{t+l}), with V = 0 after the last token of the answer."""
+    torch.manual_seed(0)
+    rewards, values = torch.randn(5, 7), torch.randn(5, 7)
+    lengths = [7, 1, 4, 6, 3]
+    mask = torch.arange(7)[None] < torch.tensor(lengths)[:, None]
+    advantages = generalized_advantages(rewards * mask, values, mask, gae_lambda)
+    for row, n in enumerate(lengths):
+        v = [*values[row, :n].tolist(), 0.0]
+        for t in range(7):
+            deltas = [rewards[row, k].item() + v[k + 1] - v[k] for k in range(t, n)]
+            by_definition = sum(gae_lambda**power * delta for power, delta in enumerate(deltas))
+            assert advantages[row, t].item() == pytest.approx(by_definition, abs=1e-5)
+
+
+def test_the_score_stands_at_the_last_token_and_divergence_costs_at_every_one(tmp_path, tokenizer, random_model):
+    """With λ = 1 a return is the sum of all rewards still to come; an answer without an end pays for it."""
+    loop = make_loop(tmp_path, tokenizer, random_model, gae_lambda=1.0, kl_coef=0.1, missing_eos_penalty=2.0)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    kl = torch.tensor([[0.5, 0.25, 1.0, 0.0], [0.0, 2.0, 0.0, 1.0]])
+    values = torch.randn(2, 4)
+    rollout = dict(
+        rewards=torch.tensor([3.0, 1.0]), ended=torch.tensor([True, False]), kl=kl, answer_mask=mask, old_values=values
+    )
+    result = loop._with_advantages(dict(rollout))
+    returns = [[3 - 0.175, 3 - 0.125, 3 - 0.1], [-1 - 0.3, -1 - 0.3, -1 - 0.1, -1 - 0.1]]
+    for row, expected in enumerate(returns):
+        assert result["returns"][row][mask[row]].tolist() == pytest.approx(expected, abs=1e-5)
+    raw = (result["returns"] - values)[mask]
+    whitened = result["advantages"][mask]
+    assert torch.allclose(whitened, (raw - raw.mean()) / raw.std(unbiased=False), atol=1e-5)
+    assert whitened.mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert whitened.square().mean().item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_loss_is_the_clipped_one_by_hand(loop):
+    """Policy and value losses as sums over single tokens, at ratios on both sides of the clip."""
+    batch = loop._with_advantages(rollout_of(loop))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        batch["old_log_probs"] = batch["old_log_probs"] + 0.4 * torch.randn_like(batch["old_log_probs"])
+        batch["old_values"] = batch["old_values"] + 0.4 * torch.randn_like(batch["old_values"])
+        output = loop.model(**batch)
+        n_answer = batch["answer_mask"].size(1)
+        ids, attention = batch["input_ids"], batch["attention_mask"]
+        new, _ = ppo.answer_log_probs(loop.model.policy, ids, attention, n_answer, 1.0)
+        values = ppo.answer_values(loop.model.critic, ids, attention, n_answer)
+    policy_terms, value_terms, clipped = [], [], 0
+    for row, t in batch["answer_mask"].nonzero().tolist():
+        ratio = math.exp(new[row, t] - batch["old_log_probs"][row, t])
+        advantage = batch["advantages"][row, t].item()
+        policy_terms.append(-min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage))
+        clipped += abs(ratio - 1) > 0.2
+        value, old, goal = (x[row, t].item() for x in (values, batch["old_values"], batch["returns"]))
+        near = min(max(value, old - 0.2), old + 0.2)
+        value_terms.append(0.5 * max((value - goal) ** 2, (near - goal) ** 2))
+    n = len(policy_terms)
+    assert output["loss/policy_avg"].item() == pytest.approx(sum(policy_terms) / n, abs=1e-5)
+    assert output["loss/value_avg"].item() == pytest.approx(sum(value_terms) / n, rel=1e-4)
+    assert output["policy/clipfrac_avg"].item() == pytest.approx(clipped / n)
+    expected = output["loss/policy_avg"] + 0.5 * output["loss/value_avg"]
+    assert output["loss"].item() == pytest.approx(expected.item())
+    assert 0 < clipped < n
+
+
+# -- the four networks -------------------------------------------------------------------------------------------------
+
+
+def test_training_moves_policy_and_critic_and_leaves_reference_and_reward_model(loop):
+    """Four networks without a shared weight; two of them are frozen."""
+    networks = dict(policy=loop.model.policy, critic=loop.model.critic)
+    networks |= dict(reference=loop.reference, reward=loop.reward_model)
+    pointers = [parameter.data_ptr() for network in networks.values() for parameter in network.parameters()]
+    assert len(pointers) == len(set(pointers))
+    before = {
+        name: {key: value.clone() for key, value in network.state_dict().items()} for name, network in networks.items()
+    }
+    loop.train()
+    changed = {
+        name: any(not torch.equal(before[name][key], value) for key, value in network.state_dict().items())
+        for name, network in networks.items()
+    }
+    assert changed == {"policy": True, "critic": True, "reference": False, "reward": False}
+
+
+def test_rewards_are_measured_in_standard_deviations_of_the_sft_models(tmp_path, tokenizer, random_model):
+    """`val_reward` begins at 0 with spread 1; a reward model of another scale would give the same."""
+    loop = make_loop(tmp_path, tokenizer, random_model)
+    loop.before_first_step()
+    rewards = torch.cat([rollout["rewards"] for rollout in loop._validation_rollouts()])
+    assert rewards.mean().item() == pytest.approx(0.0, abs=1e-4)
+    assert rewards.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-3)
+    metrics = loop.evaluate()
+    assert metrics["val_reward"] == pytest.approx(0.0, abs=1e-4)
+    assert metrics["val_kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path, tokenizer, random_model):
+    """4 × 2 and 8 × 1: answers differ in length, and every token weighs the same."""
+    steps = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        loop = make_loop(tmp_path, tokenizer, random_model, batch_size=batch_size, grad_accum_steps=accumulation)
+        torch.manual_seed(5)
+        steps.append(loop.train_step())
+    for name in steps[0]:
+        assert steps[0][name] == pytest.approx(steps[1][name], rel=1e-4, abs=1e-5), name
+
+
+# -- that it learns, and goes on ---------------------------------------------------------------------------------------
+
+
+def test_the_reward_rises_and_the_price_of_divergence_holds_it_back(tmp_path, tokenizer, random_model):
+    """A scripted reward likes a third of the tokens: within a few steps the policy writes hardly anything else.
+
+    With a high β it stays near the reference instead.
+    """
+    best, shares = [], []
+    for kl_coef in (0.01, 5.0):
+        loop = make_loop(
+            tmp_path, tokenizer, random_model, LikesSmallNumbers, max_steps=15, rollout_batch_size=32, batch_size=32,
+            lr=1.5e-2, kl_coef=kl_coef, missing_eos_penalty=0.0, eval_interval=15, warmup_steps=0,
+        )  # fmt: skip
+        prompts = loop.train_data.collate([loop.train_data[index % len(PROMPTS)] for index in range(60)])
+        for policy in (loop.reference, loop.model.policy):
+            if policy is loop.model.policy:
+                best.append(loop.train())
+            torch.manual_seed(0)
+            answers = policy.generate(**prompts, max_gen_len=6)[:, prompts["input_ids"].size(1) :]
+            shares.append(answers.lt(100).float().mean().item())
+    before, after, _, held_back = shares
+    assert before < 0.45
+    assert after > 0.75
+    assert best[0]["val_reward"] > 2.0, "standard deviations above the reference"
+    assert best[1]["val_kl"] < 0.4 * best[0]["val_kl"]
+    assert held_back < after - 0.2
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tokenizer):
+    """A working folder with an SFT model and preferences, as `--mode rlhf` needs them."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = GPTConfig.for_architecture(
+        "modern", vocab_size=len(tokenizer), d_model=16, n_layers=1, n_heads=2, max_seq_len=48, dropout=0.1
+    )
+    model = GPTModel.from_config(config)
+    save_checkpoint("sft.pth", model_state=model.state_dict(), config=config, tokenizer=tokenizer, stage="sft")
+    records = [{"instruction": text, "chosen": f"{text} yes", "rejected": "no"} for text in PROMPTS * 2]
+    (tmp_path / "pairs.json").write_text(json.dumps(records), encoding="utf-8")
+    return tmp_path
+
+
+OPTIONS = shlex.split(
+    "--pairwise_data pairs.json --val_pairwise_data pairs.json --sft_model sft.pth --max_steps 4 --max_gen_len 4 "
+    "--rollout_batch_size 4 --batch_size 2 --ppo_epochs 2 --eval_interval 2 --save_interval 2 --log_interval 1 "
+    "--num_threads 1 --device cpu --precision fp32"
+)
+
+
+def test_from_preferences_to_an_aligned_model_and_an_exact_continuation(folder, capsys):
+    """`--mode rlhf` trains the reward model, then PPO; what it publishes is a plain language model.
+
+    A run that was cut off and continues with `--resume auto`, dropout and all, tells the same story; so does one that
+    has `--resume auto` from its beginning.
+    """
+    finetune.main(["--mode", "rlhf", *OPTIONS, "--output_dir", "whole"])
+    out = capsys.readouterr().out
+    assert "reward model: whole/reward/reward_best.pth, right on" in out
+    assert "aligned: whole/ppo_best.pth, held-out reward" in out
+    policy, tokenizer, content = load_model("whole/ppo_best.pth")
+    sft, _, _ = load_model("sft.pth")
+    assert content["stage"] == "ppo"
+    assert set(content["model"]) == set(sft.state_dict())
+    assert policy.generate(torch.tensor([tokenizer.encode("hi")["input_ids"]]), 3).size(1) >= 4
+
+    ppo_options = ["--mode", "ppo", "--reward_model", "whole/reward/reward_best.pth", *OPTIONS, "--output_dir", "parts"]
+    finetune.main([*ppo_options, "--resume", "auto"])  # there is nothing yet to resume from
+    assert "no checkpoint in parts/checkpoints, starting from step 0" in capsys.readouterr().out
+    (folder / "parts" / "checkpoints" / "step_00000004.pth").unlink()
+    finetune.main([*ppo_options, "--resume", "auto"])
+    assert "continuing from parts/checkpoints/step_00000002.pth, step 2 of 4" in capsys.readouterr().out
+    clock = {"tokens_per_second", "mfu", "memory_mib", "seconds"}
+    runs = [
+        [{key: value for key, value in record.items() if key not in clock} for record in read_metrics(path)]
+        for path in ("whole/metrics.jsonl", "parts/metrics.jsonl")
+    ]
+    assert len(runs[0]) == 6
+    assert runs[0] == runs[1]
+    states = [load_checkpoint(f"{name}/checkpoints/step_00000004.pth")["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_path_to_resume_ppo_from_does_not_disturb_its_reward_model(folder, capsys):
+    """In `--mode rlhf` the path is PPO's; the finished reward model is taken as it is."""
+    finetune.main(["--mode", "rlhf", *OPTIONS, "--output_dir", "run"])
+    before = (folder / "run" / "reward" / "reward_best.pth").read_bytes()
+    finetune.main(["--mode", "rlhf", *OPTIONS, "--output_dir", "run", "--resume", "run/checkpoints/step_00000002.pth"])
+    assert "continuing from run/checkpoints/step_00000002.pth, step 2 of 4" in capsys.readouterr().out
+    assert (folder / "run" / "reward" / "reward_best.pth").read_bytes() == before
+
+
+def test_models_that_do_not_fit_together_are_refused(folder, tokenizer):
+    """Another tokenizer, a shorter context, a language model in the reward model's place."""
+
+    def save_reward(path, tokenizer, max_seq_len):
+        config = GPTConfig.for_architecture(
+            "gpt2", vocab_size=len(tokenizer), d_model=16, n_layers=1, n_heads=2, max_seq_len=max_seq_len
+        )
+        model = RewardModel(GPTModel.from_config(config))
+        save_checkpoint(path, model_state=model.state_dict(), config=config, tokenizer=tokenizer, stage="reward")
+
+    settings = dict(pairwise_data="pairs.json", val_pairwise_data="pairs.json", sft_model="sft.pth", max_gen_len=4)
+    save_reward("bytes.pth", ByteLevelBPETokenizer(260), 48)
+    with pytest.raises(UserError, match="bytes.pth and sft.pth have different tokenizers"):
+        rlhf_ppo(reward_model="bytes.pth", **settings, **COMMON)
+    save_reward("short.pth", tokenizer, 32)
+    with pytest.raises(UserError, match="short.pth reads at most 32 tokens, .*--max_seq_len 32"):
+        rlhf_ppo(reward_model="short.pth", **settings, **COMMON)
+    with pytest.raises(UserError, match="sft.pth is a sft model; give one that finetune.py --mode reward wrote"):
+        rlhf_ppo(reward_model="sft.pth", **settings, **COMMON)
+    with pytest.raises(UserError, match="no prompt fits into -2 tokens; raise --max_seq_len or lower --max_gen_len"):
+        save_reward("reward.pth", tokenizer, 48)
+        rlhf_ppo(reward_model="reward.pth", **{**settings, "max_gen_len": 50}, **COMMON)
+
+
+def test_settings_that_make_no_sense_are_refused():
+    complaints = " ".join(
+        PPOConfig(
+            ppo_epochs=0, temperature=0.0, rollout_batch_size=100, batch_size=64, clip_range=0.0, gae_lambda=1.5,
+            kl_coef=-1.0,
+        ).validate()
+    )  # fmt: skip
+    for named in ("--ppo_epochs must", "--temperature must", "--rollout_batch_size 100 must be a multiple",
+                  "--clip_range must", "--gae_lambda must", "--kl_coef must"):  # fmt: skip
+        assert named in complaints
