@@ -366,7 +366,9 @@ def main(argv: list[str] | None = None) -> None:
     exchanges = try_service(model, config.port or free_port(), root / "service.log")
     report = write_report(root, exchanges, [(stage.title, stage.seconds) for stage in stages])
     print(f"\nall of it in {time.time() - start:.0f} s", end="")
-    print(f"\nreport: {report}\nserve it: MODEL_PATH={model} uvicorn inference.api_service:app --port 8000", flush=True)
+    uvicorn = os.path.relpath(Path(sys.executable).with_name("uvicorn"))  # the user's shell has not activated .venv
+    serve = f"MODEL_PATH={model} {uvicorn} inference.api_service:app --port 8000"
+    print(f"\nreport: {report}\nserve it: {serve}", flush=True)
     if config.serve:
         os.environ["MODEL_PATH"] = str(model)
         port = str(config.port or 8000)
