@@ -316,6 +316,16 @@ for line in sys.stdin:  # one import of torch for all victims
     assert interrupted > 0  # at least one kill came in the middle of a write
 
 
+def test_the_old_file_is_replaced_and_never_written_into(save, tmp_path):
+    """Whoever has it open or mapped goes on reading the old one, to its end."""
+    path = save(tmp_path / "a.pth", step=1)
+    (tmp_path / "old.pth").hardlink_to(path)
+    before, opened = path.read_bytes(), load_checkpoint(path)
+    save(path, step=2, model_state={name: value + 1 for name, value in opened["model"].items()})
+    assert (tmp_path / "old.pth").read_bytes() == before
+    assert (opened["step"], load_checkpoint(path)["step"]) == (1, 2)
+
+
 @pytest.mark.parametrize("limit", [0, 2_000_000])
 def test_a_write_that_fails_keeps_the_old_checkpoint(limit, save, tokenizer, tmp_path):
     """At the first byte or in the middle; one sentence, no temporary file left."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt_model import GPTConfig, GPTModel, next_token_loss, sample_next
+from gpt_model import GPTConfig, GPTModel, next_token_loss, sample_next, visible_keys
 from transformer_components import sinusoidal_positions
 
 PAD = 1
@@ -153,6 +153,17 @@ def test_a_mask_may_be_of_any_kind_of_number(architecture, random_model):
     expected = model(ids, attention_mask=mask)["logits"]
     for dtype in (torch.bool, torch.float32, torch.bfloat16):
         assert torch.equal(model(ids, attention_mask=mask.to(dtype))["logits"], expected)
+
+
+@pytest.mark.parametrize("past", [0, 3])
+def test_every_token_sees_itself_the_past_and_no_padding(past):
+    """At least itself, padding too: some attention kernels answer an empty row of the mask with NaN."""
+    real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
+    visible = visible_keys(6 - past, past, real, real.device)
+    for row in range(3):
+        for query in range(past, 6):
+            expected = [key == query or (key < query and bool(real[row, key])) for key in range(6)]
+            assert visible[row, 0, query - past].tolist() == expected
 
 
 def test_a_row_of_nothing_but_padding_leaks_no_nan(architecture, random_model):
