@@ -273,7 +273,7 @@ class Updater:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
         max_norm = self.max_grad_norm or math.inf
         grad_norm = float(self.clip(self.parameters, max_norm))
         if math.isfinite(grad_norm + loss):

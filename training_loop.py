@@ -205,7 +205,7 @@ class TrainingLoop:
         self.precision = resolve_precision(config.precision, device)
         if self.precision == torch.float16 and self.parallel_model.is_sharded:
             raise UserError(f"--precision fp16 works with --parallel ddp only, not {config.parallel}; use bf16 or fp32")
-        self.optimizers = build_optimizers(model, config.optimizer, config.lr, config.weight_decay)
+        self.optimizers = self.make_optimizers()
         self.updater = Updater(
             model,
             self.optimizers,
@@ -226,6 +226,10 @@ class TrainingLoop:
         self.best: dict[str, float] = {}
         self.evaluations_without_improvement = 0
         self.seconds = 0.0
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimisers of all trainable parameters."""
+        return build_optimizers(self.model, self.config.optimizer, self.config.lr, self.config.weight_decay)
 
     def global_batch(self) -> int:
         """Samples of one step over all accumulation steps and data-parallel ranks."""

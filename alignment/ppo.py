@@ -30,8 +30,10 @@ from alignment.reward_model import RewardConfig, RewardModel, load_reward_model,
 from alignment.sft import fit_context
 from checkpoint import load_model
 from command_line import UserError, option, require_file
-from data_loader import Batch, GPTPPODataset
+from conversation_data import load_conversations
+from data_loader import Batch, BatchOrder, GPTPPODataset, GPTSFTDataset
 from gpt_model import GPTModel
+from optimization import build_optimizers
 from training_loop import TrainingConfig, TrainingLoop, prepare_machine
 
 
@@ -45,21 +47,25 @@ class PPOConfig(TrainingConfig):
     sft_model: str = option("models/sft/sft_best.pth", "the checkpoint that the policy starts from")
     reward_model: str = option("", "a trained reward model; empty: train one in <output_dir>/reward first")
     output_dir: str = option("models/rlhf", "folder for checkpoints, metrics and curves")
+    sft_data: str = option("", "instruction data to keep learning from, so that nothing is forgotten; empty: none")
+    sft_coef: float = option(1.0, "weight of the supervised loss on --sft_data")
     max_seq_len: int = option(0, "longest prompt and answer, in tokens; 0 means the model's context")
-    max_gen_len: int = option(48, "longest answer, in tokens")
-    rollout_batch_size: int = option(128, "answers that each rank writes for one step")
+    max_gen_len: int = option(32, "longest answer, in tokens")
+    rollout_batch_size: int = option(64, "answers that each rank writes for one step")
     ppo_epochs: int = option(2, "passes over the answers of a step")
     batch_size: int = option(64, "answers of one forward pass")
-    lr: float = option(2e-4, "peak learning rate")
-    schedule: str = option("constant", "course of the learning rate", choices=("cosine", "wsd", "constant"))
+    lr: float = option(1e-4, "peak learning rate of the policy")
+    schedule: str = option("cosine", "course of the learning rate", choices=("cosine", "wsd", "constant"))
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
-    epochs: float = option(3.0, "passes over the prompts, if --max_steps is 0")
+    epochs: float = option(1.0, "passes over the prompts, if --max_steps is 0")
     temperature: float = option(1.0, "of sampling; probabilities are taken at the same temperature")
-    kl_coef: float = option(0.05, "β: the price of a nat of divergence from the SFT model")
+    kl_coef: float = option(0.2, "β: the price of a nat of divergence from the SFT model")
     clip_range: float = option(0.2, "the probability ratio is clipped to 1 ± this")
     value_clip_range: float = option(0.2, "the critic may move by so much from its earlier prediction")
     value_coef: float = option(0.5, "weight of the critic's loss")
-    gae_lambda: float = option(0.95, "λ of generalised advantage estimation (γ is 1: an answer is one episode)")
+    critic_lr_scale: float = option(5.0, "the critic's learning rate as a multiple of --lr: it has more to learn")
+    critic_warmup_steps: int = option(4, "first steps in which only the critic learns: its first guesses mislead")
+    gae_lambda: float = option(0.3, "λ of advantage estimation (γ is 1): how far a surprise at the end reaches back")
     missing_eos_penalty: float = option(1.0, "taken off the reward of an answer that does not end by itself")
 
     def validate(self) -> list[str]:
@@ -96,6 +102,7 @@ class ActorCritic(nn.Module):
         self.policy, self.critic, self.ppo = policy, critic, config
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_std", torch.ones(()))
+        self.policy_weight = 1.0  # 0 while only the critic learns
 
     def forward(
         self,
@@ -106,6 +113,8 @@ class ActorCritic(nn.Module):
         old_values: torch.Tensor,
         advantages: torch.Tensor,
         returns: torch.Tensor,
+        sft_input_ids: torch.Tensor | None = None,
+        sft_labels: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """PPO's loss, a mean over answer tokens.
 
@@ -114,6 +123,7 @@ class ActorCritic(nn.Module):
             answer_mask: (B, R) bool, the tokens that the policy wrote.
             old_log_probs, old_values: (B, R), of the networks that wrote the answers.
             advantages, returns: (B, R).
+            sft_input_ids, sft_labels: (B', T'), a batch of the instruction data, if it is mixed in.
         """
         clip, n_answer = self.ppo.clip_range, answer_mask.size(1)
         log_probs, entropy = answer_log_probs(
@@ -138,8 +148,12 @@ class ActorCritic(nn.Module):
                 "policy/entropy_avg": mean(entropy),
                 "val/ratio": mean(ratio),
             }
+        loss = self.policy_weight * policy_loss + self.ppo.value_coef * value_loss
+        if sft_input_ids is not None:  # PPO-ptx of arXiv:2203.02155, eq. 2, with instructions in place of raw text
+            figures["loss/sft_avg"] = self.policy(sft_input_ids, labels=sft_labels)["loss"]
+            loss = loss + self.policy_weight * self.ppo.sft_coef * figures["loss/sft_avg"]
         return {
-            "loss": policy_loss + self.ppo.value_coef * value_loss,
+            "loss": loss,
             "loss/policy_avg": policy_loss.detach(),
             "loss/value_avg": value_loss.detach(),
             **figures,
@@ -204,6 +218,7 @@ class PPOLoop(TrainingLoop):
         prompts: GPTPPODataset,
         val_prompts: GPTPPODataset,
         device: torch.device,
+        sft_data: GPTSFTDataset | None = None,
     ) -> None:
         self.reference = copy.deepcopy(policy).to(device).eval().requires_grad_(False)
         self.reward_model = reward_model.to(device).eval().requires_grad_(False)
@@ -211,6 +226,18 @@ class PPOLoop(TrainingLoop):
         model = ActorCritic(policy, critic, config)
         super().__init__(config, model, policy.config, tokenizer, "ppo", prompts, val_prompts, device)
         self.eos_token_id = tokenizer.eos_token_id
+        self.sft_data = sft_data
+        if sft_data is not None:
+            self.sft_order = BatchOrder(len(sft_data), self.global_batch(), config.seed, sft_data.lengths)
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The policy's and the critic's, each with its own learning rate."""
+        config = self.config
+        policy = build_optimizers(self.model.policy, config.optimizer, config.lr, config.weight_decay)
+        critic = build_optimizers(self.model.critic, config.optimizer, config.lr, config.weight_decay)
+        for group in (group for optimizer in critic for group in optimizer.param_groups):
+            group["lr_scale"] = config.critic_lr_scale
+        return policy + critic
 
     def global_batch(self) -> int:
         """Prompts of one step over all ranks."""
@@ -298,11 +325,15 @@ class PPOLoop(TrainingLoop):
         }
         figures = {k: distributed.sum_over_ranks(v, self.device) / self.ranks for k, v in figures.items()}
         rollout = self._with_advantages(rollout)
+        self.sft_batches = 0
+        self.model.policy_weight = float(self.step >= config.critic_warmup_steps)
         lr, size, means = self.learning_rate(), config.batch_size * config.grad_accum_steps, []
         for _ in range(config.ppo_epochs):
             for rows in torch.randperm(len(mine)).split(size):
                 parts = [part.to(self.device) for part in rows.split(config.batch_size)]
                 batches = [{name: value[part] for name, value in rollout.items()} for part in parts]
+                if self.sft_data is not None:
+                    batches = [{**batch, **self._instructions(len(batch["input_ids"]))} for batch in batches]
                 result = self.accumulate(batches, [int(batch["answer_mask"].sum()) for batch in batches])
                 result["grad_norm"] = self.updater.step(lr, result["loss"])
                 means.append(result)
@@ -310,6 +341,14 @@ class PPOLoop(TrainingLoop):
         averages = {name: sum(result[name] for result in means) / len(means) for name in means[0]}
         tokens = int(rollout["attention_mask"].sum()) * self.ranks
         return {**figures, **averages, "lr": lr, "tokens": tokens}
+
+    def _instructions(self, n_samples: int) -> Batch:
+        """A batch of the instruction data; which, depends on the step and the rank alone."""
+        mine = self.sft_order.batch(self.step)[distributed.rank() :: self.ranks]
+        first = self.sft_batches * n_samples % len(mine)
+        self.sft_batches += 1
+        batch = self.sft_data.collate([self.sft_data[index] for index in mine[first : first + n_samples]])
+        return {f"sft_{name}": value for name, value in batch.items()}
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
@@ -319,9 +358,9 @@ class PPOLoop(TrainingLoop):
         generator = torch.Generator(self.device).manual_seed(self.config.seed + 1)
         size = self.config.rollout_batch_size
         indices = range(distributed.rank(), len(self.val_data), self.ranks)
+        batches = (indices[start : start + size] for start in range(0, len(indices), size))
         return [
-            self.answer(self.val_data.collate([self.val_data[index] for index in indices[start : start + size]]), generator)
-            for start in range(0, len(indices), size)
+            self.answer(self.val_data.collate([self.val_data[index] for index in batch]), generator) for batch in batches
         ]
 
     def evaluate(self) -> dict[str, float]:
@@ -378,6 +417,7 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
         GPTPPODataset([pair["prompt"] for pair in pairs], tokenizer, room),
         GPTPPODataset([pair["prompt"] for pair in val_pairs], tokenizer, room),
         device,
+        GPTSFTDataset(load_conversations(config.sft_data), tokenizer, config.max_seq_len) if config.sft_data else None,
     )
     if distributed.is_main():
         print(f"PPO on {len(loop.train_data)} prompts, {loop.max_steps} steps of {loop.order.batch_size} answers")
