@@ -205,8 +205,8 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
             "ppo",
             "PPO",
             ["finetune.py", "--mode", "ppo", *pairs_options, "--sft_model", str(sft), "--reward_model", str(reward)]
-            + ["--output_dir", str(ppo.parent), *sizes["ppo"], *threads],
-            [*pairs, sft, reward],
+            + ["--output_dir", str(ppo.parent), "--sft_data", config.sft_data, *sizes["ppo"], *threads],
+            [*pairs, *conversations, sft, reward],
             [ppo],
             ppo.parent / "checkpoints",
         ),

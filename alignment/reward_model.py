@@ -84,8 +84,8 @@ class RewardConfig(TrainingConfig):
     max_seq_len: int = option(0, "longest conversation, in tokens; 0 means the model's context")
     optimizer: str = option("muon", "adamw, or muon for hidden matrices beside adamw", choices=("adamw", "muon"))
     batch_size: int = option(32, "pairs of one forward pass on one rank")
-    lr: float = option(3e-4, "peak learning rate")
-    epochs: float = option(2.0, "passes over the training data, if --max_steps is 0")
+    lr: float = option(4e-4, "peak learning rate")
+    epochs: float = option(1.0, "passes over the training data, if --max_steps is 0")
 
 
 def split_pairs(path: str, val_path: str, val_fraction: float) -> tuple[list[dict], list[dict]]:

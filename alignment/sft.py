@@ -26,9 +26,9 @@ class SFTConfig(TrainingConfig):
     output_dir: str = option("models/sft", "folder for checkpoints, metrics and curves")
     max_seq_len: int = option(0, "longest conversation, in tokens; 0 means the model's context")
     optimizer: str = option("muon", "adamw, or muon for hidden matrices beside adamw", choices=("adamw", "muon"))
-    batch_size: int = option(64, "conversations of one forward pass on one rank")
-    lr: float = option(1e-3, "peak learning rate")
-    epochs: float = option(3.0, "passes over the training data, if --max_steps is 0")
+    batch_size: int = option(32, "conversations of one forward pass on one rank")
+    lr: float = option(1.5e-3, "peak learning rate")
+    epochs: float = option(4.0, "passes over the training data, if --max_steps is 0")
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
