@@ -73,6 +73,7 @@ pretrain | --val_data_dir utf16.txt | utf16.txt is not UTF-8 text; save it as UT
 pretrain | --train_data_dir no_text.jsonl | line 2 of no_text.jsonl has no field "text"
 pretrain | --train_data_dir short.txt | short.txt has 7 tokens, less than one window; lower --max_seq_len
 pretrain | --val_data_dir short.txt | the validation text has 7 tokens, less than one window; lower --max_seq_len
+pretrain | --train_data_dir one_line.txt --val_data_dir '' --val_fraction 0.5 | no document in its train part
 pretrain | --tokenizer_dir missing | there is no tokenizer folder missing
 pretrain | --tokenizer_dir broken_tokenizer | broken_tokenizer cannot be used
 pretrain | --output_dir file/run | file/run cannot be a folder; file is a file; choose another --output_dir
@@ -92,6 +93,12 @@ pretrain | --max_seq_len 1 | --max_seq_len must be at least 2
 pretrain | --max_seq_len -8 | --max_seq_len must be at least
 pretrain | --n_heads 3 | d_model 16 must be a multiple of n_heads 3
 pretrain | --n_heads 0 | n_heads must be at least 1
+pretrain | --n_kv_heads -1 | n_kv_heads must be at least 1
+pretrain | --d_ff -5 | d_ff must be at least 1
+pretrain | --weight_decay -1 --keep_checkpoints 0 | --weight_decay must be at least 0; --keep_checkpoints must be
+pretrain | --max_grad_norm nan --max_skipped_steps 0 | --max_grad_norm must be at least 0; --max_skipped_steps must be
+pretrain | --warmup_steps -5 --min_lr_ratio 2 | --warmup_steps must be at least -1; --min_lr_ratio must be
+pretrain | --sample_tokens -1 | --sample_tokens must be at least 0, not -1
 pretrain | --dropout 1.5 | dropout must be in [0, 1), not 1.5
 pretrain | --position absolute | position must be one of learned, rotary, sinusoidal, not 'absolute'
 pretrain | --val_fraction 2 | --val_fraction must be between 0 and 1, not 2.0
@@ -101,9 +108,11 @@ pretrain | --device abacus | the device 'abacus' is not available here
 pretrain | --precision fp16 | --precision fp16 needs a GPU; on a CPU use fp32 or bf16
 pretrain | --tracker wandb | --tracker wandb needs the package wandb; pip install wandb
 pretrain | --resume missing.pth | the checkpoint missing.pth does not exist
+pretrain | --resume empty_folder | the checkpoint empty_folder is a folder, not a file
+pretrain | --resume good.txt | the checkpoint good.txt is damaged
 pretrain | --resume damaged.pth | the checkpoint damaged.pth is damaged; use another one
 pretrain | --resume base.pth | base.pth is of another architecture; d_model 32 there, 16 here; --output_dir
-pretrain | --d_model 32 --max_seq_len 48 --resume base.pth | base.pth holds a model only, no training state; resume from
+pretrain | --d_model 32 --max_seq_len 48 --resume base.pth | base.pth holds; no training state; resume from
 pretrain | --d_model 32 --max_seq_len 48 --resume reward.pth | reward.pth is a reward checkpoint; --resume needs one of
 pretrain | --d_model 32 --max_seq_len 48 --resume other.pth | other.pth was trained with another tokenizer; use that one
 
@@ -156,6 +165,7 @@ ppo | --reward_model other_reward.pth | other_reward.pth and base.pth have diffe
 ppo | --sft_model reward.pth | reward.pth is a reward model, which writes no text
 ppo | --max_gen_len 100 | no prompt fits into -52 tokens; raise --max_seq_len or lower --max_gen_len
 ppo | --rollout_batch_size 6 | --rollout_batch_size 6 must be a multiple of --batch_size
+ppo | --pairwise_data one_pair.json | one_pair.json has too few pairs to set some aside
 ppo | --temperature 0 | --temperature must be positive, not 0.0
 
 evaluate | missing.pth | missing.pth does not exist
@@ -168,6 +178,10 @@ evaluate | reward.pth --model_type sft | reward.pth is a reward model
 evaluate | base.pth --model_type reward --test_data_path pairs.json | base.pth is a pretrain model; give one
 evaluate | base.pth --model_type sft --batch_size 0 | --batch_size must be at least 1
 evaluate | base.pth --model_type sft --max_gen_len 0 | --max_gen_len must be at least 1
+
+evaluate | base.pth --model_type sft --max_samples 0 | --max_samples must be at least 1
+evaluate | base.pth --model_type sft --temperature -1 | --temperature must
+evaluate | base.pth --model_type sft --top_k -1 | --top_k must
 
 quantize | missing.pth | missing.pth does not exist
 quantize | damaged.pth | damaged.pth is damaged
@@ -198,6 +212,7 @@ def world(tmp_path_factory, tokenizer):
 def write_texts(folder):
     text = "\n".join(LINES)
     (folder / "good.txt").write_text(text, encoding="utf-8")
+    (folder / "one_line.txt").write_text(LINES[0] * 3, encoding="utf-8")
     (folder / "short.txt").write_text("巴黎")
     (folder / "empty.txt").write_bytes(b"")
     (folder / "blank.txt").write_text("\n \n\t\n")
@@ -218,6 +233,7 @@ def write_records(folder):
     contents = {
         "sft.json": TALKS,
         "pairs.json": PAIRS,
+        "one_pair.json": PAIRS[:1],
         "empty_list.json": [],
         "not_a_list.json": {"instruction": "a", "response": "b"},
         "no_response.json": without(TALKS, "response"),
@@ -315,3 +331,12 @@ def test_the_same_calls_with_sound_input_work(world, tmp_path, monkeypatch, caps
     status, _ = call(script, f"--output_dir {tmp_path}/out --max_steps 1", capsys)
     assert status == 0
     assert len(list(tmp_path.glob("out/*_best.pth"))) == 1
+
+
+@pytest.mark.parametrize("options", ["--max_seq_len 2", "--max_seq_len 5", "--max_seq_len 7 --val_data_dir short.txt"])
+def test_the_smallest_contexts_and_texts_work_with_samples_too(world, tmp_path, monkeypatch, capsys, options):
+    """Samples take what prompts there are."""
+    monkeypatch.chdir(world)
+    status, _ = call("pretrain", f"{options} --output_dir {tmp_path}/out --sample_tokens 8", capsys)
+    assert status == 0
+    assert (tmp_path / "out" / "samples.txt").read_text(encoding="utf-8").startswith("--- step 1")
