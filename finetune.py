@@ -1,6 +1,6 @@
 """Everything that comes after pretraining, by `--mode`.
 
-    python finetune.py --mode sft    --data_path data/sft/sft_data.json --pretrained_model models/pretrain/pretrain_best.pth
+    python finetune.py --mode sft    --pretrained_model models/pretrain/pretrain_best.pth
     python finetune.py --mode reward --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode ppo    --reward_model models/reward/reward_best.pth
     python finetune.py --mode rlhf   # the reward model, then PPO

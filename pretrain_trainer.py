@@ -22,7 +22,8 @@ from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from optimization import resolve_device
 from text_files import iter_documents, resolve_files
-from training_loop import TrainingConfig, TrainingLoop, advice_if_out_of_memory, prepare_machine
+from training_config import TrainingConfig, prepare_machine
+from training_loop import TrainingLoop, advice_if_out_of_memory
 
 SAMPLE_TRAIN, SAMPLE_VAL = "data/pretrain/train", "data/pretrain/val"
 DEFAULT_VAL_FRACTION = 0.05
@@ -74,6 +75,8 @@ class PretrainConfig(TrainingConfig):
             complaints.append(f"--val_fraction must be between 0 and 1, not {self.val_fraction}")
         if self.max_seq_len < 2:
             complaints.append(f"--max_seq_len must be at least 2, a token and the next, not {self.max_seq_len}")
+        if self.sample_tokens < 0:
+            complaints.append(f"--sample_tokens must be at least 0, not {self.sample_tokens}")
         if self.depth < 0:
             complaints.append(f"--depth must not be negative, not {self.depth}")
         if not complaints:
@@ -206,8 +209,11 @@ class GPTTrainer:
     def _write_samples(self, model: GPTModel, n_samples: int = 3) -> None:
         """Continue the beginnings of validation documents, into `samples.txt`."""
         device = model.token_embedding.weight.device
-        start = self.val_shards.slice(0, 8 * n_samples)
-        prompts = torch.tensor(start.astype("int64")).view(n_samples, 8).to(device)
+        n_tokens = self.val_shards.n_tokens
+        length = max(1, min(8, self.config.max_seq_len // 2, n_tokens // n_samples))
+        n_samples = min(n_samples, n_tokens // length)
+        start = self.val_shards.slice(0, n_samples * length)
+        prompts = torch.tensor(start.astype("int64")).view(n_samples, length).to(device)
         generator = torch.Generator(device).manual_seed(self.config.seed)
         output = model.generate(
             prompts,

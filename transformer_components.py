@@ -176,7 +176,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForwardNetwork(nn.Module):
-    """The position-wise network: `gelu` (two layers, tanh-approximated GELU as in GPT-2) or `swiglu` (arXiv:2002.05202).
+    """The position-wise network: `gelu` (tanh-approximated, as in GPT-2) or `swiglu` (arXiv:2002.05202).
 
     Args:
         d_model: width of the residual stream.

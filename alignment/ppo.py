@@ -34,7 +34,8 @@ from conversation_data import load_conversations
 from data_loader import Batch, BatchOrder, GPTPPODataset, GPTSFTDataset
 from gpt_model import GPTModel
 from optimization import build_optimizers
-from training_loop import TrainingConfig, TrainingLoop, prepare_machine
+from training_config import TrainingConfig, prepare_machine
+from training_loop import TrainingLoop
 
 
 @dataclass
@@ -358,10 +359,11 @@ class PPOLoop(TrainingLoop):
         generator = torch.Generator(self.device).manual_seed(self.config.seed + 1)
         size = self.config.rollout_batch_size
         indices = range(distributed.rank(), len(self.val_data), self.ranks)
-        batches = (indices[start : start + size] for start in range(0, len(indices), size))
-        return [
-            self.answer(self.val_data.collate([self.val_data[index] for index in batch]), generator) for batch in batches
-        ]
+        rollouts = []
+        for start in range(0, len(indices), size):
+            prompts = self.val_data.collate([self.val_data[index] for index in indices[start : start + size]])
+            rollouts.append(self.answer(prompts, generator))
+        return rollouts
 
     def evaluate(self) -> dict[str, float]:
         """Mean reward of, and divergence over, answers to held-out prompts; the objective joins them."""

@@ -23,7 +23,8 @@ from command_line import UserError, option, require_file
 from conversation_data import load_pairs
 from data_loader import PairDataset, in_validation_part
 from gpt_model import GPTModel
-from training_loop import TrainingConfig, TrainingLoop, prepare_machine
+from training_config import TrainingConfig, prepare_machine
+from training_loop import TrainingLoop
 
 
 class RewardModel(nn.Module):
@@ -95,7 +96,7 @@ def split_pairs(path: str, val_path: str, val_fraction: float) -> tuple[list[dic
         return pairs, load_pairs(val_path)
     apart = [in_validation_part(index, val_fraction) for index in range(len(pairs))]
     if all(apart) or not any(apart):
-        raise UserError(f"{path} has too few pairs to set some aside; give --val_pairwise_data or another --val_fraction")
+        raise UserError(f"{path} has too few pairs to set some aside; give --val_pairwise_data or more pairs")
     return (
         [pair for pair, out in zip(pairs, apart, strict=True) if not out],
         [pair for pair, out in zip(pairs, apart, strict=True) if out],
@@ -152,7 +153,9 @@ def train_reward_model(config: RewardConfig | None = None, **settings: Any) -> d
     return best
 
 
-def load_reward_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[RewardModel, ByteLevelBPETokenizer]:
+def load_reward_model(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[RewardModel, ByteLevelBPETokenizer]:
     """A trained reward model (in eval mode) and its tokenizer.
 
     Raises:

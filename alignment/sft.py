@@ -12,7 +12,8 @@ from command_line import UserError, option, require_file
 from conversation_data import load_conversations
 from data_loader import GPTSFTDataset, in_validation_part
 from gpt_model import GPTModel
-from training_loop import TrainingConfig, TrainingLoop, prepare_machine
+from training_config import TrainingConfig, prepare_machine
+from training_loop import TrainingLoop
 
 
 @dataclass
@@ -83,7 +84,8 @@ def sft_finetune(config: SFTConfig | None = None, **settings: Any) -> dict[str, 
     )
     if distributed.is_main():
         left_out = f" ({train_data.n_dropped} too long, left out)" if train_data.n_dropped else ""
-        print(f"fine-tuning {config.pretrained_model} on {len(train_data)} conversations{left_out}, {loop.max_steps} steps")
+        size = f"{len(train_data)} conversations{left_out}, {loop.max_steps} steps"
+        print(f"fine-tuning {config.pretrained_model} on {size}")
     best = loop.train()
     if distributed.is_main():
         print(

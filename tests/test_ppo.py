@@ -14,10 +14,10 @@ from alignment.reward_model import RewardModel
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
-from data_loader import GPTPPODataset
+from data_loader import BatchOrder, GPTPPODataset, GPTSFTDataset
 from gpt_model import GPTConfig, GPTModel
 from run_log import read_metrics
-from training_loop import prepare_machine
+from training_config import prepare_machine
 
 PROMPTS = ["a", "法国的首都", "What is the capital of France?", "二加三", "The quick brown fox jumps", "hi there"]
 COMMON = dict(device="cpu", precision="fp32", num_threads=1, log_interval=1)
@@ -37,6 +37,7 @@ class LikesSmallNumbers(RewardModel):
 def make_loop(folder, tokenizer, random_model, reward_class=RewardModel, **settings):
     """PPO on a random policy that writes answers of up to 6 tokens after prompts of different lengths."""
     usual = dict(max_gen_len=6, rollout_batch_size=8, batch_size=4, ppo_epochs=2, max_steps=2, eval_interval=2)
+    usual |= dict(critic_warmup_steps=0, critic_lr_scale=1.0, gae_lambda=0.95, schedule="constant")
     config = PPOConfig(**{**COMMON, **usual, "output_dir": str(folder), "max_seq_len": 48, **settings})
     assert config.validate() == []
     device = prepare_machine(config)
@@ -355,3 +356,40 @@ def test_settings_that_make_no_sense_are_refused():
     for named in ("--ppo_epochs must", "--temperature must", "--rollout_batch_size 100 must be a multiple",
                   "--clip_range must", "--gae_lambda must", "--kl_coef must"):  # fmt: skip
         assert named in complaints
+
+
+def test_while_the_critic_warms_up_the_policy_stays_as_it_is(tmp_path, tokenizer, random_model):
+    loop = make_loop(tmp_path, tokenizer, random_model, critic_warmup_steps=1)
+    policy = {name: value.clone() for name, value in loop.model.policy.state_dict().items()}
+    critic = {name: value.clone() for name, value in loop.model.critic.state_dict().items()}
+    loop.train_step()
+    assert all(torch.equal(value, policy[name]) for name, value in loop.model.policy.state_dict().items())
+    assert any(not torch.equal(value, critic[name]) for name, value in loop.model.critic.state_dict().items())
+    loop.train_step()
+    assert any(not torch.equal(value, policy[name]) for name, value in loop.model.policy.state_dict().items())
+
+
+def test_the_critic_has_a_learning_rate_of_its_own_and_every_parameter_one_optimiser(tmp_path, tokenizer, random_model):
+    loop = make_loop(tmp_path, tokenizer, random_model, critic_lr_scale=5.0, lr=1e-4, schedule="constant")
+    loop.warmup_steps = 0
+    loop.train_step()
+    rate = {id(p): group["lr"] for o in loop.optimizers for group in o.param_groups for p in group["params"]}
+    assert len(rate) == sum(len(group["params"]) for o in loop.optimizers for group in o.param_groups)
+    assert all(rate[id(parameter)] == pytest.approx(1e-4) for parameter in loop.model.policy.parameters())
+    assert all(rate[id(parameter)] == pytest.approx(5e-4) for parameter in loop.model.critic.parameters())
+
+
+def test_mixed_in_instructions_keep_the_policy_from_forgetting_them(tmp_path, tokenizer, random_model):
+    """With a reward that pulls elsewhere, the supervised loss of the mixed-in data falls only if it is mixed in."""
+    talk = [[{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}] for text in PROMPTS]
+    data = GPTSFTDataset(talk, tokenizer, 48)
+    batch = data.collate([data[index] for index in range(len(data))])
+    losses = {}
+    for coefficient in (0.0, 2.0):
+        loop = make_loop(tmp_path / str(coefficient), tokenizer, random_model, sft_coef=coefficient, lr=3e-3)
+        loop.sft_data, loop.sft_order = data, BatchOrder(len(data), loop.global_batch(), 0, data.lengths)
+        for _ in range(8):
+            figures = loop.train_step()
+        assert "loss/sft_avg" in figures
+        losses[coefficient] = loop.model.policy(**batch)["loss"].item()
+    assert losses[2.0] < losses[0.0] - 0.5
