@@ -89,9 +89,20 @@ def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (arXiv:1910.07467) that stays on PyTorch's fused kernel under autocast.
+
+    There the input is bf16 and the weight fp32, and the kernel wants both of one type.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, size) → (…, size)."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(kind: str, size: int, eps: float) -> nn.Module:
-    """`layernorm` (arXiv:1607.06450) or `rmsnorm` (arXiv:1910.07467) over the last dimension."""
-    return nn.LayerNorm(size, eps=eps) if kind == "layernorm" else nn.RMSNorm(size, eps=eps)
+    """`layernorm` (arXiv:1607.06450) or `rmsnorm` over the last dimension."""
+    return nn.LayerNorm(size, eps=eps) if kind == "layernorm" else RMSNorm(size, eps=eps)
 
 
 class MultiHeadAttention(nn.Module):
@@ -132,8 +143,8 @@ class MultiHeadAttention(nn.Module):
         self.key_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.value_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.output_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
-        self.query_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         # -1 and not n_heads: under tensor parallelism a rank holds only some of the heads
