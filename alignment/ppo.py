@@ -226,6 +226,11 @@ class PPOLoop(TrainingLoop):
         critic = copy.deepcopy(reward_model).requires_grad_(True)
         model = ActorCritic(policy, critic, config)
         super().__init__(config, model, policy.config, tokenizer, "ppo", prompts, val_prompts, device)
+        if len(val_prompts) < self.ranks:
+            raise UserError(
+                f"{len(val_prompts)} held-out prompts are too few for {self.ranks} ranks; raise --val_fraction or give "
+                "--val_pairwise_data"
+            )
         self.eos_token_id = tokenizer.eos_token_id
         self.sft_data = sft_data
         if sft_data is not None:

@@ -186,7 +186,7 @@ def deviation(run, reference):
 
 
 def work_as_a_rank(folder):
-    """All cases for this number of ranks; rank 0 leaves their results in `folder/results.json`."""
+    """All cases for this number of ranks; rank 0 leaves their results in `folder/results_<ranks>.json`."""
     torch.manual_seed(0)
     distributed.start(torch.device("cpu"))
     n_ranks = distributed.world_size()
@@ -206,7 +206,7 @@ def work_as_a_rank(folder):
     if n_ranks == 2:
         results |= signal_to_one_rank(folder) | fine_tuning(folder) | refusals(folder)
     if distributed.is_main():
-        (folder / "results.json").write_text(json.dumps(results))
+        (folder / f"results_{n_ranks}.json").write_text(json.dumps(results))
     distributed.stop()
 
 
@@ -325,7 +325,7 @@ def torchrun(n_ranks, *arguments):
 def results_of(n_ranks, folder):
     process = torchrun(n_ranks, __file__, folder)
     assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads((folder / "results.json").read_text())
+    return json.loads((folder / f"results_{n_ranks}.json").read_text())
 
 
 @pytest.fixture(scope="module")
