@@ -136,10 +136,12 @@ def turn_depth_dial(config: PretrainConfig) -> str:
 
 def fit_machine(config: PretrainConfig) -> None:
     """Where the user chose no size, take one that suits the machine: `small` on a GPU, `tiny` elsewhere."""
-    sizes = {"preset", "depth", *(name for preset in config.presets.values() for name in preset)}
-    if not config.given & sizes and resolve_device(config.device).type == "cuda":
-        print("a GPU is here and no size was given: taking --preset small", flush=True)
-        for name, value in config.presets["small"].items():
+    if config.given & {"preset", "depth", "architecture", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"}:
+        return
+    preset = "small" if resolve_device(config.device).type == "cuda" else "tiny"
+    print(f"no size was given: taking --preset {preset}, which suits this machine", flush=True)
+    for name, value in config.presets[preset].items():
+        if name not in config.given:
             setattr(config, name, value)
 
 
