@@ -31,7 +31,8 @@ from command_line import Interrupted, UserError  # noqa: E402
 from distributed import Layout, parse_layout  # noqa: E402
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel  # noqa: E402
 from run_log import read_metrics  # noqa: E402
-from training_loop import TrainingConfig, TrainingLoop, prepare_machine  # noqa: E402
+from training_config import TrainingConfig, prepare_machine  # noqa: E402
+from training_loop import TrainingLoop  # noqa: E402
 
 TOLERANCE = 1e-5
 GLOBAL_BATCH = 8
