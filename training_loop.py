@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -170,6 +171,8 @@ class TrainingLoop:
             self._remove_leftovers()
         if config.resume:
             self.resume(config.resume)
+        elif distributed.is_main():
+            self._set_earlier_run_aside()
         if self.step == 0:
             self.before_first_step()
         if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
@@ -320,7 +323,7 @@ class TrainingLoop:
 
     def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
         """Whether an evaluation beats the best one so far."""
-        return metrics["val_loss"] < best["val_loss"]
+        return metrics["val_loss"] < best["val_loss"] or math.isnan(best["val_loss"])
 
     # --------------------------------------------------------------------------------------------- saving, resuming
 
@@ -388,6 +391,14 @@ class TrainingLoop:
         for folder, name in ((self.folder, self.best_path.name), (self.checkpoint_folder, "step_*.pth")):
             for leftover in folder.glob(f".{name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
+
+    def _set_earlier_run_aside(self) -> None:
+        """A new run in an old folder: `--resume auto` must not take the earlier run's checkpoints for its own."""
+        if checkpoints_by_age(self.checkpoint_folder):
+            aside = self.folder / "checkpoints_of_earlier_run"
+            shutil.rmtree(aside, ignore_errors=True)
+            self.checkpoint_folder.replace(aside)
+            print(f"starting anew; the checkpoints of an earlier run are now in {aside}", flush=True)
 
     def resume(self, source: str) -> None:
         """Continue from a checkpoint: a path, or `auto` for the newest sound one in the output folder, if any."""

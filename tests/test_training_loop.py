@@ -498,3 +498,23 @@ def test_running_out_of_memory_is_recognised_on_every_device():
     ):
         assert training_loop.is_out_of_memory(error)
     assert not training_loop.is_out_of_memory(RuntimeError("size mismatch"))
+
+
+def test_a_new_run_sets_the_checkpoints_of_an_earlier_one_aside(tmp_path, capsys):
+    """Killed before its first save, the new run must not be continued from the old one's state."""
+    make_loop(tmp_path, max_steps=2).train()
+    earlier = checkpoints(tmp_path)
+    loop = make_loop(tmp_path, max_steps=2)
+    loop._set_earlier_run_aside()
+    assert "starting anew" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "checkpoints_of_earlier_run").iterdir()) == earlier
+    loop.resume("auto")
+    assert loop.step == 0
+    loop.train()
+    assert checkpoints(tmp_path) == earlier
+
+
+def test_a_first_validation_loss_that_is_not_a_number_can_be_beaten(tmp_path):
+    loop = make_loop(tmp_path)
+    assert loop.is_better({"val_loss": 2.0}, {"val_loss": math.nan})
+    assert not loop.is_better({"val_loss": math.nan}, {"val_loss": 2.0})
