@@ -462,9 +462,9 @@ class TrainingLoop:
         return next(received for received in distributed.gather_objects(stop.received) if received)
 
     def _to_device(self, batch: Batch) -> Batch:
-        if self.device.type == "cuda":
-            return {key: value.pin_memory().to(self.device, non_blocking=True) for key, value in batch.items()}
-        return {key: value.to(self.device) for key, value in batch.items()}
+        if self.device.type == "cuda":  # from pinned memory, a copy need not wait for what the GPU still computes
+            batch = {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -58,6 +58,7 @@ class PPOConfig(TrainingConfig):
     lr: float = option(1e-4, "peak learning rate of the policy")
     schedule: str = option("cosine", "course of the learning rate", choices=("cosine", "wsd", "constant"))
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
+    compile: str = option("false", "torch.compile; new lengths are compiled anew", choices=("auto", "true", "false"))
     epochs: float = option(1.0, "passes over the prompts, if --max_steps is 0")
     temperature: float = option(1.0, "of sampling; probabilities are taken at the same temperature")
     kl_coef: float = option(0.2, "β: the price of a nat of divergence from the SFT model")
