@@ -69,6 +69,9 @@ by phrasing or by combination of fact and phrasing{% endif %}. <i>Exactly right<
 the expected sentence, character for character. <i>Preferred</i>: right, complete, polite, not repetitive, not rude; a
 program decides. BLEU and ROUGE compare with the plain answer, so courtesies lower them.</p>
 
+{% if text %}<p>On held-out text the pretrained model has a perplexity of {{ "%.2f" | format(text.perplexity) }} a token,
+{{ "%.3f" | format(text.bits_per_byte) }} bits a byte ({{ "{:,}".format(text.bytes) }} bytes).</p>{% endif %}
+
 <h2>By skill</h2>
 <div class="wide"><table><tr><th>skill{% for label in skill_labels %}<th class="n">{{ label }}{% endfor %}</tr>
 {% for skill, cells in skill_rows %}<tr><td>{{ skill }}{% for value in cells %}
@@ -134,7 +137,7 @@ def headline(scores: dict[str, dict[str, float]], kl: float | None) -> str:
         parts.append(f"PPO changes {' and '.join(changes)}{divergence}")
     if {"PPO", "INT8"} <= set(scores):
         change = 100 * (scores["INT8"]["exact"] - scores["PPO"]["exact"])
-        parts.append(f"INT8 changes exact answers by {change:+.1f} points")
+        parts.append(f"INT8 moves exact answers by {change:+.1f} points")
     return "; ".join(parts) + "."
 
 
@@ -198,6 +201,7 @@ def write_report(
         stage_total=f"{int(seconds // 60)} min {int(seconds % 60):02d} s",
         headline=headline({label: evaluation["scores"] for label, evaluation in by_label.items()}, best.get("val_kl")),
         score_rows=rows,
+        text=(load_json(root / "pretrain" / "pretrain_best_text_eval.json") or {}).get("scores"),
         n_questions=len(answers[0][1]) if answers else 0,
         sample=any("by_held_out" in evaluation for _, _, evaluation in found),  # proven by the sample data's builder
         skill_labels=[label for label, _, _ in found],
