@@ -69,7 +69,8 @@ by phrasing or by combination of fact and phrasing{% endif %}. <i>Exactly right<
 the expected sentence, character for character. <i>Preferred</i>: right, complete, polite, not repetitive, not rude; a
 program decides. BLEU and ROUGE compare with the plain answer, so courtesies lower them.</p>
 
-{% if text %}<p>On held-out text the pretrained model has a perplexity of {{ "%.2f" | format(text.perplexity) }} a token,
+{% if text %}<p>On held-out text the pretrained model has a perplexity of
+{{ "%.2f" | format(text.perplexity) }} a token,
 {{ "%.3f" | format(text.bits_per_byte) }} bits a byte ({{ "{:,}".format(text.bytes) }} bytes).</p>{% endif %}
 
 <h2>By skill</h2>
@@ -137,7 +138,7 @@ def headline(scores: dict[str, dict[str, float]], kl: float | None) -> str:
         parts.append(f"PPO changes {' and '.join(changes)}{divergence}")
     if {"PPO", "INT8"} <= set(scores):
         change = 100 * (scores["INT8"]["exact"] - scores["PPO"]["exact"])
-        parts.append(f"INT8 moves exact answers by {change:+.1f} points")
+        parts.append(f"INT8 changes exact answers by {change:+.1f} points")
     return "; ".join(parts) + "."
 
 
