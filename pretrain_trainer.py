@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
+import numpy as np
 
 import distributed
 from byte_level_bpe import ByteLevelBPETokenizer
@@ -22,6 +22,7 @@ from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from optimization import resolve_device
 from text_files import iter_documents, resolve_files
+from text_generation import generate_texts
 from training_config import TrainingConfig, prepare_machine
 from training_loop import TrainingLoop, advice_if_out_of_memory
 
@@ -208,30 +209,22 @@ class GPTTrainer:
                 self._write_samples(whole_model)
         return {"val_bpb": bits_per_byte}
 
-    def _write_samples(self, model: GPTModel, n_samples: int = 3) -> None:
-        """Continue the beginnings of validation documents, into `samples.txt`."""
-        device = model.token_embedding.weight.device
-        n_tokens = self.val_shards.n_tokens
-        length = max(1, min(8, self.config.max_seq_len // 2, n_tokens // n_samples))
-        n_samples = min(n_samples, n_tokens // length)
-        start = self.val_shards.slice(0, n_samples * length)
-        prompts = torch.tensor(start.astype("int64")).view(n_samples, length).to(device)
-        generator = torch.Generator(device).manual_seed(self.config.seed)
-        output = model.generate(
-            prompts,
-            self.config.sample_tokens,
-            top_k=50,
-            temperature=0.8,
-            attention_mask=torch.ones_like(prompts),
-            eos_token_id=self.tokenizer.eos_token_id,
-            generator=generator,
-        )
+    def _write_samples(self, model: GPTModel, n_samples: int = 3, n_prompt: int = 8) -> None:
+        """Continue the beginnings of the first validation documents, into `samples.txt`."""
+        length = min(n_prompt, self.config.max_seq_len // 2)
+        ids = self.val_shards.slice(0, min(self.val_shards.n_tokens, 20_000))
+        starts = [0, *(np.flatnonzero(ids == self.tokenizer.eos_token_id) + 1).tolist()]
+        prompts = [self.tokenizer.decode(ids[start : start + length].tolist()) for start in starts[:n_samples]]
+        prompts = [prompt for prompt in prompts if prompt] or [self.tokenizer.decode(ids[:length].tolist())]
+        settings = {"max_gen_len": self.config.sample_tokens, "temperature": 0.8, "top_k": 50, "seed": self.config.seed}
+        texts = generate_texts(model, self.tokenizer, prompts, chat=False, **settings)
         path = Path(self.config.output_dir) / "samples.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        first = self.loop.step <= self.loop.eval_interval
+        with path.open("w" if first else "a", encoding="utf-8") as file:
             file.write(f"--- step {self.loop.step}\n")
-            for prompt, ids in zip(prompts.tolist(), output.tolist(), strict=True):
-                file.write(f"{self.tokenizer.decode(prompt)} → {self.tokenizer.decode(ids[len(prompt) :])}\n")
+            for prompt, generation in zip(prompts, texts, strict=True):
+                file.write(f"{prompt} → {generation.text}\n".replace("\n", " ").rstrip() + "\n")
 
     def train(self, resume_from: str | None = None) -> dict[str, float]:
         """Train to the end and return the metrics of the best model.
