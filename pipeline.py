@@ -35,7 +35,8 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "pretrain": ["--d_model", "64", "--n_layers", "2", "--n_heads", "2", "--n_kv_heads", "1", "--max_steps", "30"],
         "sft": ["--max_steps", "20"],
         "reward": ["--max_steps", "10"],
-        "ppo": ["--max_steps", "2", "--rollout_batch_size", "32", "--batch_size", "32", "--max_gen_len", "16"],
+        "ppo": ["--max_steps", "2", "--rollout_batch_size", "32", "--batch_size", "32", "--max_gen_len", "16"]
+        + ["--critic_warmup_steps", "0"],
         "evaluate": ["--max_samples", "36"],
     },
     "tiny": {
