@@ -20,11 +20,12 @@ from checkpoint import load_checkpoint, require_same_model
 from command_line import UserError, option, parse_config, run_main
 from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
+from interruptions import advice_if_out_of_memory
 from optimization import resolve_device
 from text_files import iter_documents, resolve_files
 from text_generation import generate_texts
 from training_config import TrainingConfig, prepare_machine
-from training_loop import TrainingLoop, advice_if_out_of_memory
+from training_loop import TrainingLoop
 
 SAMPLE_TRAIN, SAMPLE_VAL = "data/pretrain/train", "data/pretrain/val"
 DEFAULT_VAL_FRACTION = 0.05

@@ -8,16 +8,13 @@ of the whole global batch, whatever the accumulation and the number of ranks.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +32,7 @@ from checkpoint import (
 from command_line import Interrupted, UserError
 from data_loader import Batch, BatchOrder
 from gpt_model import GPTConfig
+from interruptions import StopSignal, advice_if_out_of_memory
 from optimization import (
     Updater,
     build_optimizers,
@@ -55,27 +53,6 @@ class TrainingData(Protocol):
     def collate(self, samples: list) -> Batch: ...
 
     def count(self, batch: Batch) -> int: ...
-
-
-class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step, save and leave. A second one leaves at once."""
-
-    def __enter__(self) -> StopSignal:
-        self.received: str | None = None
-        self._previous = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # only the main thread can set handlers
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 class TrainingLoop:
@@ -480,25 +457,6 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@contextlib.contextmanager
-def advice_if_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn a lack of memory into one sentence: "out of memory" and what to do."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"out of memory {advice}") from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch (on any device) or Python ran out of memory."""
-    words = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        phrase in words for phrase in ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # CPU, MPS, cuBLAS
-    )
 
 
 def checkpoints_by_age(folder: Path) -> list[Path]:

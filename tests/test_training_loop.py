@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-import training_loop
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model
 from command_line import UserError, run_main
@@ -23,7 +22,7 @@ from data_loader import GPTPretrainDataset, GPTSFTDataset, TokenShards
 from gpt_model import GPTConfig, GPTModel
 from run_log import read_metrics
 from training_config import TrainingConfig, prepare_machine
-from training_loop import StopSignal, TrainingLoop
+from training_loop import TrainingLoop
 
 ROOT = Path(__file__).parent.parent
 LINES = [f"{number} 的平方是 {number * number}; the cube is {number**3}." for number in range(3, 23)]
@@ -134,14 +133,6 @@ def test_a_signal_saves_says_so_and_the_run_continues_exactly(tmp_path, capsys, 
     assert f"continuing from {tmp_path}/stopped/checkpoints/step_00000003.pth, step 3 of 6" in capsys.readouterr().out
     assert story(tmp_path / "stopped") == story(tmp_path / "whole")
     assert_same_weights(resumed.model.state_dict(), whole.model.state_dict())
-
-
-def test_a_second_signal_leaves_at_once():
-    """Who presses Ctrl-C twice does not want to wait for the step."""
-    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received == "SIGINT"
-        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_resume_auto_takes_the_newest_sound_checkpoint_and_sets_damaged_ones_aside(tmp_path, capsys):
@@ -486,18 +477,6 @@ def test_where_no_compiler_works_training_goes_on_with_one_warning(tmp_path, cap
     make_loop(tmp_path, max_steps=2, compile="true").train()
     assert capsys.readouterr().out.count("warning: torch.compile does not work here") == 1
     assert len(story(tmp_path)) == 3
-
-
-def test_running_out_of_memory_is_recognised_on_every_device():
-    """The words of the CPU's allocator, of CUDA and of MPS; and nothing else."""
-    for error in (
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
-        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
-    ):
-        assert training_loop.is_out_of_memory(error)
-    assert not training_loop.is_out_of_memory(RuntimeError("size mismatch"))
 
 
 def test_a_new_run_sets_the_checkpoints_of_an_earlier_one_aside(tmp_path, capsys):
