@@ -234,6 +234,8 @@ def fine_tuning(folder):
         PPOConfig(
             sft_model=str(folder / "one" / "sft" / "sft_best.pth"),
             pairwise_data=str(folder / "pairs.json"),
+            sft_data=str(folder / "conversations.json"),
+            critic_warmup_steps=1,
             val_fraction=0.3,
             output_dir=str(folder / "rlhf"),
             max_gen_len=6,
@@ -418,6 +420,7 @@ def test_reward_model_and_ppo_run_on_two_ranks(on_two, folder):
     assert len(steps) == 2
     assert all(math.isfinite(record["loss"]) and math.isfinite(record["objective/kl"]) for record in steps)
     assert abs(steps[0]["objective/kl"]) < 1e-4
+    assert all(record["loss/sft_avg"] > 0 for record in steps), "the instruction data is mixed in"
     policy, _, content = load_model(folder / "rlhf" / "ppo_best.pth")
     assert content["stage"] == "ppo"
 
