@@ -177,7 +177,7 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
     panels = [
         ("loss", ["loss", "val_loss"]),
         ("accuracy", ["accuracy", "val_accuracy"]),
-        ("reward", ["reward", "val_reward"]),
+        ("reward", ["objective/reward", "val_reward"]),
         ("KL to the reference, nats an answer", ["objective/kl"]),
         ("learning rate", ["lr"]),
         ("gradient norm", ["grad_norm"]),

@@ -61,6 +61,7 @@ class PPOConfig(TrainingConfig):
     compile: str = option("false", "torch.compile; new lengths are compiled anew", choices=("auto", "true", "false"))
     epochs: float = option(1.0, "passes over the prompts, if --max_steps is 0")
     temperature: float = option(1.0, "of sampling; probabilities are taken at the same temperature")
+    log_interval: int = option(1, "steps between records of the metrics")
     kl_coef: float = option(0.2, "β: the price of a nat of divergence from the SFT model")
     clip_range: float = option(0.2, "the probability ratio is clipped to 1 ± this")
     value_clip_range: float = option(0.2, "the critic may move by so much from its earlier prediction")
