@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,14 @@ def in_validation_part(index: int, fraction: float) -> bool:
     Multiples of the golden ratio fill the unit interval evenly, whatever the number of documents.
     """
     return index * 618_034 % 1_000_000 < fraction * 1_000_000
+
+
+def set_validation_part_aside(records: Sequence[Any], fraction: float) -> tuple[list[Any], list[Any]]:
+    """Records cut into those to train on and those of the validation part; one of the two may come out empty."""
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for index, record in enumerate(records):
+        parts[in_validation_part(index, fraction)].append(record)
+    return parts
 
 
 def tokenize_to_shards(

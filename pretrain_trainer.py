@@ -136,15 +136,19 @@ def turn_depth_dial(config: PretrainConfig) -> str:
     return f"depth {depth}: {chosen}" + (f"; as you said: {', '.join(overridden)}" if overridden else "")
 
 
-def fit_machine(config: PretrainConfig) -> None:
-    """Where the user chose no size, take one that suits the machine: `small` on a GPU, `tiny` elsewhere."""
+def fit_machine(config: PretrainConfig) -> str:
+    """Where the user chose no size, take one that suits the machine: `small` on a GPU, `tiny` elsewhere.
+
+    Returns:
+        a sentence that says so; empty if the user chose.
+    """
     if config.given & {"preset", "depth", "architecture", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"}:
-        return
+        return ""
     preset = "small" if resolve_device(config.device).type == "cuda" else "tiny"
-    print(f"no size was given: taking --preset {preset}, which suits this machine", flush=True)
     for name, value in config.presets[preset].items():
         if name not in config.given:
             setattr(config, name, value)
+    return f"no size was given: taking --preset {preset}, which suits this machine"
 
 
 class GPTTrainer:
@@ -262,17 +266,17 @@ def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     config = parse_config(PretrainConfig, argv, description="Pretrain a GPT on raw text.")
-    fit_machine(config)
+    choice = fit_machine(config)
     if config.depth:
-        dial = turn_depth_dial(config)
+        choice = turn_depth_dial(config)
         complaints = config.validate()
         if complaints:
             raise UserError("; ".join(complaints))
     trainer = GPTTrainer(config)
     loop = trainer.loop
     if distributed.is_main():
-        if config.depth:
-            print(dial)
+        if choice:
+            print(choice)
         print(
             f"model: {config.architecture}, {trainer.model.num_parameters() / 1e6:.2f} M parameters, "
             f"{len(trainer.tokenizer)} tokens in the vocabulary; data: {trainer.train_shards.n_tokens:,} tokens; "

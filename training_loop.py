@@ -247,9 +247,8 @@ class TrainingLoop:
                 with self.updater.autocast():
                     output = self.parallel_model(**self._to_device(batch))
                 self.updater.backward(output["loss"] * weight)
-            for name, value in output.items():
-                if torch.is_tensor(value) and value.ndim == 0:
-                    sums[name] = sums.get(name, 0.0) + value.detach() * count
+            for name, value in scalars(output).items():
+                sums[name] = sums.get(name, 0.0) + value * count
         return {name: self.parallel_model.sum(float(value)) / total for name, value in sums.items()}
 
     def learning_rate(self) -> float:
@@ -260,13 +259,14 @@ class TrainingLoop:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The mean loss over every item of the validation data, each counted once."""
+        """The means of the loss and of every other scalar that the model returns, over each validation item once."""
         if self.val_data is None:
             return {}
         size, n_samples = self.config.batch_size, len(self.val_data)
         starts = list(range(self.data_rank * size, n_samples, self.ranks * size))
         rounds = -(-n_samples // (self.ranks * size))  # as many on every rank, which exchange weights in each
-        loss_sum = n_items = 0.0
+        sums: dict[str, float] = {}
+        n_items = 0.0
         self.parallel_model.eval()
         silent = None if distributed.is_main() else True
         for start in tqdm((starts + [None])[:rounds], desc="evaluating", leave=False, disable=silent):
@@ -274,9 +274,12 @@ class TrainingLoop:
             batch = self.val_data.collate([self.val_data[i] for i in range(first, min(first + size, n_samples))])
             count = 0 if start is None else self.val_data.count(batch)
             with self.updater.autocast():
-                loss_sum += float(self.parallel_model(**self._to_device(batch))["loss"]) * count
+                output = self.parallel_model(**self._to_device(batch))
+            for name, value in scalars(output).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * count
             n_items += count
-        return {"val_loss": self.parallel_model.sum(loss_sum) / self.parallel_model.sum(n_items)}
+        total = self.parallel_model.sum(n_items)
+        return {f"val_{name}": self.parallel_model.sum(value) / total for name, value in sums.items()}
 
     def _evaluate_and_keep_best(self, log: RunLog) -> None:
         """Evaluate, and keep the best model."""
@@ -442,6 +445,11 @@ class TrainingLoop:
         if self.device.type == "cuda":  # from pinned memory, a copy need not wait for what the GPU still computes
             batch = {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+
+def scalars(output: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """What of a model's output is a single number, such as the loss, without its graph."""
+    return {name: value.detach() for name, value in output.items() if torch.is_tensor(value) and value.ndim == 0}
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

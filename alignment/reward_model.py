@@ -21,7 +21,7 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import config_of, load_checkpoint, load_model, load_weights, tokenizer_of
 from command_line import UserError, option, require_file
 from conversation_data import load_pairs
-from data_loader import PairDataset, in_validation_part
+from data_loader import PairDataset, set_validation_part_aside
 from gpt_model import GPTModel
 from training_config import TrainingConfig, prepare_machine
 from training_loop import TrainingLoop
@@ -94,13 +94,10 @@ def split_pairs(path: str, val_path: str, val_fraction: float) -> tuple[list[dic
     pairs = load_pairs(path)
     if val_path:
         return pairs, load_pairs(val_path)
-    apart = [in_validation_part(index, val_fraction) for index in range(len(pairs))]
-    if all(apart) or not any(apart):
+    train_pairs, val_pairs = set_validation_part_aside(pairs, val_fraction)
+    if not (train_pairs and val_pairs):
         raise UserError(f"{path} has too few pairs to set some aside; give --val_pairwise_data or more pairs")
-    return (
-        [pair for pair, out in zip(pairs, apart, strict=True) if not out],
-        [pair for pair, out in zip(pairs, apart, strict=True) if out],
-    )
+    return train_pairs, val_pairs
 
 
 @torch.no_grad()
@@ -140,7 +137,6 @@ def train_reward_model(config: RewardConfig | None = None, **settings: Any) -> d
         val_data,
         device,
         lengths=train_data.lengths,
-        score=lambda model, metrics: {"val_accuracy": pair_accuracy(model, val_data, device)},
     )
     if distributed.is_main():
         print(f"training a reward model on {len(train_data)} pairs, {loop.max_steps} steps")

@@ -10,7 +10,7 @@ import distributed
 from checkpoint import load_model
 from command_line import UserError, option, require_file
 from conversation_data import load_conversations
-from data_loader import GPTSFTDataset, in_validation_part
+from data_loader import GPTSFTDataset, set_validation_part_aside
 from gpt_model import GPTModel
 from training_config import TrainingConfig, prepare_machine
 from training_loop import TrainingLoop
@@ -65,11 +65,9 @@ def sft_finetune(config: SFTConfig | None = None, **settings: Any) -> dict[str, 
     if config.val_data_path:
         val_conversations = load_conversations(config.val_data_path)
     else:
-        apart = [in_validation_part(index, config.val_fraction) for index in range(len(conversations))]
-        if all(apart):
+        conversations, val_conversations = set_validation_part_aside(conversations, config.val_fraction)
+        if not conversations:
             raise UserError(f"{config.data_path} has too few records to set some aside; give --val_data_path")
-        val_conversations = [record for record, out in zip(conversations, apart, strict=True) if out]
-        conversations = [record for record, out in zip(conversations, apart, strict=True) if not out]
     train_data = GPTSFTDataset(conversations, tokenizer, config.max_seq_len)
     loop = TrainingLoop(
         config,
