@@ -1,0 +1,73 @@
+"""How likely a model finds given tokens, without ever keeping the logits of a whole batch.
+
+The logits of 64 answers of 512 tokens over a vocabulary of 150,000 are 20 GB. Here they exist for a chunk of tokens at
+a time, and a second time for the same chunk in the backward pass: peak memory grows with the chunk, not the batch.
+
+Shapes: B rows, T tokens, D the width of the model, V the vocabulary, N tokens that are not padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+from gpt_model import GPTModel
+
+LOGITS_AT_ONCE = 1 << 24  # of a chunk: 64 MiB in fp32
+
+
+def token_log_probs(
+    model: GPTModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    first: int = 1,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_size: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log π(token | tokens before it) of the tokens from position `first` on.
+
+    Args:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T), 1 for tokens and 0 for padding on either side; None if there is no padding.
+        first: the position of the first token asked for, at least 1, because nothing predicts the token at 0.
+        temperature: the logits are divided by it, as they are in sampling.
+        with_entropy: whether to return the entropies of the same distributions, too, in nats and without gradient.
+        chunk_size: tokens whose logits exist together; 0 means as many as have `LOGITS_AT_ONCE` logits.
+
+    Returns:
+        (B, T − first) fp32 in nats, column t for `input_ids[:, first + t]`, and the entropies, of the same shape, or
+        None. Both are 0 where a token or the one before it is padding.
+    """
+    hidden = model.hidden_states(input_ids, attention_mask)[:, first - 1 : -1]  # (B, T − first, D): before each token
+    targets = input_ids[:, first:]  # (B, T − first)
+    real = torch.ones_like(targets, dtype=torch.bool)
+    if attention_mask is not None:
+        real = (attention_mask[:, first:] * attention_mask[:, first - 1 : -1]).bool()  # (B, T − first)
+    size = chunk_size or max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    chunks = [
+        recompute_in_backward(_of_chunk, model.lm_head, states, ids, temperature, with_entropy, use_reentrant=False)
+        for states, ids in zip(hidden[real].split(size), targets[real].split(size), strict=True)
+    ]
+
+    def in_place(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.zeros(real.shape, device=real.device).masked_scatter(real, torch.cat(values))  # (B, T − first)
+
+    log_probs, entropies = zip(*chunks, strict=True)
+    return in_place(log_probs), in_place(entropies) if with_entropy else None
+
+
+def _of_chunk(
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, with_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of `targets` (N,) after the states `hidden` (N, D), and the entropies there: (N,), (N,)."""
+    logits = head(hidden).float() / temperature  # (N, V)
+    log_probs = -F.cross_entropy(logits, targets, reduction="none")  # (N,)
+    if not with_entropy:
+        return log_probs, None
+    with torch.no_grad():
+        everything = logits.log_softmax(dim=-1)  # (N, V)
+        return log_probs, -(everything.exp() * everything).sum(dim=-1)
