@@ -1,0 +1,286 @@
+"""From logits to the next token: greedy, temperature, truncation, penalties, bans, seeds, log-probabilities.
+
+A request is described by `SamplingParams`; its `TokenSampler` carries what changes while it runs (counts of tokens,
+random numbers); `sample_batch` chooses the next token of many requests at once, each with settings of its own. The
+order of the steps is that of `transformers`:
+
+    logits → bias and bans → repetition penalty → presence and frequency penalties → ÷ temperature
+           → top-k → top-p → min-p → softmax → one token by inverse CDF
+
+Every truncation is a threshold on the scores, so tokens of equal score stay or go together. A row takes one uniform
+number a step from its request's own generator, and nothing else is random: a request draws the same tokens alone, in
+any batch, and after it was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+GREEDY_BELOW = 1e-5  # dividing logits by less may overflow, and the likeliest token wins in any case
+NUCLEUS_CANDIDATES = 1024  # the nucleus is sought among so many before the whole vocabulary is sorted
+OVERFLOWS = ("error", "slide")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is to be continued; the defaults sample from the model's own distribution.
+
+    Attributes:
+        max_gen_len: at most so many new tokens.
+        temperature: the logits are divided by it; 0 always takes the likeliest token (greedy).
+        top_k: sample among the k likeliest tokens (arXiv:1805.04833); 0 means among all.
+        top_p: sample from the smallest set of likeliest tokens whose mass reaches this (nucleus, arXiv:1904.09751).
+        min_p: drop tokens whose probability is below this share of the likeliest one's (arXiv:2407.01082).
+        repetition_penalty: divides positive and multiplies negative logits of the tokens of prompt and answer (CTRL,
+            arXiv:1909.05858, section 4.1); 1 changes nothing.
+        presence_penalty: subtracted once from the logit of every token that the answer already has.
+        frequency_penalty: subtracted from a token's logit as often as the answer has it. Both as in OpenAI's API.
+        logit_bias: token id → what is added to its logit.
+        banned_tokens: ids that are never produced.
+        stop: strings at which the answer ends; they do not appear in its text.
+        stop_token_ids: ids that end the answer, besides the tokenizer's `</s>`.
+        ignore_eos: go on after `</s>`.
+        seed: makes the tokens repeatable; None draws a seed from torch's global generator.
+        n: how many answers, each with random numbers of its own.
+        logprobs: None reports none; k reports the log-probabilities of the chosen and of the k likeliest tokens.
+        overflow: at the end of the model's context, stop with an "error" before the start, or "slide": forget the
+            oldest tokens.
+    """
+
+    max_gen_len: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    banned_tokens: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    overflow: str = "error"
+
+    def complaints(self, vocab_size: int) -> list[str]:
+        """What is wrong with these parameters for a vocabulary of that size, a sentence each; empty if nothing is."""
+        unlimited = math.inf
+        ranges = [  # name, lowest, highest, whole numbers only
+            ("max_gen_len", 1, unlimited, True),
+            ("temperature", 0, unlimited, False),
+            ("top_k", 0, vocab_size, True),
+            ("top_p", 0, 1, False),
+            ("min_p", 0, 1, False),
+            ("repetition_penalty", 0, unlimited, False),
+            ("presence_penalty", -unlimited, unlimited, False),
+            ("frequency_penalty", -unlimited, unlimited, False),
+            ("seed", -unlimited, unlimited, True),
+            ("n", 1, unlimited, True),
+            ("logprobs", 0, vocab_size, True),
+        ]
+        found = []
+        for name, lowest, highest, whole in ranges:
+            value = getattr(self, name)
+            if value is None and name in ("seed", "logprobs"):
+                continue
+            if not _is_number(value, whole) or not lowest <= value <= highest or abs(value) == math.inf:
+                kind = "a whole number" if whole else "a number"
+                limits = "" if lowest == -unlimited else f" of at least {lowest}"
+                limits = limits if highest == unlimited else f" from {lowest} to {highest}"
+                beyond = ", the size of the vocabulary" if highest is vocab_size else ""
+                found.append(f"{name} must be {kind}{limits}{beyond}, not {value!r}")
+        if not found:
+            found += [f"{name} must be above 0" for name in ("top_p", "repetition_penalty") if getattr(self, name) == 0]
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            found.append(f"stop must be a tuple of strings of at least one character, not {self.stop!r}")
+        for name in ("logit_bias", "banned_tokens", "stop_token_ids"):
+            outside = [i for i in getattr(self, name) if not _is_number(i, whole=True) or not 0 <= i < vocab_size]
+            if outside:
+                found.append(f"{name} has {outside[0]!r}, which is no token id of a vocabulary of {vocab_size}")
+        if not all(_is_number(bias) and bias < unlimited for bias in self.logit_bias.values()):
+            found.append("logit_bias must map token ids to finite numbers")
+        if len(set(self.banned_tokens)) == vocab_size:
+            found.append("banned_tokens holds the whole vocabulary: leave at least one token")
+        if self.overflow not in OVERFLOWS:
+            found.append(f"overflow must be one of {', '.join(OVERFLOWS)}, not {self.overflow!r}")
+        return found
+
+
+def _is_number(value: object, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+
+
+class TokenSampler:
+    """The changing side of one answer: its random numbers, and counts of its tokens where it has penalties.
+
+    Args:
+        params: the request's parameters.
+        prompt_ids: the prompt, for the repetition penalty.
+        index: which of the request's `n` answers this is; each has random numbers of its own.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] = (), index: int = 0) -> None:
+        self.params = params
+        self.greedy = params.temperature < GREEDY_BELOW
+        self.truncates = not self.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+        self.penalizes = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        self.bias = {**params.logit_bias, **dict.fromkeys(params.banned_tokens, -math.inf)}
+        self.prompt_ids = prompt_ids if self.penalizes else ()
+        self.counts: torch.Tensor | None = None  # (2, V): whether prompt or answer has a token, how often the answer
+        self.random: random.Random | None = None
+        if not self.greedy:
+            seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+            self.random = random.Random(f"{seed}/{index}")
+
+    def uniform(self) -> float:
+        """The random number of the next step, in [0, 1); a greedy request needs none."""
+        return self.random.random() if self.random else 0.0
+
+    def adjust(self, scores: torch.Tensor) -> None:
+        """Add bias and bans to one row of scores (V,) and subtract penalties, in place."""
+        params = self.params
+        if self.bias:
+            ids = torch.tensor(list(self.bias), device=scores.device)
+            scores[ids] += torch.tensor(list(self.bias.values()), device=scores.device)
+        if self.penalizes:
+            if self.counts is None:
+                self.counts = scores.new_zeros(2, len(scores))
+                self.counts[0, list(self.prompt_ids)] = 1
+            seen, produced = self.counts
+            penalized = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+            torch.where(seen > 0, penalized, scores, out=scores)
+            scores -= params.frequency_penalty * produced + params.presence_penalty * (produced > 0)
+
+    def record(self, token_id: int) -> None:
+        """Count a token that was produced."""
+        if self.counts is not None:
+            self.counts[0, token_id] = 1
+            self.counts[1, token_id] += 1
+
+
+@dataclass(frozen=True)
+class TokenLogProb:
+    """How likely a token was, in nats, under penalties and temperature but before any truncation.
+
+    Greedy requests report temperature 1.
+
+    Attributes:
+        token_id, log_prob: the chosen token.
+        likeliest: the k likeliest tokens and their log-probabilities, best first.
+    """
+
+    token_id: int
+    log_prob: float
+    likeliest: dict[int, float]
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """What `sample_batch` chose.
+
+    Attributes:
+        token_ids: one id a row.
+        finite: False for a row whose logits held NaN or infinity, or no token that is allowed; its id means nothing.
+        log_probs: for each row what its request asked to report, or None.
+    """
+
+    token_ids: list[int]
+    finite: list[bool]
+    log_probs: list[TokenLogProb | None]
+
+
+@torch.no_grad()
+def sample_batch(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> SampledTokens:
+    """The next token of each row of logits (B, V), by the settings of the row's own sampler."""
+    scores = logits.float()  # (B, V)
+    adjusted = [row for row, sampler in enumerate(samplers) if sampler.penalizes or sampler.bias]
+    if adjusted:
+        scores = scores.clone()
+        for row in adjusted:
+            samplers[row].adjust(scores[row])
+    best, token_ids = scores.max(dim=-1)  # (B,), (B,)
+    if not all(sampler.greedy for sampler in samplers):
+        temperatures = [1.0 if sampler.greedy else sampler.params.temperature for sampler in samplers]
+        if set(temperatures) != {1.0}:
+            scores = scores / scores.new_tensor(temperatures).unsqueeze(1)  # (B, V)
+        uniforms = torch.tensor([sampler.uniform() for sampler in samplers], dtype=torch.float64)  # (B,)
+        drawn = draw(_truncated(scores, samplers).softmax(dim=-1), uniforms.to(scores.device))  # (B,)
+        token_ids = torch.where(scores.new_tensor([sampler.greedy for sampler in samplers]) > 0, token_ids, drawn)
+    chosen = token_ids.tolist()
+    for row in adjusted:
+        samplers[row].record(chosen[row])
+    return SampledTokens(chosen, best.isfinite().tolist(), _reported(scores, chosen, samplers))
+
+
+def _truncated(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
+    rows = [row for row, sampler in enumerate(samplers) if sampler.truncates]
+    if not rows:
+        return scores
+    chosen = [samplers[row].params for row in rows]
+    kept = truncate(scores[rows], [p.top_k for p in chosen], [p.top_p for p in chosen], [p.min_p for p in chosen])
+    return kept if len(rows) == len(samplers) else scores.index_copy(0, torch.tensor(rows, device=scores.device), kept)
+
+
+def _reported(
+    scores: torch.Tensor, chosen: Sequence[int], samplers: Sequence[TokenSampler]
+) -> list[TokenLogProb | None]:
+    reported: list[TokenLogProb | None] = [None] * len(samplers)
+    for row, sampler in enumerate(samplers):
+        if sampler.params.logprobs is not None:
+            log_probs = scores[row].log_softmax(dim=-1)  # (V,)
+            top = log_probs.topk(sampler.params.logprobs)
+            likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            reported[row] = TokenLogProb(chosen[row], float(log_probs[chosen[row]]), likeliest)
+    return reported
+
+
+def truncate(
+    scores: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float]
+) -> torch.Tensor:
+    """Scores (B, V) with −∞ for the tokens that top-k, then top-p, then min-p remove; one setting of each a row."""
+    if any(top_k):
+        k = torch.tensor([count or scores.size(-1) for count in top_k], device=scores.device).unsqueeze(1)  # (B, 1)
+        widest = max(top_k) if all(top_k) else scores.size(-1)
+        threshold = scores.topk(widest).values.gather(1, k - 1)  # (B, 1), the k-th best score
+        scores = scores.masked_fill(scores < threshold, -math.inf)
+    if any(p < 1 for p in top_p):
+        scores = scores.masked_fill(scores < nucleus_threshold(scores, scores.new_tensor(top_p)), -math.inf)
+    if any(min_p):
+        # p < min_p · p_max, in logarithms: no sum over the vocabulary is needed
+        threshold = scores.amax(dim=-1, keepdim=True) + scores.new_tensor(min_p).log().unsqueeze(1)  # (B, 1)
+        scores = scores.masked_fill(scores < threshold, -math.inf)
+    return scores
+
+
+def nucleus_threshold(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The lowest score in the nucleus of each row (B, 1): before it, the likelier tokens hold less than top_p (B,)."""
+    vocab_size = scores.size(-1)
+    for width in (min(NUCLEUS_CANDIDATES, vocab_size), vocab_size):
+        ordered = scores.topk(width).values  # (B, width), best first
+        probabilities = (ordered - scores.logsumexp(dim=-1, keepdim=True)).exp()
+        inside = probabilities.cumsum(dim=-1) - probabilities < top_p.unsqueeze(1)  # (B, width)
+        inside[:, 0] = True
+        if width == vocab_size or not inside[top_p < 1, -1].any():
+            break  # every nucleus ends among the candidates
+    threshold = ordered.masked_fill(~inside, math.inf).amin(dim=-1, keepdim=True)  # (B, 1)
+    return threshold.masked_fill(top_p.unsqueeze(1) == 1, -math.inf)
+
+
+def draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """One index for each row of probabilities (B, V), by inverse CDF from uniforms (B,) in [0, 1); as (B,) int64.
+
+    The first index whose cumulative probability exceeds the uniform number is taken, so one of probability 0 never is.
+    """
+    # In 64 bits, as 32 cannot tell apart the numbers just below 1
+    cdf = probabilities.cumsum(dim=-1, dtype=torch.float64)  # (B, V)
+    target = uniforms.double().unsqueeze(1) * cdf[:, -1:]  # (B, 1)
+    index = torch.searchsorted(cdf, target, right=True).squeeze(1)  # (B,)
+    return index.clamp(max=probabilities.size(-1) - 1)  # a row of NaN would point beyond the end
