@@ -1,0 +1,144 @@
+"""C functions, compiled on the machine that runs them.
+
+`load_native(source)` compiles a C file with the system's compiler for exactly this processor and loads it with ctypes.
+The result is kept in a per-user cache, so that only the first use waits (about a second). Where there is no compiler,
+or it fails, the answer is None and `why_not(source)` says why: callers then take a slower way in PyTorch.
+
+Rules for the C files: no #include of omp.h (clang on macOS has none), and each `#pragma omp parallel` takes its
+num_threads from an argument that is `torch.get_num_threads()`. Their parallel regions run in the thread pool that
+PyTorch has already started; a second pool would compete with it for the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+
+ARM = platform.machine().lower() in ("arm64", "aarch64")
+COMPILE_FLAGS = ["-O3", "-fPIC", "-mcpu=native" if ARM else "-march=native"]
+OPENMP_FLAGS = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+TIMEOUT = 120  # seconds for a compiler that hangs, e.g. on a network drive
+
+_lock = threading.Lock()
+_loaded: dict[Path, ctypes.CDLL | None] = {}
+_reasons: dict[Path, str] = {}
+
+
+def load_native(source: Path) -> ctypes.CDLL | None:
+    """The compiled functions of a C file, or None where this machine cannot compile it; tried once in a process.
+
+    Calls release the GIL. The caller declares `argtypes` and keeps the tensors alive whose addresses it passes.
+    """
+    source = source.resolve()
+    with _lock:
+        if source not in _loaded:
+            try:
+                _loaded[source] = _load(source)
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                _loaded[source], _reasons[source] = None, str(error)
+        return _loaded[source]
+
+
+def why_not(source: Path) -> str | None:
+    """Why `load_native(source)` gave None; None if it did not."""
+    return _reasons.get(source.resolve())
+
+
+def cache_folder() -> Path:
+    """Where this user's compiled functions and measurements are kept; it may not exist yet."""
+    home = Path.home()
+    default = {"darwin": home / "Library/Caches", "win32": home / "AppData/Local"}.get(sys.platform, home / ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "own-gpt"
+
+
+def processor() -> str:
+    """The processor's model and instruction sets: compiled code and measured times hold for these."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), *sorted(kept)])
+
+
+def _load(source: Path) -> ctypes.CDLL:
+    compiler = _compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
+    openmp = _openmp_of_torch()
+    link_flags = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else OPENMP_FLAGS
+    key = hashlib.sha256(source.read_bytes() + version)
+    key.update(repr((compiler, COMPILE_FLAGS, link_flags, processor())).encode())
+    library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if _is_intact(library):
+        return ctypes.CDLL(str(library))
+    with tempfile.TemporaryDirectory() as folder:
+        compiled, result = Path(folder) / "source.o", Path(folder) / library.name
+        _run([*compiler, *COMPILE_FLAGS, *OPENMP_FLAGS, "-c", str(source), "-o", str(compiled)])
+        _run([*compiler, "-shared", str(compiled), *link_flags, "-lm", "-o", str(result)])
+        try:
+            _store(result, library)
+        except OSError:  # a home that cannot be written to: this process loads what it compiled, the next one compiles
+            return ctypes.CDLL(str(result))
+    return ctypes.CDLL(str(library))
+
+
+def _compiler() -> list[str]:
+    """The command of the C compiler: what the variable CC says, or the first that is found."""
+    for command in [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]:
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    raise RuntimeError("there is no C compiler (cc, gcc or clang, or the one that the variable CC names)")
+
+
+def _openmp_of_torch() -> Path | None:
+    """The OpenMP library in PyTorch's wheel, which is loaded already; None where PyTorch uses the system's."""
+    package = Path(torch.__file__).parent
+    for pattern in ("libgomp*.so*", "libiomp5*.so*", "libomp*.dylib"):
+        for folder in (package / "lib", package.with_name("torch.libs")):
+            found = sorted(folder.glob(pattern))
+            if found:
+                return found[0]
+    return None
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    if result.returncode:
+        raise RuntimeError(f"{shlex.join(command)} failed: {result.stderr.strip()[:500]}")
+
+
+def _checksum_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _is_intact(library: Path) -> bool:
+    """Whether the cache has this library, whole: half a library would be loaded and crash the process later."""
+    try:
+        return _checksum_file(library).read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    except OSError:
+        return False
+
+
+def _store(result: Path, library: Path) -> None:
+    """Put a library and its checksum into the cache; processes that do so at the same time do not disturb each other.
+
+    Each file is renamed into its place whole. A library that is loaded somewhere keeps its own, now nameless, file.
+    """
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    content = result.read_bytes()
+    for path, data in ((library, content), (_checksum_file(library), hashlib.sha256(content).hexdigest().encode())):
+        with tempfile.NamedTemporaryFile(dir=library.parent, delete=False) as file:
+            file.write(data)
+        Path(file.name).replace(path)
