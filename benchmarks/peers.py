@@ -1,0 +1,246 @@
+"""The same weights in other programs: `transformers` and llama.cpp, which benchmarks/bench_inference.py measures beside.
+
+Every contestant is a `Generator`: it reads a prompt and gives the logits of the next token, and it continues a prompt
+greedily. `check_logits` refuses one whose logits are not those of our model: the speed of a wrong model is no speed.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Sequence
+from itertools import islice, product
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+
+from byte_level_bpe import ByteLevelBPETokenizer
+from gpt_model import GPTModel
+
+END_OF_TEXT = "<|endoftext|>"
+LETTERS = string.ascii_lowercase + string.digits + "-"
+
+LAYER_NAMES = {  # ours: (transformers, llama.cpp)
+    "attention_norm": ("ln_1", "attn_norm"),
+    "attention.qkv": ("attn.c_attn", "attn_qkv"),
+    "attention.output_proj": ("attn.c_proj", "attn_output"),
+    "feed_forward_norm": ("ln_2", "ffn_norm"),
+    "feed_forward.up_proj": ("mlp.c_fc", "ffn_up"),
+    "feed_forward.down_proj": ("mlp.c_proj", "ffn_down"),
+}
+
+
+class Generator(Protocol):
+    """One stream of tokens from one program."""
+
+    def prefill(self, prompt: Sequence[int]) -> np.ndarray:
+        """Read a prompt into an empty cache; the logits of the token after it, (V,) fp32."""
+
+    def generate(self, prompt: Sequence[int], n_tokens: int) -> list[int]:
+        """The `n_tokens` likeliest tokens after a prompt, each after the one before."""
+
+
+class Ours:
+    """This project's model, in whatever precision its layers have."""
+
+    def __init__(self, model: GPTModel) -> None:
+        self.model, self.device = model, model.token_embedding.weight.device
+
+    @torch.inference_mode()
+    def prefill(self, prompt: Sequence[int]) -> np.ndarray:
+        cache = self.model.new_cache(1, len(prompt))
+        hidden = self.model.hidden_states(torch.tensor([prompt], device=self.device), cache=cache)  # (1, T, D)
+        return self.model.lm_head(hidden[:, -1])[0].float().cpu().numpy()  # (V,)
+
+    def generate(self, prompt: Sequence[int], n_tokens: int) -> list[int]:
+        ids = torch.tensor([prompt], device=self.device)
+        return self.model.generate(ids, max_gen_len=n_tokens, temperature=0)[0, len(prompt) :].tolist()
+
+
+class Transformers:
+    """`GPT2LMHeadModel` of Hugging Face `transformers`, with our weights and its own `generate`."""
+
+    def __init__(self, model: GPTModel) -> None:
+        import transformers
+
+        config, ours = model.config, model.state_dict()
+        self.use_cache = True
+        self.model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=config.vocab_size,
+                n_positions=config.max_seq_len,
+                n_embd=config.d_model,
+                n_layer=config.n_layers,
+                n_head=config.n_heads,
+                n_inner=config.d_ff,
+                layer_norm_epsilon=config.norm_eps,
+                tie_word_embeddings=config.tie_embeddings,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        ).eval()
+        theirs = {
+            "transformer.wte.weight": ours["token_embedding.weight"],
+            "transformer.wpe.weight": ours["position_embedding.weight"],
+            "transformer.ln_f.weight": ours["final_norm.weight"],
+            "transformer.ln_f.bias": ours["final_norm.bias"],
+            "lm_head.weight": ours["lm_head.weight"],
+        }
+        for index in range(config.n_layers):
+            for (part, kind), weight in layer_weights(model, index).items():
+                name = f"transformer.h.{index}.{LAYER_NAMES[part][0]}.{kind}"
+                theirs[name] = weight.mT if weight.ndim == 2 else weight  # its matrices are (in, out)
+        self.model.load_state_dict(theirs, strict=True)
+
+    @torch.inference_mode()
+    def prefill(self, prompt: Sequence[int]) -> np.ndarray:
+        return self.model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1).logits[0, -1].numpy()  # (V,)
+
+    def generate(self, prompt: Sequence[int], n_tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n_tokens,
+            do_sample=False,
+            use_cache=self.use_cache,
+            pad_token_id=0,
+        )
+        return output[0, len(prompt) :].tolist()
+
+
+class LlamaCpp:
+    """llama.cpp through `llama-cpp-python`: a context of its own over a GGUF file that `write_gguf` made.
+
+    The tokens are chosen with NumPy's argmax straight from its logits, which costs less than its own samplers.
+    """
+
+    def __init__(self, path: Path, context: int, n_threads: int) -> None:
+        import llama_cpp
+
+        self.logits_at = llama_cpp.llama_get_logits_ith
+        self.llama = llama_cpp.Llama(
+            str(path), n_ctx=context, n_threads=n_threads, n_threads_batch=n_threads, verbose=False
+        )
+
+    def _next(self, ids: Sequence[int]) -> np.ndarray:
+        self.llama.eval(ids)
+        return np.ctypeslib.as_array(self.logits_at(self.llama.ctx, -1), shape=(self.llama.n_vocab(),))
+
+    def prefill(self, prompt: Sequence[int]) -> np.ndarray:
+        self.llama.reset()
+        return self._next(prompt).copy()
+
+    def generate(self, prompt: Sequence[int], n_tokens: int) -> list[int]:
+        ids = [int(self.prefill(prompt).argmax())]
+        while len(ids) < n_tokens:
+            ids.append(int(self._next(ids[-1:]).argmax()))
+        return ids
+
+    def close(self) -> None:
+        """Free the memory; its destructor fails when Python shuts down."""
+        self.llama.close()
+
+
+def layer_weights(model: GPTModel, index: int) -> dict[tuple[str, str], torch.Tensor]:
+    """Layer `index` of a `gpt2` model by (part, "weight" or "bias"); query, key and value stand below one another."""
+    ours = model.state_dict()
+
+    def tensor(part: str, kind: str) -> torch.Tensor:
+        if part != "attention.qkv":
+            return ours[f"layers.{index}.{part}.{kind}"]
+        return torch.cat([ours[f"layers.{index}.attention.{name}_proj.{kind}"] for name in ("query", "key", "value")])
+
+    return {(part, kind): tensor(part, kind) for part in LAYER_NAMES for kind in ("weight", "bias")}
+
+
+def write_gguf(model: GPTModel, path: Path, precision: str) -> Path:
+    """The weights of a `gpt2` model as a GGUF file for llama.cpp.
+
+    Args:
+        precision: "F32", or "Q8_0" for INT8 matrices in blocks of 32 with an FP16 scale each, the position table and
+            vectors staying FP32, as llama.cpp's own tool quantizes.
+    """
+    import gguf
+
+    config, ours = model.config, model.state_dict()
+    kind = gguf.GGMLQuantizationType[precision]
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_block_count(config.n_layers)
+    writer.add_head_count(config.n_heads)
+    writer.add_layer_norm_eps(config.norm_eps)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{precision}" if precision != "F32" else "ALL_F32"])
+    tokens, merges = synthetic_vocabulary(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_token_types([control] + [normal] * (len(tokens) - 1))
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+    def add(name: str, tensor: torch.Tensor, quantized: bool = True) -> None:
+        data = tensor.detach().float().contiguous().numpy()
+        if quantized and data.ndim == 2:
+            writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, data)
+
+    add("token_embd.weight", ours["token_embedding.weight"])
+    add("position_embd.weight", ours["position_embedding.weight"], quantized=False)
+    add("output_norm.weight", ours["final_norm.weight"])
+    add("output_norm.bias", ours["final_norm.bias"])
+    if not config.tie_embeddings:
+        add("output.weight", ours["lm_head.weight"])
+    for index in range(config.n_layers):
+        for (part, kind_of_weight), weight in layer_weights(model, index).items():
+            add(f"blk.{index}.{LAYER_NAMES[part][1]}.{kind_of_weight}", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def synthetic_vocabulary(vocab_size: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """A byte-level BPE vocabulary of any size up to 52,279: tokens in the order of their ids, and merges.
+
+    The end of a text, the 256 bytes, then all pairs and triples of letters.
+    """
+    alphabet = sorted(ByteLevel.alphabet())
+    letters = [(letter,) for letter in LETTERS]
+    pairs = [(a, b) for (a,), (b,) in product(letters, letters)]
+    triples = ((a + b, c) for (a, b), (c,) in product(pairs, letters))
+    merges = list(islice((*pairs, *triples), vocab_size - len(alphabet) - 1))
+    return [END_OF_TEXT, *alphabet, *map("".join, merges)], merges
+
+
+def synthetic_tokenizer(vocab_size: int) -> ByteLevelBPETokenizer:
+    """Our tokenizer over `synthetic_vocabulary`, so that random weights have something to say."""
+    tokens, merges = synthetic_vocabulary(vocab_size)
+    return ByteLevelBPETokenizer.from_files(
+        {
+            "vocab.json": json.dumps({token: index for index, token in enumerate(tokens)}),
+            "merges.txt": "\n".join(" ".join(pair) for pair in merges),
+            "tokenizer_config.json": json.dumps({"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}),
+        }
+    )
+
+
+def check_logits(name: str, contestant: Generator, expected: np.ndarray, prompt: Sequence[int], limit: float) -> float:
+    """The relative error ‖difference‖ / ‖logits‖ of a contestant's logits after a prompt.
+
+    Raises:
+        AssertionError: it is above `limit`; the contestant computes something else.
+    """
+    error = float(np.linalg.norm(contestant.prefill(prompt) - expected) / np.linalg.norm(expected))
+    if not error <= limit:
+        raise AssertionError(f"{name} computes another model: its logits differ by {error:.2%}, {limit:.2%} is allowed")
+    return error
