@@ -8,17 +8,18 @@ Instruction data (JSON list or JSONL):
 
 Preference data:
 
-    {"instruction", "input"?, "chosen", "rejected"}
-    {"conversations" | "messages": […], "chosen": {…}, "rejected": {…}}     LLaMA-Factory
-    {"instruction", "input"?, "responses": [best, …, worst]}                becomes all pairs of better and worse
+    {"instruction", "input"?, "chosen", "rejected", "margin"?}
+    {"conversations" | "messages": […], "chosen": {…}, "rejected": {…}, "margin"?}     LLaMA-Factory
+    {"instruction", "input"?, "responses": [best, …, worst]}
 
 The one shape inside is a list of messages `{"role": "system" | "user" | "assistant", "content": str}`.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
+import math
 from pathlib import Path
+from typing import Any
 
 from command_line import UserError
 from text_files import iter_records
@@ -109,8 +110,10 @@ def load_conversations(path: str | Path) -> list[list[Message]]:
     return [parse_conversation(record, where) for where, record in iter_records(path)]
 
 
-def parse_pairs(record: dict, where: str) -> list[dict]:
-    """One preference record as `{"prompt": messages, "chosen": message, "rejected": message}`, one for each pair.
+def parse_preference(record: dict, where: str) -> dict[str, Any]:
+    """One preference record as `{"prompt": messages, "answers": [best, …, worst] messages, "margin": float}`.
+
+    The margin says by how much the chosen answer is better, in units of the reward; 0 where the record does not say.
 
     Raises:
         UserError: which record, and which field is missing or wrong.
@@ -118,24 +121,29 @@ def parse_pairs(record: dict, where: str) -> list[dict]:
     prompt = _prompt(record, where)
     if prompt[-1]["role"] == "assistant":
         raise UserError(f"{where} ends with an assistant message before its answers; it must end with the user's")
+    margin = record.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise UserError(f'{where}: the field "margin" must be a number, not {margin!r}')
     if "responses" in record:
-        answers = record["responses"]
-        if not isinstance(answers, list) or len(answers) < 2:
+        turns = record["responses"]
+        if not isinstance(turns, list) or len(turns) < 2:
             raise UserError(f'{where}: the field "responses" must list at least two answers, the best one first')
-        ranked = [_answer(turn, f'answer {number} in "responses" of {where}') for number, turn in enumerate(answers, 1)]
-        return [{"prompt": prompt, "chosen": better, "rejected": worse} for better, worse in combinations(ranked, 2)]
-    sides = {}
+        if margin:
+            raise UserError(f'{where}: a "margin" is for "chosen" and "rejected", not for a list of "responses"')
+        answers = [_answer(turn, f'answer {number} in "responses" of {where}') for number, turn in enumerate(turns, 1)]
+        return {"prompt": prompt, "answers": answers, "margin": 0.0}
+    answers = []
     for side in ("chosen", "rejected"):
         if side not in record:
             raise UserError(f'{where}: the field "{side}" is missing; a preference has "chosen" and "rejected"')
-        sides[side] = _answer(record[side], f'the field "{side}" of {where}')
-    return [{"prompt": prompt, **sides}]
+        answers.append(_answer(record[side], f'the field "{side}" of {where}'))
+    return {"prompt": prompt, "answers": answers, "margin": float(margin)}
 
 
-def load_pairs(path: str | Path) -> list[dict]:
-    """All preference pairs of a file or folder.
+def load_preferences(path: str | Path) -> list[dict[str, Any]]:
+    """All preferences of a file or folder.
 
     Raises:
         UserError: the file cannot be read, or a record is malformed.
     """
-    return [pair for where, record in iter_records(path) for pair in parse_pairs(record, where)]
+    return [parse_preference(record, where) for where, record in iter_records(path)]

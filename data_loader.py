@@ -2,7 +2,7 @@
 
     pretraining text  → token shards on the disk (memory-mapped) → windows of max_seq_len tokens
     instruction data  → conversations → ids and labels, padded to the longest of a batch
-    preference data   → pairs of conversations
+    preference data   → conversations that differ in their last answer, and which of them is better
     prompts           → ids, padded on the left
 
 A batch is a dict of tensors that the model's `forward` takes. Which samples make up the batch of step n is a pure
@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
-from conversation_data import Message, load_conversations, load_pairs
+from conversation_data import Message, load_conversations
 from gpt_model import IGNORED_LABEL
 from text_files import iter_documents, resolve_files
 
@@ -280,46 +280,82 @@ class GPTSFTDataset(Dataset):
         return count_labels(batch)
 
 
-class PairDataset(Dataset):
-    """Preference pairs: the same prompt with a chosen and a rejected answer.
+class PreferenceDataset(Dataset):
+    """Preferences: a prompt with two or more answers, the best one first.
+
+    All pairs of a better and a worse answer are compared, and those of one prompt share a weight of 1: so InstructGPT
+    has it (arXiv:2203.02155, equation 1), because a ranking of nine would otherwise count as 36 questions.
+    Answers that do not fit into `max_seq_len` are left out, and with them preferences that keep fewer than two
+    (`n_dropped` counts these).
+
+    Args:
+        preferences: as `conversation_data.parse_preference` gives them.
 
     Raises:
-        UserError: no pair fits into `max_seq_len`.
+        UserError: no preference fits.
     """
 
-    def __init__(self, pairs: Sequence[dict], tokenizer: ByteLevelBPETokenizer, max_seq_len: int) -> None:
+    def __init__(
+        self, preferences: Sequence[dict[str, Any]], tokenizer: ByteLevelBPETokenizer, max_seq_len: int
+    ) -> None:
         self.pad_token_id = tokenizer.pad_token_id
-        encoded = [
-            [tokenizer.encode_chat([*pair["prompt"], pair[side]])["input_ids"] for side in ("chosen", "rejected")]
-            for pair in pairs
-        ]
-        self.samples = [pair for pair in encoded if max(map(len, pair)) <= max_seq_len]
-        self.n_dropped = len(encoded) - len(self.samples)
+        self.samples: list[dict[str, Any]] = []
+        for preference in preferences:
+            n_prompt = len(tokenizer.encode_chat(preference["prompt"], add_generation_prompt=True)["input_ids"])
+            answers = []
+            for answer in preference["answers"]:
+                encoded = tokenizer.encode_chat([*preference["prompt"], answer])
+                # Earlier turns of the assistant are part of the prompt: only the last answer is judged
+                labels = [IGNORED_LABEL] * n_prompt + encoded["labels"][n_prompt:]
+                if len(labels) <= max_seq_len:
+                    answers.append((encoded["input_ids"], labels))
+            if len(answers) >= 2:
+                self.samples.append({"answers": answers, "margin": preference["margin"]})
+        self.n_dropped = len(preferences) - len(self.samples)
         if not self.samples:
             raise UserError(f"no preference pair fits into {max_seq_len} tokens; raise --max_seq_len")
 
     @property
     def lengths(self) -> list[int]:
-        return [max(map(len, pair)) for pair in self.samples]
+        return [max(len(ids) for ids, _ in sample["answers"]) for sample in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> list[list[int]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"answers": [(ids, labels), …] with labels on the answer alone, best first; "margin": float}"""
         return self.samples[index]
 
-    def collate(self, samples: Sequence[list[list[int]]]) -> Batch:
-        """{"input_ids", "attention_mask"}: (2B, longest) int64, padded on the right; the chosen, then the rejected."""
-        rows = [pair[0] for pair in samples] + [pair[1] for pair in samples]
+    def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
+        """N answers, a row each, and the P comparisons between them.
+
+        Returns:
+            "input_ids", "attention_mask": (N, longest) int64, padded on the right.
+            "pairs": (P, 2) int64, the rows of the better and of the worse answer.
+            "margins": (P,), by how much the better one is to be better.
+            "weights": (P,), 1 for all pairs of a prompt together.
+        """
+        rows = [ids for sample in samples for ids, _ in sample["answers"]]
         longest = max(map(len, rows))
+        pairs, margins, weights, first = [], [], [], 0
+        for sample in samples:
+            n_answers = len(sample["answers"])
+            compared = list(combinations(range(first, first + n_answers), 2))
+            pairs += compared
+            margins += [sample["margin"]] * len(compared)
+            weights += [1 / len(compared)] * len(compared)
+            first += n_answers
         return {
-            "input_ids": torch.tensor([row + [self.pad_token_id] * (longest - len(row)) for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+            "input_ids": torch.tensor([ids + [self.pad_token_id] * (longest - len(ids)) for ids in rows]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows]),
+            "pairs": torch.tensor(pairs),
+            "margins": torch.tensor(margins),
+            "weights": torch.tensor(weights),
         }
 
     def count(self, batch: Batch) -> int:
-        """How many pairs the batch holds."""
-        return batch["input_ids"].size(0) // 2
+        """How many prompts the batch holds."""
+        return round(float(batch["weights"].sum()))
 
 
 class GPTPPODataset(Dataset):
@@ -442,8 +478,3 @@ def create_sft_dataloader(
         return DataLoader(dataset, batch_size, collate_fn=dataset.collate)
     order = BatchOrder(len(dataset), batch_size, seed, dataset.lengths)
     return DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate)
-
-
-def load_preference_pairs(path: str | Path, tokenizer: ByteLevelBPETokenizer, max_seq_len: int) -> PairDataset:
-    """The pairs of a preference file, see conversation_data.py for its shapes."""
-    return PairDataset(load_pairs(path), tokenizer, max_seq_len)

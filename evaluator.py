@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from alignment.reward_model import RewardModel, load_reward_model, pair_accuracy
+from alignment.reward_model import RewardModel, compare, load_reward_model, preference_figures
 from answer_report import (
     answers_summary,
     answers_table,
@@ -37,8 +37,8 @@ from answer_report import (
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint
 from command_line import UserError, option, parse_config, run_main
-from conversation_data import parse_pairs
-from data_loader import PairDataset
+from conversation_data import parse_preference
+from data_loader import PreferenceDataset
 from gpt_model import IGNORED_LABEL, GPTModel
 from optimization import resolve_device
 from text_files import iter_documents, iter_records
@@ -231,23 +231,27 @@ def evaluate_reward(
 ) -> dict[str, Any]:
     """How often a reward model prefers the better of two answers, by the "defect" of the worse one.
 
-    Pairs that do not fit into the model's context are left out.
+    Answers that do not fit into the model's context are left out.
 
     Returns:
-        {"scores": {"count", "accuracy"}, "by_defect": {defect: {"count", "accuracy"}}}; the latter if records name one.
+        {"scores": {"count", "loss", "accuracy", "margin", "calibration_error"}, see `preference_figures`, "by_defect":
+        the same for each defect, if records name one}
     """
     groups: dict[str, list[dict]] = {}
     for where, record in islice(iter_records(data_path), max_samples):
-        groups.setdefault(str(record.get("defect")), []).extend(parse_pairs(record, where))
-    device = next(model.parameters()).device
-    by_defect = {}
+        groups.setdefault(str(record.get("defect")), []).append(parse_preference(record, where))
+    compared = {}
     for defect in sorted(groups):
-        pairs = PairDataset(groups[defect], tokenizer, model.config.max_seq_len)
-        by_defect[defect] = {"count": len(pairs), "accuracy": pair_accuracy(model, pairs, device, batch_size)}
-    count = sum(scores["count"] for scores in by_defect.values())
-    right = sum(scores["count"] * scores["accuracy"] for scores in by_defect.values())
-    report = {"scores": {"count": count, "accuracy": right / count}}
-    return report if list(groups) == ["None"] else {**report, "by_defect": by_defect}
+        data = PreferenceDataset(groups[defect], tokenizer, model.config.max_seq_len)
+        compared[defect] = compare(model, data, range(len(data)), batch_size)
+
+    def figures(margins: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
+        return {"count": round(float(weights.sum())), **preference_figures(margins, weights)}
+
+    scores = figures(*(torch.cat(parts) for parts in zip(*compared.values(), strict=True)))
+    if list(groups) == ["None"]:
+        return {"scores": scores}
+    return {"scores": scores, "by_defect": {defect: figures(*parts) for defect, parts in compared.items()}}
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

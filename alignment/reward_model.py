@@ -1,12 +1,14 @@
-"""The reward model: how good is an answer, learned from pairs of a chosen and a rejected one.
+"""The reward model: how good is an answer, learned from pairs of a chosen and a rejected one, and from rankings.
 
 Bradley–Terry: P(chosen beats rejected) = σ(r_chosen − r_rejected); see arXiv:1706.03741 and InstructGPT,
-arXiv:2203.02155, equation 1.
+arXiv:2203.02155, equation 1. The difference may be asked to exceed a margin (Llama 2, arXiv:2307.09288, equation 2).
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from alignment.sft import fit_context
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import config_of, load_checkpoint, load_model, load_weights, tokenizer_of
 from command_line import UserError, option, require_file
-from conversation_data import load_pairs
-from data_loader import PairDataset, set_validation_part_aside
+from conversation_data import load_preferences
+from data_loader import PreferenceDataset, set_validation_part_aside
 from gpt_model import GPTModel
 from training_config import TrainingConfig, prepare_machine
 from training_loop import TrainingLoop
@@ -34,10 +36,12 @@ class RewardModel(nn.Module):
 
     Args:
         backbone: the model to start from, usually the SFT model.
+        centring: weight of the loss that keeps the rewards' mean at 0.
     """
 
-    def __init__(self, backbone: GPTModel) -> None:
+    def __init__(self, backbone: GPTModel, centring: float = 0.0) -> None:
         super().__init__()
+        self.centring = centring
         self.backbone = copy.deepcopy(backbone)
         self.backbone.lm_head = nn.Identity()  # the head reads hidden states (d_model), never logits (vocabulary)
         self.reward_head = nn.Linear(backbone.config.d_model, 1)
@@ -61,16 +65,27 @@ class RewardModel(nn.Module):
         last = (attention_mask * positions).argmax(dim=1, keepdim=True)  # (B, 1)
         return values.gather(1, last).squeeze(1)  # (B,)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss of pairs: the first half of the (2B, T) rows are the chosen answers, the second the rejected ones.
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pairs: torch.Tensor,
+        margins: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The loss of N answers that are compared in P pairs, see `PreferenceDataset.collate`.
 
         Returns:
-            {"loss": −log σ(r_chosen − r_rejected), "accuracy": the share of positive margins (both means over pairs),
-            "margins": r_chosen − r_rejected, (B,)}
+            {"loss": −log σ(r_chosen − r_rejected − margin) + c (r_chosen + r_rejected)², "accuracy": the share of pairs
+            ranked right, "margin": r_chosen − r_rejected (weighted means over pairs), "margins": each of them, (P,)}
         """
-        chosen, rejected = self.rewards(input_ids, attention_mask).chunk(2)  # (B,), (B,)
-        margins = chosen - rejected  # (B,)
-        return {"loss": -F.logsigmoid(margins).mean(), "accuracy": (margins > 0).float().mean(), "margins": margins}
+        chosen, rejected = self.rewards(input_ids, attention_mask)[pairs].unbind(1)  # (P,), (P,)
+        found = chosen - rejected  # (P,)
+        losses = -F.logsigmoid(found - margins)  # (P,)
+        if self.centring:  # differences leave the level open; this keeps it near 0 (arXiv:2312.09244, equation 2)
+            losses = losses + self.centring * (chosen + rejected).square()
+        means = {"loss": losses, "accuracy": (found > 0).float(), "margin": found}
+        return {name: (x * weights).sum() / weights.sum() for name, x in means.items()} | {"margins": found}
 
 
 @dataclass
@@ -87,47 +102,112 @@ class RewardConfig(TrainingConfig):
     batch_size: int = option(32, "pairs of one forward pass on one rank")
     lr: float = option(4e-4, "peak learning rate")
     epochs: float = option(1.0, "passes over the training data, if --max_steps is 0")
+    center_rewards_coefficient: float = option(0.0, "weight of (r_chosen + r_rejected)², which keeps rewards around 0")
+
+    def validate(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        complaints = super().validate()
+        if not 0 <= self.center_rewards_coefficient < math.inf:
+            value = self.center_rewards_coefficient
+            complaints.append(f"--center_rewards_coefficient must not be negative, not {value}")
+        return complaints
 
 
-def split_pairs(path: str, val_path: str, val_fraction: float) -> tuple[list[dict], list[dict]]:
-    """Training and held-out pairs: from two files, or by setting a share of one aside."""
-    pairs = load_pairs(path)
+def split_preferences(path: str, val_path: str, val_fraction: float) -> tuple[list[dict], list[dict]]:
+    """Training and held-out preferences: from two files, or by setting a share of one aside.
+
+    A ranking stays whole: its pairs have the prompt and most answers in common.
+    """
+    preferences = load_preferences(path)
     if val_path:
-        return pairs, load_pairs(val_path)
-    train_pairs, val_pairs = set_validation_part_aside(pairs, val_fraction)
-    if not (train_pairs and val_pairs):
+        return preferences, load_preferences(val_path)
+    train_part, val_part = set_validation_part_aside(preferences, val_fraction)
+    if not (train_part and val_part):
         raise UserError(f"{path} has too few pairs to set some aside; give --val_pairwise_data or more pairs")
-    return train_pairs, val_pairs
+    return train_part, val_part
+
+
+split_pairs = split_preferences
 
 
 @torch.no_grad()
-def pair_accuracy(model: RewardModel, data: PairDataset, device: torch.device, batch_size: int = 64) -> float:
-    """The share of pairs whose chosen answer has the higher reward."""
-    right = 0
+def compare(
+    model: RewardModel, data: PreferenceDataset, indices: Sequence[int], batch_size: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The differences r_chosen − r_rejected of the pairs of some preferences, and the pairs' weights: (P,), (P,)."""
+    device = model.reward_head.weight.device
+    margins, weights = [torch.empty(0)], [torch.empty(0)]
     model.eval()
-    for start in range(0, len(data), batch_size):
-        samples = [data[index] for index in range(start, min(start + batch_size, len(data)))]
-        batch = {key: value.to(device) for key, value in data.collate(samples).items()}
-        right += int((model(**batch)["margins"] > 0).sum())
-    return right / len(data)
+    for start in range(0, len(indices), batch_size):
+        batch = data.collate([data[index] for index in indices[start : start + batch_size]])
+        output = model(**{name: value.to(device) for name, value in batch.items()})
+        margins.append(output["margins"].float().cpu())
+        weights.append(batch["weights"])
+    return torch.cat(margins), torch.cat(weights)
+
+
+def preference_figures(margins: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
+    """How good differences r_chosen − r_rejected (P,) are, as weighted means.
+
+    Returns:
+        "loss": −log σ(difference), without the margins and the centring of training, so that all runs compare;
+        "accuracy": the share ranked right; "margin": the mean difference; "calibration_error".
+    """
+    weights = weights.double() / weights.sum()
+    margins = margins.double()
+    return {
+        "loss": float(-(F.logsigmoid(margins) * weights).sum()),
+        "accuracy": float(((margins > 0) * weights).sum()),
+        "margin": float((margins * weights).sum()),
+        "calibration_error": calibration_error(margins, weights),
+    }
+
+
+def calibration_error(margins: torch.Tensor, weights: torch.Tensor, n_bins: int = 10) -> float:
+    """Expected calibration error (arXiv:1706.04599, equation 3): is the model right as often as it claims to be?
+
+    A pair is judged with the confidence σ(|difference|), 0.5 … 1, and rightly if the difference is positive. In each
+    of `n_bins` equal bins of confidence the share of right judgements is compared with the mean confidence.
+
+    Args:
+        margins: r_chosen − r_rejected, (P,). weights: (P,), which add up to 1.
+    """
+    confidence = margins.abs().sigmoid()  # (P,)
+    bins = ((confidence - 0.5) * 2 * n_bins).long().clamp(max=n_bins - 1)  # (P,)
+    excess = ((margins > 0).to(margins.dtype) - confidence) * weights  # (P,)
+    return float(torch.zeros(n_bins, dtype=margins.dtype).index_add(0, bins, excess).abs().sum())
+
+
+class RewardLoop(TrainingLoop):
+    """The training loop with the figures of held-out preferences."""
+
+    def evaluate(self) -> dict[str, float]:
+        """See `preference_figures`."""
+        mine = range(self.data_rank, len(self.val_data), self.ranks)
+        with self.updater.autocast():
+            parts = distributed.gather_objects(compare(self.model, self.val_data, mine, self.config.batch_size))
+        margins, weights = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # (P,), (P,)
+        return {f"val_{name}": value for name, value in preference_figures(margins, weights).items()}
 
 
 def train_reward_model(config: RewardConfig | None = None, **settings: Any) -> dict[str, float]:
     """Train a reward model on preference pairs; leaves `reward_best.pth`.
 
     Returns:
-        the metrics of the best model: `val_loss` and `val_accuracy` on held-out pairs.
+        the figures of the best model on held-out preferences, see `preference_figures`.
     """
     config = config or RewardConfig(**settings)
     require_file(config.sft_model, "the SFT model", "run finetune.py --mode sft first, or check the path")
     device = prepare_machine(config)
-    pairs, val_pairs = split_pairs(config.pairwise_data, config.val_pairwise_data, config.val_fraction)
+    preferences, val_preferences = split_preferences(
+        config.pairwise_data, config.val_pairwise_data, config.val_fraction
+    )
     backbone, tokenizer, _ = load_model(config.sft_model)
     fit_context(config, backbone)
-    train_data = PairDataset(pairs, tokenizer, config.max_seq_len)
-    val_data = PairDataset(val_pairs, tokenizer, config.max_seq_len)
-    model = RewardModel(backbone)
-    loop = TrainingLoop(
+    train_data = PreferenceDataset(preferences, tokenizer, config.max_seq_len)
+    val_data = PreferenceDataset(val_preferences, tokenizer, config.max_seq_len)
+    model = RewardModel(backbone, config.center_rewards_coefficient)
+    loop = RewardLoop(
         config,
         model,
         backbone.config,
@@ -139,12 +219,13 @@ def train_reward_model(config: RewardConfig | None = None, **settings: Any) -> d
         lengths=train_data.lengths,
     )
     if distributed.is_main():
-        print(f"training a reward model on {len(train_data)} pairs, {loop.max_steps} steps")
+        print(f"training a reward model on {len(train_data)} preferences, {loop.max_steps} steps")
     best = loop.train()
     if distributed.is_main():
         print(
             f"reward model: {loop.best_path}, right on {best['val_accuracy']:.1%} of {len(val_data)} held-out pairs, "
-            f"{loop.seconds:.0f} s; curves in {Path(config.output_dir) / 'curves.png'}"
+            f"calibration error {best['val_calibration_error']:.3f}, {loop.seconds:.0f} s; "
+            f"curves in {Path(config.output_dir) / 'curves.png'}"
         )
     return best
 

@@ -1,12 +1,13 @@
 """Every shape of instruction and preference data becomes the same messages; a wrong record is named with its field."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from command_line import UserError
-from conversation_data import load_conversations, load_pairs, parse_conversation, parse_pairs
+from conversation_data import load_conversations, load_preferences, parse_conversation, parse_preference
 
 ROOT = Path(__file__).resolve().parent.parent
 USER, ASSISTANT = {"role": "user", "content": "法国的首都?"}, {"role": "assistant", "content": "巴黎。"}
@@ -121,26 +122,19 @@ GOOD, BAD = ASSISTANT, {"role": "assistant", "content": "不知道。"}
     ],
 )
 def test_every_shape_of_preference_is_the_same_pair(record):
-    assert parse_pairs(record, "record 1") == [{"prompt": [USER], "chosen": GOOD, "rejected": BAD}]
+    assert parse_preference(record, "record 1") == {"prompt": [USER], "answers": [GOOD, BAD], "margin": 0.0}
 
 
 def test_a_conversation_before_the_two_answers_is_their_prompt():
     record = {"system": "Be brief.", "conversations": sharegpt(MULTI_TURN[1:4]), "chosen": "Rome.", "rejected": "No."}
-    [pair] = parse_pairs(record, "record 1")
-    assert pair["prompt"] == MULTI_TURN[:4]
+    assert parse_preference(record, "record 1")["prompt"] == MULTI_TURN[:4]
 
 
-def test_a_ranking_becomes_every_pair_of_better_and_worse():
-    pairs = parse_pairs({"instruction": "x", "responses": ["best", "good", "poor", "worst"]}, "record 1")
-    found = [(pair["chosen"]["content"], pair["rejected"]["content"]) for pair in pairs]
-    assert found == [
-        ("best", "good"),
-        ("best", "poor"),
-        ("best", "worst"),
-        ("good", "poor"),
-        ("good", "worst"),
-        ("poor", "worst"),
-    ]
+def test_a_ranking_keeps_its_order_and_a_pair_its_margin():
+    ranking = parse_preference({"instruction": "x", "responses": ["best", "good", "poor", "worst"]}, "record 1")
+    assert [answer["content"] for answer in ranking["answers"]] == ["best", "good", "poor", "worst"]
+    pair = parse_preference({"instruction": "x", "chosen": "a", "rejected": "b", "margin": 2}, "record 1")
+    assert pair["margin"] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -157,11 +151,14 @@ def test_a_ranking_becomes_every_pair_of_better_and_worse():
         ({"instruction": "x", "responses": ["only one"]}, 'the field "responses" must list at least two answers'),
         ({"instruction": "x", "responses": "abc"}, 'the field "responses" must list at least two answers'),
         ({"instruction": "x", "responses": ["a", 3]}, 'answer 2 in "responses" of RECORD'),
+        ({"instruction": "x", "chosen": "a", "rejected": "b", "margin": "big"}, 'RECORD: the field "margin" must be'),
+        ({"instruction": "x", "chosen": "a", "rejected": "b", "margin": math.inf}, 'the field "margin" must be'),
+        ({"instruction": "x", "responses": ["a", "b"], "margin": 1}, 'a "margin" is for "chosen" and "rejected"'),
     ],
 )
 def test_a_wrong_preference_names_record_and_field(record, complaint):
     with pytest.raises(UserError) as caught:
-        parse_pairs(record, "RECORD")
+        parse_preference(record, "RECORD")
     assert "RECORD" in str(caught.value)
     assert complaint in str(caught.value)
 
@@ -189,7 +186,7 @@ def test_a_mistake_in_a_file_is_named_by_record_and_file(tmp_path):
     with pytest.raises(UserError, match=r'record 3 of .*data\.json: the field "response" is missing'):
         load_conversations(path)
     with pytest.raises(UserError, match=r'record 3 of .*data\.json: the field "chosen" is missing'):
-        load_pairs(path)
+        load_preferences(path)
 
 
 def test_the_committed_sample_data_is_in_order():
@@ -198,4 +195,5 @@ def test_the_committed_sample_data_is_in_order():
         conversations = load_conversations(ROOT / "data" / "sft" / f"{name}.json")
         assert len(conversations) >= 100
         assert all([m["role"] for m in c] == ["user", "assistant"] for c in conversations)
-    assert all(pair["chosen"] != pair["rejected"] for pair in load_pairs(ROOT / "data" / "sft" / "rlhf_pairwise.json"))
+    preferences = load_preferences(ROOT / "data" / "sft" / "rlhf_pairwise.json")
+    assert all(chosen != rejected for chosen, rejected in (preference["answers"] for preference in preferences))

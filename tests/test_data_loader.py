@@ -16,19 +16,20 @@ import torch
 import data_loader
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
+from conversation_data import parse_preference
 from data_loader import (
     BatchOrder,
     GPTPPODataset,
     GPTPretrainDataset,
     GPTSFTDataset,
-    PairDataset,
+    PreferenceDataset,
     TokenShards,
     create_pretrain_dataloader,
     create_sft_dataloader,
     in_validation_part,
-    load_preference_pairs,
     tokenize_to_shards,
 )
+from gpt_model import IGNORED_LABEL
 
 ROOT = Path(__file__).resolve().parent.parent
 BOS, PAD, EOS = 0, 1, 2
@@ -396,33 +397,41 @@ def test_sft_batches_from_a_file(tokenizer, tmp_path):
 # --------------------------------------------------------------------------------------------------- pairs and prompts
 
 
-def test_preference_pairs_stand_side_by_side(tokenizer, tmp_path):
-    """The first half of a batch is chosen, the second rejected; the mask is 1 on tokens; longer pairs are left out."""
-    path = tmp_path / "pairs.jsonl"
+def test_preferences_are_compared_pair_by_pair_and_each_prompt_weighs_1(tokenizer):
+    """All pairs of a ranking, better before worse; the mask is 1 on tokens; what is too long is left out."""
+    long = "0 1 2 3 4 5 6 7 8 9 " * 20
     records = [
-        {"instruction": "法国的首都?", "chosen": "巴黎。", "rejected": "不知道,我真的不知道。"},
-        {"instruction": "x", "responses": ["good", "poor", "bad"]},
-        {"instruction": "too long", "chosen": "a", "rejected": "0 1 2 3 4 5 6 7 8 9 " * 20},
+        {"instruction": "法国的首都?", "chosen": "巴黎。", "rejected": "不知道,我真的不知道。", "margin": 0.5},
+        {"instruction": "x", "responses": ["good", long, "poor", "bad"]},
+        {"instruction": "too long", "chosen": "a", "rejected": long},
     ]
-    path.write_text("\n".join(map(json.dumps, records)))
-    dataset = load_preference_pairs(path, tokenizer, max_seq_len=64)
-    assert (len(dataset), dataset.n_dropped) == (4, 1)
+    preferences = [parse_preference(record, "record") for record in records]
+    dataset = PreferenceDataset(preferences, tokenizer, max_seq_len=64)
+    assert (len(dataset), dataset.n_dropped) == (2, 1)
     batch = dataset.collate(list(dataset))
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (8, max(dataset.lengths))
-    assert dataset.count(batch) == 4
-    texts = [tokenizer.decode(row[mask == 1].tolist()) for row, mask in zip(*batch.values(), strict=True)]
-    assert [text.split(":")[-1] for text in texts] == [
-        *("巴黎。", "good", "good", "poor"),
-        *("不知道,我真的不知道。", "poor", "bad", "bad"),
-    ]
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, max(dataset.lengths))
+    assert dataset.count(batch) == 2
+    rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    answers = [tokenizer.decode(row[mask == 1].tolist()).split(":")[-1] for row, mask in rows]
+    assert [(answers[better], answers[worse]) for better, worse in batch["pairs"].tolist()] == [
+        ("巴黎。", "不知道,我真的不知道。"), ("good", "poor"), ("good", "bad"), ("poor", "bad")
+    ]  # fmt: skip
+    assert batch["weights"].tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3])
+    assert batch["margins"].tolist() == [0.5, 0, 0, 0]
     assert (batch["input_ids"][batch["attention_mask"] == 0] == PAD).all()
     assert (batch["attention_mask"].diff(dim=1) <= 0).all()  # padded on the right
     with pytest.raises(UserError, match="no preference pair fits into 3 tokens"):
-        PairDataset(
-            [{"prompt": CONVERSATIONS[0][:1], "chosen": CONVERSATIONS[0][1], "rejected": CONVERSATIONS[0][1]}],
-            tokenizer,
-            3,
-        )
+        PreferenceDataset(preferences, tokenizer, 3)
+
+
+def test_only_the_last_answer_of_a_preference_is_labelled(tokenizer):
+    """Earlier turns of the assistant belong to the prompt; the closing token belongs to the answer."""
+    record = {"messages": CONVERSATIONS[0] + CONVERSATIONS[0][-2:-1], "chosen": "yes", "rejected": "no"}
+    [sample] = PreferenceDataset([parse_preference(record, "record")], tokenizer, 256)
+    for (ids, labels), text in zip(sample["answers"], ("yes", "no"), strict=True):
+        labelled = [label for label in labels if label != IGNORED_LABEL]
+        assert labelled == [*tokenizer.encode(text, add_special_tokens=False)["input_ids"], EOS]
+        assert len(ids) == len(labels)
 
 
 def test_prompts_are_padded_on_the_left_and_end_where_the_answer_begins(tokenizer):

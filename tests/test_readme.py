@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversation_data import parse_conversation, parse_pairs
+from conversation_data import parse_conversation, parse_preference
 from gpt_model import GPTModel
 from pipeline import SIZES, free_port
 from pretrain_trainer import PretrainConfig
@@ -260,7 +260,7 @@ def test_formats_shown_are_the_formats_read():
     """Every record in the section on data formats is accepted by the readers of instructions and of preferences."""
     instructions, preferences = (json.loads(block) for block in blocks(ENGLISH, "json"))
     assert [len(parse_conversation(record, "README")) for record in instructions] == [2, 2, 5, 2]
-    assert [len(parse_pairs(record, "README")) for record in preferences] == [1, 1, 3]
+    assert [len(parse_preference(record, "README")["answers"]) for record in preferences] == [2, 2, 3]
 
 
 def map_of(readme):

@@ -2,19 +2,33 @@
 
 import json
 import math
+from collections import defaultdict
+from contextlib import nullcontext
+from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import finetune
-from alignment.reward_model import RewardModel, load_reward_model, pair_accuracy, split_pairs, train_reward_model
+from alignment.reward_model import (
+    RewardModel,
+    calibration_error,
+    compare,
+    load_reward_model,
+    preference_figures,
+    split_preferences,
+    train_reward_model,
+)
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model, save_checkpoint
 from command_line import UserError
-from data_loader import PairDataset
+from conversation_data import parse_preference
+from data_loader import PreferenceDataset
 from gpt_model import GPTConfig, GPTModel
 from run_log import read_metrics
 
+PAIR = dict(margins=torch.zeros(2), weights=torch.ones(2), pairs=torch.tensor([[0, 2], [1, 3]]))
 COMMON = dict(device="cpu", precision="fp32", num_threads=1, log_interval=1)
 
 
@@ -51,7 +65,7 @@ def test_the_backbone_is_a_copy_that_shares_nothing_with_the_policy(random_model
     assert not {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in model.parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     ids = torch.randint(4, 64, (4, 8))
-    model(ids, torch.ones_like(ids))["loss"].backward()
+    model(ids, torch.ones_like(ids), **PAIR)["loss"].backward()
     optimizer.step()
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
     assert policy(ids)["logits"].shape == (4, 8, 64), "the policy still has its vocabulary head"
@@ -80,35 +94,101 @@ def test_the_reward_is_read_at_the_last_token_wherever_the_padding_stands(reward
         assert torch.allclose(reward_model.rewards(ids, mask), torch.stack(alone), atol=1e-5)
 
 
-def test_with_a_head_of_zeros_the_loss_is_ln_2_and_otherwise_bradley_terrys(reward_model):
-    """−log σ(r_chosen − r_rejected); the first half of the rows are the chosen ones."""
-    ids = torch.randint(4, 64, (6, 5))
-    mask = torch.ones_like(ids)
-    output = reward_model(ids, mask)
-    rewards = reward_model.rewards(ids, mask).tolist()
-    margins = [rewards[k] - rewards[k + 3] for k in range(3)]
-    assert output["margins"].tolist() == pytest.approx(margins, abs=1e-5)
-    by_hand = sum(math.log1p(math.exp(-margin)) for margin in margins) / 3
-    assert output["loss"].item() == pytest.approx(by_hand, abs=1e-5)
-    assert output["accuracy"].item() == pytest.approx(sum(margin > 0 for margin in margins) / 3)
-    torch.nn.init.zeros_(reward_model.reward_head.weight)
-    assert reward_model(ids, mask)["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_pairs_become_rows_that_end_with_the_closing_token(tokenizer):
-    """What the reward is read at is the answer's `</s>`."""
-    pairs = [
-        {"prompt": [{"role": "user", "content": "a"}], "chosen": {"role": "assistant", "content": chosen},
-         "rejected": {"role": "assistant", "content": "no"}}
-        for chosen in ("yes", "yes, of course")
-    ]  # fmt: skip
-    data = PairDataset(pairs, tokenizer, 64)
-    batch = data.collate([data[0], data[1]])
-    assert data.count(batch) == 2
+def test_the_reward_is_read_at_the_closing_token(tokenizer):
+    """A row ends with the answer's `</s>`."""
+    record = {"instruction": "a", "responses": ["yes", "yes, of course", "no"]}
+    data = PreferenceDataset([parse_preference(record, "record")], tokenizer, 64)
+    batch = data.collate([data[0]])
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         assert ids[int(mask.sum()) - 1] == tokenizer.eos_token_id
-    texts = [tokenizer.decode(ids.tolist()) for ids in batch["input_ids"]]
-    assert [text.rsplit(":", 1)[1] for text in texts] == ["yes", "yes, of course", "no", "no"]
+
+
+def test_with_a_head_of_zeros_the_loss_is_ln_2_and_otherwise_bradley_terrys(reward_model):
+    """−log σ(r_chosen − r_rejected − margin) + c (r_chosen + r_rejected)², by hand for three pairs."""
+    ids = torch.randint(4, 64, (4, 5))
+    mask = torch.ones_like(ids)
+    pairs = [(0, 1), (0, 2), (3, 1)]
+    batch = dict(pairs=torch.tensor(pairs), margins=torch.tensor([0.0, 0.3, 2.0]), weights=torch.tensor([0.5, 0.5, 1]))
+    rewards = reward_model.rewards(ids, mask).tolist()
+    for centring in (0.0, 0.1):
+        reward_model.centring = centring
+        output = reward_model(ids, mask, **batch)
+        found = [rewards[better] - rewards[worse] for better, worse in pairs]
+        assert output["margins"].tolist() == pytest.approx(found, abs=1e-5)
+        losses = [
+            math.log1p(math.exp(-(r - margin))) + centring * (rewards[better] + rewards[worse]) ** 2
+            for r, margin, (better, worse) in zip(found, (0.0, 0.3, 2.0), pairs, strict=True)
+        ]
+        weighted = (0.5 * losses[0] + 0.5 * losses[1] + losses[2]) / 2
+        assert output["loss"].item() == pytest.approx(weighted, abs=1e-5)
+        right = [float(r > 0) for r in found]
+        assert output["accuracy"].item() == pytest.approx((0.5 * right[0] + 0.5 * right[1] + right[2]) / 2)
+    torch.nn.init.zeros_(reward_model.reward_head.weight)
+    batch["margins"] = torch.zeros(3)
+    assert reward_model(ids, mask, **batch)["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.05])
+def test_the_loss_is_trls(reward_model, coefficient):
+    """TRL's RewardTrainer, on our rewards, with margins and centring."""
+    trainer = pytest.importorskip("trl.trainer.reward_trainer").RewardTrainer
+    ids = torch.randint(4, 64, (4, 5))
+    mask = torch.ones_like(ids)
+    margins = torch.tensor([0.3, 1.0])
+    same = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
+    metrics = {"train": defaultdict(list)}
+    stand_in = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=same, _metrics=metrics, _total_train_tokens=0, _tp_size=1,
+        args=SimpleNamespace(center_rewards_coefficient=coefficient), maybe_activation_offload_context=nullcontext(),
+    )  # fmt: skip
+
+    def network(**inputs):
+        return SimpleNamespace(logits=reward_model.rewards(inputs["input_ids"], inputs["attention_mask"])[:, None])
+
+    theirs = trainer.compute_loss(stand_in, network, dict(input_ids=ids, attention_mask=mask, margin=margins))
+    reward_model.centring = coefficient or 0.0
+    ours = reward_model(ids, mask, **{**PAIR, "margins": margins})
+    assert ours["loss"].item() == pytest.approx(theirs.item(), abs=1e-6)
+    assert [ours["margin"].item(), ours["accuracy"].item()] == pytest.approx(
+        [metrics["train"]["margin"][0], metrics["train"]["accuracy"][0]], abs=1e-6
+    )
+
+
+def test_a_ranking_counts_as_one_prompt_and_its_pairs_alike(tokenizer, random_model):
+    """The loss of [ranking of 4, pair] is the mean of (mean over 6 pairs) and (the pair), however they are batched."""
+    model = RewardModel(random_model("modern", vocab_size=len(tokenizer), max_seq_len=64)).eval()
+    records = [
+        {"instruction": "x", "responses": ["best one", "good", "not so good", "bad"]},
+        {"instruction": "法国的首都?", "chosen": "巴黎。", "rejected": "Rome", "margin": 0.5},
+    ]
+    data = PreferenceDataset([parse_preference(record, "record") for record in records], tokenizer, 64)
+    together = model(**data.collate([data[0], data[1]]))["loss"].item()
+    alone = [model(**data.collate([data[index]]))["loss"].item() for index in (0, 1)]
+    assert together == pytest.approx(sum(alone) / 2, abs=1e-5)
+    ranked = [
+        PreferenceDataset([parse_preference({"instruction": "x", "chosen": a, "rejected": b}, "")], tokenizer, 64)
+        for a, b in combinations(records[0]["responses"], 2)
+    ]
+    pairs = [model(**single.collate([single[0]]))["loss"].item() for single in ranked]
+    assert alone[0] == pytest.approx(sum(pairs) / 6, abs=1e-5)
+
+
+def test_calibration_compares_confidence_with_the_share_that_is_right():
+    """By hand: two bins, one too sure of itself, one too modest; and 0 where it is right as often as it says."""
+    at = {confidence: math.log(confidence / (1 - confidence)) for confidence in (0.62, 0.64, 0.91, 0.93)}
+    margins = torch.tensor([at[0.62], at[0.64], -at[0.91], at[0.93], -at[0.91]]).double()
+    by_hand = (abs(2 - 0.62 - 0.64) + abs(1 - 0.91 - 0.93 - 0.91)) / 5
+    assert calibration_error(margins, torch.full((5,), 0.2).double()) == pytest.approx(by_hand)
+    honest = torch.tensor([1.0] * 3 + [-1.0]).double() * math.log(3)  # 75 % sure, right in three of four
+    assert calibration_error(honest, torch.full((4,), 0.25).double()) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_figures_are_weighted_means():
+    figures = preference_figures(torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, 1.0]))
+    losses = [math.log1p(math.exp(-margin)) for margin in (1.0, -2.0, 3.0)]
+    assert figures["loss"] == pytest.approx((losses[0] + losses[1] + 2 * losses[2]) / 4)
+    assert figures["accuracy"] == pytest.approx(0.75)
+    assert figures["margin"] == pytest.approx((1 - 2 + 6) / 4)
 
 
 def test_it_learns_a_preference_and_is_right_on_held_out_pairs(folder, capsys):
@@ -124,23 +204,27 @@ def test_it_learns_a_preference_and_is_right_on_held_out_pairs(folder, capsys):
     assert 0.3 < first["loss"] < 1.2, "an untrained reward model knows nothing"
 
     model, tokenizer = load_reward_model("reward/reward_best.pth")
-    _, held_out = split_pairs("pairs.json", "", 0.25)
-    data = PairDataset(held_out, tokenizer, 48)
-    assert pair_accuracy(model, data, torch.device("cpu"), batch_size=3) == 1.0
+    _, held_out = split_preferences("pairs.json", "", 0.25)
+    data = PreferenceDataset(held_out, tokenizer, 48)
+    margins, weights = compare(model, data, range(len(data)), batch_size=3)
+    assert preference_figures(margins, weights)["margin"] == pytest.approx(best["val_margin"], abs=1e-4)
+    assert best["val_calibration_error"] < 0.1
     with pytest.raises(UserError, match="reward_best.pth is a reward model, which writes no text"):
         load_model("reward/reward_best.pth")
     with pytest.raises(UserError, match="sft.pth is a sft model; give one that finetune.py --mode reward wrote"):
         load_reward_model("sft.pth")
 
 
-def test_accuracy_counts_pairs_and_not_batches(folder, random_model, tokenizer):
-    """12 pairs in batches of 5, 5 and 2."""
+def test_comparisons_do_not_depend_on_the_batch(folder, random_model, tokenizer):
+    """12 pairs in batches of 5, 5 and 2, and one by one."""
     torch.manual_seed(1)
     model = RewardModel(random_model("modern", vocab_size=len(tokenizer), max_seq_len=48))
-    _, held_out = split_pairs("pairs.json", "", 0.25)
-    data = PairDataset(held_out, tokenizer, 48)
-    right = sum(bool(model.eval()(**data.collate([data[index]]))["margins"][0] > 0) for index in range(len(data)))
-    assert pair_accuracy(model, data, torch.device("cpu"), batch_size=5) == right / len(data)
+    _, held_out = split_preferences("pairs.json", "", 0.25)
+    data = PreferenceDataset(held_out, tokenizer, 48)
+    singly = [model.eval()(**data.collate([data[index]]))["margins"].item() for index in range(len(data))]
+    margins, weights = compare(model, data, range(len(data)), batch_size=5)
+    assert margins.tolist() == pytest.approx(singly, abs=1e-4)
+    assert weights.tolist() == [1.0] * 12
 
 
 def test_an_interrupted_run_continues_exactly(folder):
@@ -159,8 +243,8 @@ def test_an_interrupted_run_continues_exactly(folder):
 def test_too_few_or_too_long_pairs_are_refused(folder):
     (folder / "one.json").write_text('[{"instruction": "a", "chosen": "b", "rejected": "c"}]')
     with pytest.raises(UserError, match="one.json has too few pairs to set some aside; give --val_pairwise_data"):
-        split_pairs("one.json", "", 0.05)
-    assert [len(part) for part in split_pairs("one.json", "pairs.json", 0.0)] == [1, 40]
-    pairs, _ = split_pairs("one.json", "pairs.json", 0.0)
+        split_preferences("one.json", "", 0.05)
+    assert [len(part) for part in split_preferences("one.json", "pairs.json", 0.0)] == [1, 40]
+    pairs, _ = split_preferences("one.json", "pairs.json", 0.0)
     with pytest.raises(UserError, match="no preference pair fits into 5 tokens; raise --max_seq_len"):
-        PairDataset(pairs, ByteLevelBPETokenizer(260), 5)
+        PreferenceDataset(pairs, ByteLevelBPETokenizer(260), 5)
