@@ -87,6 +87,7 @@ class ByteLevelBPETokenizer:
         added = self._engine.get_added_tokens_decoder().values()
         self._special_tokens = [token.content for token in added if token.special]
         self._vocab_size = max(self.vocab.values()) + 1
+        self._bytes_of_tokens: dict[int, bytes] | None = None  # made when it is first asked for
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -162,6 +163,15 @@ class ByteLevelBPETokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids (a list, an array or a 1-D tensor). Bytes that are no UTF-8 become U+FFFD."""
         return self._engine.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, which may be part of a character; none for a special token."""
+        if self._bytes_of_tokens is None:
+            special = set(self._special_tokens)
+            self._bytes_of_tokens = {
+                index: b"" if token in special else _bytes_of_token(token) for token, index in self.vocab.items()
+            }
+        return self._bytes_of_tokens.get(token_id, b"")
 
     # -- conversations -------------------------------------------------------------------------------------------------
 
@@ -349,6 +359,23 @@ def _check_special_tokens(special_tokens: tuple[str, ...]) -> None:
         # Merges stay inside one piece, so a token that is cut into several cannot be merged out of ordinary text.
         if len(byte_pre_tokenizer().pre_tokenize_str(token)) < 2:
             raise UserError(f"the special token {token!r} could arise from ordinary text; write it like '<{token}>'")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in tokens: printable ones for themselves, the others in order from U+0100."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [character for character in characters if ord(character) < BYTE_COUNT]
+    others = sorted(set(range(BYTE_COUNT)) - set(map(ord, printable)))
+    return {**{c: ord(c) for c in printable}, **dict(zip(characters[len(printable) :], others, strict=True))}
+
+
+BYTE_OF_CHARACTER = _byte_alphabet()
+
+
+def _bytes_of_token(token: str) -> bytes:
+    if all(character in BYTE_OF_CHARACTER for character in token):
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    return token.encode()  # a token that was added as plain text
 
 
 def _replace_lone_surrogates(text: str) -> str:
