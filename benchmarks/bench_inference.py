@@ -1,0 +1,275 @@
+"""How fast a model generates: this project beside `transformers` and llama.cpp, on the same weights, in the same run.
+
+    python benchmarks/bench_inference.py                          # a GPT-2 of 124 million parameters; minutes
+    python benchmarks/bench_inference.py --preset tiny --quick    # does everything work? half a minute
+
+Weights are random: speed does not depend on them. Contestants take turns, so that a drift of the machine hits all of
+them, and medians count. A peer that is not installed is left out. A row with a goal says whether it was reached. The
+tables are followed by one line of JSON; `--write benchmarks/RESULTS.md` puts them into that page, too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks.peers import Generator, LlamaCpp, Ours, Transformers, check_logits, write_gguf  # noqa: E402
+from benchmarks.tables import Table, about, write_section  # noqa: E402
+from command_line import option, parse_config, run_main  # noqa: E402
+from gpt_model import GPTConfig, GPTModel  # noqa: E402
+from inference.quantizer import quantize_model_int8, weight_bytes  # noqa: E402
+
+Result = dict[str, Any]
+FIRST_WORD = 257  # ids from here on are letters; before them stand the end of a text, padding and single bytes
+EXACT, ROUNDED, INTEGER = 2e-3, 1e-2, 5e-2  # how far logits may be off with FP32, FP16 and INT8 weights
+
+
+@dataclass
+class BenchmarkConfig:
+    """The command line of the benchmark."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "gpt2-124m": {},
+        "tiny": dict(vocab_size=1000, d_model=64, n_layers=2, n_heads=2, max_seq_len=512),
+    }
+    vocab_size: int = option(50257, "tokens of the vocabulary")
+    d_model: int = option(768, "width")
+    n_layers: int = option(12, "layers")
+    n_heads: int = option(12, "heads")
+    max_seq_len: int = option(1024, "context")
+    num_threads: int = option(0, "CPU threads of every contestant; 0 means as many as torch takes")
+    rounds: int = option(5, "how often the contestants take turns")
+    quick: bool = option(False, "one round of few tokens: shows that everything works, gives no figures to quote")
+    write: str = option("", "a Markdown page that takes the tables; empty: none")
+    seed: int = option(0, "of the random weights and prompts")
+
+    def validate(self) -> list[str]:
+        limits = {"num_threads": 0, "rounds": 1, "max_seq_len": 256, "vocab_size": 512, "seed": 0}
+        return [f"{name} must be at least {least}" for name, least in limits.items() if getattr(self, name) < least]
+
+
+def random_model(config: BenchmarkConfig) -> GPTModel:
+    """A GPT-2 of random weights; its vectors are random as well, so that forgetting one of them changes the logits."""
+    torch.manual_seed(config.seed)
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len")}
+    model = GPTModel.from_config(GPTConfig.for_architecture("gpt2", **sizes)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def take_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median time of each action in seconds; one after another, so often as there are rounds."""
+    times = [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
+    return {name: statistics.median(of_round[name] for of_round in times) for name in actions}
+
+
+def read_bandwidth(device: torch.device, quick: bool) -> float:
+    """Bytes a second that all threads together can read: the sum of an FP32 tensor far larger than any cache."""
+    numbers = torch.ones((1 << 24 if quick else 1 << 28) * (4 if device.type == "cuda" else 1), device=device)
+    numbers.sum().item()
+    return numbers.nbytes / take_turns({"read": lambda: numbers.sum().item()}, 7)["read"]
+
+
+@dataclass
+class Contestant:
+    """A generator with what is known about it: bytes of weights that a token reads, and its logits' relative error."""
+
+    generator: Generator
+    weight_bytes: int
+    error: float
+
+
+class Report:
+    """Collects tables, figures and goals; prints each table as soon as it is there."""
+
+    def __init__(self, facts: Result) -> None:
+        self.figures: Result = {"benchmark": "inference", **facts}
+        self.tables: list[Table] = []
+        self.goals: list[Result] = []
+
+    def add(self, name: str, table: Table, figures: object) -> None:
+        """A table and the figures in it."""
+        self.figures[name] = figures
+        self.tables.append(table)
+        print(table.plain(), flush=True)
+
+    def goal(self, name: str, measured: float | None, at_least: float) -> None:
+        """What was to be reached; `measured` is None where the peer is missing."""
+        met = None if measured is None else measured >= at_least
+        self.goals.append({"goal": name, "measured": measured and round(measured, 3), "at_least": at_least, "met": met})
+
+    def finish(self) -> None:
+        """The table of goals."""
+        words = {True: "yes", False: "no", None: "left out"}
+        rows = [
+            [goal["goal"], "" if goal["met"] is None else f"{goal['measured']:.2f}", f"{goal['at_least']:.2f}"]
+            + [words[goal["met"]]]
+            for goal in self.goals
+        ]
+        self.add("goals", Table("Goals", "Ratios of medians.", ["", "measured", "at least", "met"], rows), self.goals)
+
+
+def ratio(speeds: Mapping[str, float], ours: str, theirs: str) -> float | None:
+    """How many times as fast; None if one of them was left out."""
+    return speeds[ours] / speeds[theirs] if ours in speeds and theirs in speeds else None
+
+
+def contestants(
+    model: GPTModel, config: BenchmarkConfig, prompt: Sequence[int], folder: Path, cleanup: ExitStack
+) -> dict[str, Contestant]:
+    """Everything that can be measured here, each with the weights of `model`; logits are checked after `prompt`."""
+    found: dict[str, Contestant] = {}
+    expected = Ours(model).prefill(prompt)
+    position_table = model.position_embedding.weight.nbytes  # of which a token reads one row
+
+    def enter(name: str, generator: Generator, n_bytes: int, limit: float) -> None:
+        found[name] = Contestant(generator, n_bytes, check_logits(name, generator, expected, prompt, limit))
+
+    n_bytes = weight_bytes(model) - position_table
+    quantized = quantize_model_int8(model)
+    enter("ours FP32", Ours(model), n_bytes, EXACT)
+    enter("ours INT8", Ours(quantized), weight_bytes(quantized) - position_table, INTEGER)
+    if find_spec("transformers"):
+        enter("transformers FP32", Transformers(model), n_bytes, EXACT)
+    if find_spec("llama_cpp") and find_spec("gguf"):
+        for precision, limit in (("F32", EXACT), ("Q8_0", INTEGER)):
+            path = write_gguf(model, folder / f"{precision}.gguf", precision)
+            llama = LlamaCpp(path, config.max_seq_len, torch.get_num_threads())
+            cleanup.enter_context(closing(llama))
+            enter(f"llama.cpp {precision}", llama, path.stat().st_size - position_table, limit)
+    return found
+
+
+def measure_decoding(
+    report: Report, found: Mapping[str, Contestant], bandwidth: float, n_tokens: int, rounds: int
+) -> None:
+    """Tokens a second of one stream."""
+    actions = {name: lambda c=c: c.generator.generate([FIRST_WORD], n_tokens) for name, c in found.items()}
+    take_turns({name: lambda c=c: c.generator.generate([FIRST_WORD], 4) for name, c in found.items()}, 1)  # warm up
+    times = take_turns(actions, rounds)
+    theirs = found.get("transformers FP32")
+    if theirs:
+        theirs.generator.use_cache = False
+        times["transformers FP32, no cache"] = take_turns({"": actions["transformers FP32"]}, 1)[""]
+        theirs.generator.use_cache = True
+    speeds = {name: n_tokens / time for name, time in times.items()}
+    figures = {
+        name: {
+            "tokens_per_second": round(speed, 1),
+            "share_of_bandwidth": round(found[name].weight_bytes * speed / bandwidth, 3) if name in found else None,
+            "logits_error": found[name].error if name in found else None,
+        }
+        for name, speed in speeds.items()
+    }
+    base = speeds.get("transformers FP32", math.nan)
+    rows = [
+        [
+            name,
+            f"{speed:.1f}",
+            f"{speed / base:.2f}",
+            *(
+                (f"{figures[name]['share_of_bandwidth']:.0%}", f"{found[name].error:.2%}")
+                if name in found
+                else ("", "")
+            ),
+        ]
+        for name, speed in speeds.items()
+    ]
+    note = (
+        f"Greedy, {n_tokens} tokens after a prompt of one. Of the limit: bytes of weights a token reads × tokens/s "
+        f"÷ {bandwidth / 1e9:.1f} GB/s, at which the same threads sum a large FP32 tensor. Logits' error: relative to "
+        "our FP32 model's."
+    )
+    header = ["decoding, batch 1", "tokens/s", "× transformers", "of the limit", "logits' error"]
+    report.add("decoding", Table("Decoding, batch 1", note, header, rows), figures)
+    report.goal("decoding FP32 ÷ transformers FP32", ratio(speeds, "ours FP32", "transformers FP32"), 2.2)
+    report.goal("decoding FP32 ÷ llama.cpp F32", ratio(speeds, "ours FP32", "llama.cpp F32"), 1.0)
+    report.goal("decoding INT8 ÷ transformers FP32", ratio(speeds, "ours INT8", "transformers FP32"), 6.0)
+    report.goal("decoding INT8 ÷ llama.cpp Q8_0", ratio(speeds, "ours INT8", "llama.cpp Q8_0"), 1.1)
+    report.goal("decoding INT8, share of the bandwidth", figures["ours INT8"]["share_of_bandwidth"], 0.6)
+
+
+def measure_prefill(report: Report, found: Mapping[str, Contestant], prompt: Sequence[int], rounds: int) -> None:
+    """Tokens a second of reading a prompt."""
+    times = take_turns({name: lambda c=c: c.generator.prefill(prompt) for name, c in found.items()}, rounds)
+    speeds = {name: len(prompt) / time for name, time in times.items()}
+    rows = [[name, f"{speed:.0f}", f"{times[name] * 1e3:.0f}"] for name, speed in speeds.items()]
+    note = f"{len(prompt)} random tokens into an empty cache, logits of the last one."
+    report.add("prefill", Table("Prefill", note, ["prefill", "tokens/s", "ms"], rows), speeds)
+    best = {
+        side: max((speed for name, speed in speeds.items() if name.startswith(side)), default=None)
+        for side in ("ours", "llama.cpp")
+    }
+    report.goal("prefill, our best ÷ llama.cpp's best", best["llama.cpp"] and best["ours"] / best["llama.cpp"], 1.0)
+
+
+@torch.inference_mode()
+def measure_cache(report: Report, model: GPTModel, n_tokens: int, n_samples: int, rounds: int) -> None:
+    """What the KV cache brings: without it, every new token reads the whole text again."""
+    device = model.token_embedding.weight.device
+    lengths = [round((index + 0.5) * n_tokens / n_samples) for index in range(n_samples)]
+    texts = [torch.full((1, length), FIRST_WORD, device=device) for length in lengths]
+
+    def steps_without_cache() -> None:
+        for text in texts:
+            model.lm_head(model.hidden_states(text)[:, -1]).argmax().item()
+
+    generator = Ours(model)
+    times = take_turns(
+        {"with": lambda: generator.generate([FIRST_WORD], n_tokens), "without": steps_without_cache}, rounds
+    )
+    speeds = {"with cache": n_tokens / times["with"], "without cache": n_samples / times["without"]}
+    figures = {"n_tokens": n_tokens, **speeds}
+    rows = [[name, f"{speed:.1f}", f"{n_tokens / speed:.1f}"] for name, speed in speeds.items()]
+    note = f"FP32, {n_tokens} new tokens; without the cache, {n_samples} of the steps are timed, evenly spaced."
+    report.add("cache", Table("KV cache", note, ["KV cache", "tokens/s", f"s for {n_tokens}"], rows), figures)
+    report.goal(f"cache ÷ no cache, {n_tokens} tokens", ratio(speeds, "with cache", "without cache"), 8.0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    config = parse_config(BenchmarkConfig, argv, description="Speed of generation, beside transformers and llama.cpp.")
+    torch.set_num_threads(config.num_threads or torch.get_num_threads())
+    rounds = 1 if config.quick else config.rounds
+    report = Report(about("transformers", "llama-cpp-python", "gguf"))
+    model = random_model(config)
+    prompt = torch.randint(FIRST_WORD, config.vocab_size, (256,)).tolist()
+    bandwidth = read_bandwidth(torch.device("cpu"), config.quick)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
+        found = contestants(model, config, prompt[:64], Path(folder), cleanup)
+        measure_decoding(report, found, bandwidth, 16 if config.quick else 128, rounds)
+        measure_prefill(report, found, prompt[: 64 if config.quick else 256], rounds)
+        measure_cache(report, found["ours FP32"].generator.model, *((64, 4) if config.quick else (512, 16)), rounds)
+    report.finish()
+    if config.write:
+        page = "\n\n".join(table.markdown() for table in report.tables)
+        write_section(Path(config.write), "inference", page)
+    print(json.dumps(report.figures))
+
+
+if __name__ == "__main__":
+    run_main(main)
