@@ -19,7 +19,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from transformer_components import KVCache, TransformerDecoderLayer, make_norm, rotary_angles, sinusoidal_positions
+from transformer_components import (
+    Cache,
+    KVCache,
+    TransformerDecoderLayer,
+    make_norm,
+    rotary_angles,
+    sinusoidal_positions,
+)
 
 IGNORED_LABEL = -100  # positions with this label count for nothing in the loss
 
@@ -113,9 +120,7 @@ class GPTModel(nn.Module):
         **switches: Any,
     ) -> None:
         super().__init__()
-        config = GPTConfig(
-            vocab_size, d_model, n_layers, n_heads, d_ff, max_seq_len, dropout, pad_token_id, **switches
-        )
+        config = GPTConfig(vocab_size, d_model, n_layers, n_heads, d_ff, max_seq_len, dropout, pad_token_id, **switches)
         self.config = config
         self.recompute_activations = False  # True trades time for memory in training
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -215,8 +220,23 @@ class GPTModel(nn.Module):
             positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]  # (B, T)
         if attention_mask is not None or (past and n_tokens > 1):
             mask = visible_keys(n_tokens, past, attention_mask, input_ids.device)  # (B or 1, 1, T, S)
-        x = self.embed(input_ids, positions, past)  # (B, T, D)
-        rotary = self.rotary(n_tokens, positions, past)
+        return self.hidden_states_at(input_ids, positions, mask, cache, past)
+
+    def hidden_states_at(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        start: int = 0,
+    ) -> torch.Tensor:
+        """`hidden_states` of tokens that stand at any positions, (B, T) int64 or start, start + 1, …
+
+        What a token may look at is up to `mask` (see `transformer_components.attend`) or to a cache that ignores it.
+        """
+        n_tokens = input_ids.size(1)
+        x = self.embed(input_ids, positions, start)  # (B, T, D)
+        rotary = self.rotary(n_tokens, positions, start)
         for index, layer in enumerate(self.layers):
             if self.recompute_activations and self.training and cache is None:
                 x = recompute_in_backward(layer, x, mask, rotary, use_reentrant=False)
@@ -302,9 +322,7 @@ class GPTModel(nn.Module):
             self.train(was_training)
 
 
-def visible_keys(
-    n_tokens: int, past: int, attention_mask: torch.Tensor | None, device: torch.device
-) -> torch.Tensor:
+def visible_keys(n_tokens: int, past: int, attention_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """Which keys each new token may look at: itself and every earlier one that is not padding, (B or 1, 1, T, S)."""
     query = torch.arange(past, past + n_tokens, device=device).unsqueeze(1)  # (T, 1)
     key = torch.arange(past + n_tokens, device=device)  # (S,)

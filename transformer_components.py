@@ -7,10 +7,49 @@ D = d_model, H heads, G key/value heads (G divides H), K = head_dim, V = vocabul
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention of queries (B, H, T, K) to keys and values (B, G, S, K), as (B, H, T, K).
+
+    Args:
+        mask: boolean, broadcastable to (B, H, T, S), True where a query may look. None means causal among the new
+            tokens, which is right only without a past (or for a single new token).
+        dropout: the share of attention weights that are dropped.
+    """
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        # SDPA aligns its causal mask upper-left: with a past, one new query would see the first key only
+        is_causal=mask is None and query.size(2) > 1,
+        enable_gqa=query.size(1) != key.size(1),
+    )
+
+
+class Cache(Protocol):
+    """What attention asks of a cache: to remember the new keys and values, and to attend to all that it remembers."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Store key and value (B, G, T, K) of one layer; the attention of query (B, H, T, K), of the same shape."""
+
+    def advance(self, n_tokens: int) -> None:
+        """Called once after all layers have attended, with the number T of new tokens."""
 
 
 class KVCache:
@@ -51,6 +90,12 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = key
         self.values[layer, :, :, self.length : end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Append key and value (B, G, T, K); the attention of query (B, H, T, K) to all so far, of the same shape."""
+        return attend(query, *self.append(layer, key, value), mask)
 
     def advance(self, n_tokens: int) -> None:
         """Count `n_tokens` positions as filled; called once after all layers have appended them."""
@@ -137,7 +182,6 @@ class MultiHeadAttention(nn.Module):
         if n_heads % n_kv_heads:
             raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}")
         self.head_dim = head_dim or d_model // n_heads
-        self.grouped = n_kv_heads != n_heads
         self.dropout = dropout
         self.query_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
         self.key_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
@@ -155,34 +199,25 @@ class MultiHeadAttention(nn.Module):
         x: torch.Tensor,
         mask: torch.Tensor | None = None,
         rotary: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         layer: int = 0,
     ) -> torch.Tensor:
         """Attend from x, (B, T, D), to itself and to what the cache holds; returns (B, T, D).
 
         Args:
-            mask: boolean, broadcastable to (B, H, T, S), True where a query may look. None means causal among the new
-                tokens, which is right only without a past (or for a single new token).
+            mask: where a query may look, see `attend`.
             rotary: cosines and sines of the new positions, see `apply_rotary`; None for other kinds of positions.
-            cache: if given, the new keys and values of this `layer` are appended to it.
+            cache: if given, it stores the new keys and values of this `layer` and attends to what it holds.
         """
         query = self.query_norm(self._split_heads(self.query_proj(x)))  # (B, H, T, K)
         key = self.key_norm(self._split_heads(self.key_proj(x)))  # (B, G, T, K)
         value = self._split_heads(self.value_proj(x))  # (B, G, T, K)
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        if cache is not None:
-            key, value = cache.append(layer, key, value)  # (B, G, S, K)
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            # SDPA aligns its causal mask upper-left: with a past, one new query would see the first key only
-            is_causal=mask is None and query.size(2) > 1,
-            enable_gqa=self.grouped,
-        )  # (B, H, T, K)
+        if cache is None:
+            attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)  # (B, H, T, K)
+        else:
+            attended = cache.attend(layer, query, key, value, mask)  # (B, H, T, K)
         return self.output_proj(attended.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -250,7 +285,7 @@ class TransformerDecoderLayer(nn.Module):
         x: torch.Tensor,
         mask: torch.Tensor | None = None,
         rotary: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         layer: int = 0,
     ) -> torch.Tensor:
         """(B, T, D) → (B, T, D); the other arguments are those of `MultiHeadAttention.forward`."""
