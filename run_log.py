@@ -176,9 +176,16 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
     records = read_metrics(metrics_path)
     panels = [
         ("loss", ["loss", "val_loss"]),
-        ("accuracy", ["accuracy", "val_accuracy"]),
-        ("reward", ["objective/reward", "val_reward"]),
-        ("KL to the reference, nats an answer", ["objective/kl"]),
+        ("accuracy", ["accuracy", "val_accuracy", "rewards/accuracies", "val_rewards/accuracies"]),
+        ("reward", ["objective/scores", "objective/rlhf_reward", "val_reward"]),
+        ("KL to the reference, nats an answer", ["objective/kl", "val_kl"]),
+        ("share of answers that ended", ["objective/ended", "val_ended"]),
+        ("rewards of pairs", ["rewards/chosen", "rewards/rejected", "rewards/margins"]),
+        ("policy and value loss", ["loss/policy_avg", "loss/value_avg"]),
+        ("entropy, nats a token", ["policy/entropy_avg"]),
+        ("KL of a step's updates, nats a token", ["policy/approxkl_avg"]),
+        ("share of ratios clipped", ["policy/clipfrac_avg", "val/clipfrac_avg"]),
+        ("explained variance of returns", ["val/explained_variance"]),
         ("learning rate", ["lr"]),
         ("gradient norm", ["grad_norm"]),
         ("tokens a second", ["tokens_per_second"]),
@@ -204,7 +211,7 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        if len(keys) > 1:
+        if len(axes.lines) > 1:
             axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
     figure.savefig(image_path, dpi=110)

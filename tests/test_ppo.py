@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import finetune
-from alignment import ppo
-from alignment.ppo import PPOConfig, PPOLoop, generalized_advantages, mask_after_end, rlhf_ppo
+from alignment.ppo import PPOConfig, PPOLoop, answer_values, generalized_advantages, rlhf_ppo
 from alignment.reward_model import RewardModel
+from alignment.rollouts import answer_log_probs, mask_after_end
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
@@ -55,9 +55,8 @@ def loop(tmp_path, tokenizer, random_model):
 
 
 def rollout_of(loop):
-    data = loop.train_data
     torch.manual_seed(3)
-    return loop.answer(data.collate([data[index % len(data)] for index in range(8)]))
+    return loop.rollout(loop.train_data, [index % len(loop.train_data) for index in range(8)])
 
 
 # -- the first minibatch -----------------------------------------------------------------------------------------------
@@ -69,7 +68,7 @@ def test_on_the_first_minibatch_the_ratio_is_1_and_all_divergences_are_0(loop):
     lengths = rollout["attention_mask"].sum(1)
     assert len(set(lengths.tolist())) > 3, "prompts of different lengths stand in one batch"
     assert rollout["kl"].abs().max() < 1e-5
-    batch = loop._with_advantages(rollout)
+    batch = loop.estimate_advantages(rollout)
     for rows in (slice(0, 4), slice(4, 8)):
         figures = loop.model(**{name: value[rows] for name, value in batch.items()})
         assert figures["val/ratio"].item() == pytest.approx(1.0, abs=1e-5)
@@ -96,7 +95,7 @@ def test_log_probabilities_of_a_padded_batch_are_those_of_each_answer_alone(loop
         assert torch.allclose(rollout["old_log_probs"][row, :n_written], alone, atol=1e-4)
         values = loop.model.critic.token_values(ids[None], torch.ones_like(ids)[None])[0, -n_written - 1 : -1]
         assert torch.allclose(rollout["old_values"][row, :n_written], values, atol=1e-4)
-        assert rollout["rewards"][row] == pytest.approx(
+        assert rollout["scores"][row] == pytest.approx(
             loop.reward_model.rewards(ids[None], torch.ones_like(ids)[None]).item(), abs=1e-4
         )
     assert n_answer <= 6
@@ -142,10 +141,9 @@ def test_the_score_stands_at_the_last_token_and_divergence_costs_at_every_one(tm
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
     kl = torch.tensor([[0.5, 0.25, 1.0, 0.0], [0.0, 2.0, 0.0, 1.0]])
     values = torch.randn(2, 4)
-    rollout = dict(
-        rewards=torch.tensor([3.0, 1.0]), ended=torch.tensor([True, False]), kl=kl, answer_mask=mask, old_values=values
-    )
-    result = loop._with_advantages(dict(rollout))
+    rollout = dict(scores=torch.tensor([3.0, 1.0]), ended=torch.tensor([True, False]), kl=kl, answer_mask=mask)
+    rollout |= dict(input_ids=None, attention_mask=None, old_log_probs=None, old_values=values)
+    result = loop.estimate_advantages(rollout)
     returns = [[3 - 0.175, 3 - 0.125, 3 - 0.1], [-1 - 0.3, -1 - 0.3, -1 - 0.1, -1 - 0.1]]
     for row, expected in enumerate(returns):
         assert result["returns"][row][mask[row]].tolist() == pytest.approx(expected, abs=1e-5)
@@ -158,16 +156,14 @@ def test_the_score_stands_at_the_last_token_and_divergence_costs_at_every_one(tm
 
 def test_the_loss_is_the_clipped_one_by_hand(loop):
     """Policy and value losses as sums over single tokens, at ratios on both sides of the clip."""
-    batch = loop._with_advantages(rollout_of(loop))
+    batch = loop.estimate_advantages(rollout_of(loop))
     torch.manual_seed(0)
     with torch.no_grad():
         batch["old_log_probs"] = batch["old_log_probs"] + 0.4 * torch.randn_like(batch["old_log_probs"])
         batch["old_values"] = batch["old_values"] + 0.4 * torch.randn_like(batch["old_values"])
         output = loop.model(**batch)
-        n_answer = batch["answer_mask"].size(1)
-        ids, attention = batch["input_ids"], batch["attention_mask"]
-        new, _ = ppo.answer_log_probs(loop.model.policy, ids, attention, n_answer, 1.0)
-        values = ppo.answer_values(loop.model.critic, ids, attention, n_answer)
+        new, _ = answer_log_probs(loop.model.policy, batch, 1.0)
+        values = answer_values(loop.model.critic, batch)
     policy_terms, value_terms, clipped = [], [], 0
     for row, t in batch["answer_mask"].nonzero().tolist():
         ratio = math.exp(new[row, t] - batch["old_log_probs"][row, t])
@@ -210,7 +206,7 @@ def test_rewards_are_measured_in_standard_deviations_of_the_sft_models(tmp_path,
     """`val_reward` begins at 0 with spread 1; a reward model of another scale would give the same."""
     loop = make_loop(tmp_path, tokenizer, random_model)
     loop.before_first_step()
-    rewards = torch.cat([rollout["rewards"] for rollout in loop._validation_rollouts()])
+    rewards = torch.cat([rollout["scores"] for rollout in loop.validation_rollouts()])
     assert rewards.mean().item() == pytest.approx(0.0, abs=1e-4)
     assert rewards.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-3)
     metrics = loop.evaluate()

@@ -1,0 +1,322 @@
+"""What PPO and GRPO have in common: a policy writes answers, minibatches of them update it, and people read samples.
+
+Shapes: B answers, P prompt tokens (padded on the left), R answer tokens, T = P + R.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import distributed
+from alignment.log_probabilities import token_log_probs
+from alignment.lora import LoRAOptions, adapters_disabled, lora_layers
+from byte_level_bpe import ByteLevelBPETokenizer
+from command_line import UserError, option
+from data_loader import Batch, GPTPPODataset
+from gpt_model import GPTModel
+from run_log import read_metrics
+from training_config import TrainingConfig
+from training_loop import TrainingLoop
+
+
+@dataclass
+class RolloutConfig(LoRAOptions, TrainingConfig):
+    """Settings that PPO and GRPO share. A step is one batch of fresh answers and the updates made with them."""
+
+    sft_model: str = option("models/sft/sft_best.pth", "the checkpoint that the policy starts from")
+    max_seq_len: int = option(0, "longest prompt and answer, in tokens; 0 means the model's context")
+    max_gen_len: int = option(32, "longest answer, in tokens")
+    rollout_batch_size: int = option(64, "answers that each rank writes for one step")
+    batch_size: int = option(64, "answers of one forward pass")
+    lr: float = option(1e-4, "peak learning rate of the policy")
+    schedule: str = option("cosine", "course of the learning rate", choices=("cosine", "wsd", "constant"))
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices")
+    compile: str = option("false", "torch.compile; new lengths are compiled anew", choices=("auto", "true", "false"))
+    temperature: float = option(1.0, "of sampling; probabilities are taken at the same temperature")
+    missing_eos_penalty: float = option(1.0, "taken off the reward of an answer that does not end by itself")
+    target_kl: float = option(0.0, "a step's updates stop before one whose policy/approxkl_avg exceeds this; 0: never")
+    log_interval: int = option(1, "steps between records of the metrics")
+    n_samples: int = option(3, "held-out prompts whose answers are shown at every evaluation")
+
+    def validate(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        complaints = super().validate()
+        complaints += self.must_be("at least 1", lambda value: value >= 1, "max_gen_len", "rollout_batch_size")
+        complaints += self.must_be("positive", lambda value: 0 < value < math.inf, "temperature")
+        complaints += self.must_be("at least 0", lambda value: 0 <= value < math.inf, "target_kl", "n_samples")
+        if self.rollout_batch_size % max(1, self.batch_size * self.grad_accum_steps):
+            complaints.append(
+                f"--rollout_batch_size {self.rollout_batch_size} must be a multiple of --batch_size times "
+                f"--grad_accum_steps ({self.batch_size * self.grad_accum_steps})"
+            )
+        return complaints
+
+    def must_be(self, what: str, holds: object, *names: str) -> list[str]:
+        """A complaint for each of the named settings that is not `what`."""
+        values = {name: getattr(self, name) for name in names}
+        return [f"--{name} must be {what}, not {value}" for name, value in values.items() if not holds(value)]
+
+
+def write_answers(
+    policy: GPTModel,
+    prompts: Batch,
+    *,
+    eos_token_id: int,
+    max_gen_len: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Batch:
+    """Let the policy answer, from its whole distribution: probabilities are later taken of just that one.
+
+    Args:
+        prompts: {"input_ids", "attention_mask"}, (B, P), padded on the left.
+
+    Returns:
+        "input_ids", "attention_mask": (B, T), the answers behind their prompts, cut at the stop token.
+        "answer_mask": (B, R) bool, the tokens that the policy wrote, the stop token included.
+        "ended": (B,) bool, whether there is a stop token.
+    """
+    n_prompt = prompts["input_ids"].size(1)
+    input_ids = policy.generate(
+        **prompts, max_gen_len=max_gen_len, temperature=temperature, eos_token_id=eos_token_id, generator=generator
+    )  # (B, T)
+    answers = input_ids[:, n_prompt:]  # (B, R)
+    answer_mask = mask_after_end(answers, eos_token_id)  # (B, R)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.cat((prompts["attention_mask"], answer_mask.long()), dim=1),
+        "answer_mask": answer_mask,
+        "ended": (answers.eq(eos_token_id) & answer_mask).any(dim=1),
+    }
+
+
+def mask_after_end(answers: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Which tokens of (B, R) answers were written: all up to and including the first `</s>`; (B, R) bool."""
+    is_end = answers.eq(eos_token_id)
+    return (is_end.cumsum(dim=1) - is_end.int()).eq(0)
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of x (B, R) over the tokens where the mask (B, R) is true."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def kl_terms(log_probs: torch.Tensor, reference: torch.Tensor, estimator: str) -> torch.Tensor:
+    """For each sampled token, an estimate of KL(policy ‖ reference) that is right on average; any shape.
+
+    http://joschu.net/blog/kl-approx.html: with r = π_ref(token) / π(token), k1 = −log r, and k3 = (r − 1) − log r,
+    which is never negative and varies less.
+    """
+    log_ratio = reference - log_probs
+    return -log_ratio if estimator == "k1" else log_ratio.expm1() - log_ratio
+
+
+class RolloutLoop(TrainingLoop):
+    """The training loop of a policy that learns from its own answers.
+
+    A subclass says what an answer is worth (`judge`) and makes a step of `rollout`s and `update`s.
+
+    Args:
+        model: has the policy as `model.policy`; turns a batch into `{"loss", "policy/approxkl_avg", …}`.
+        needs_reference: whether the divergence from the policy's first state is asked for.
+    """
+
+    shown = ("objective/scores", "objective/kl")
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model: nn.Module,
+        stage: str,
+        tokenizer: ByteLevelBPETokenizer,
+        prompts: GPTPPODataset,
+        val_prompts: GPTPPODataset,
+        device: torch.device,
+        needs_reference: bool = True,
+    ) -> None:
+        self.reference = None  # with LoRA it is the policy without its adapters
+        if needs_reference and not lora_layers(model.policy):
+            self.reference = copy.deepcopy(model.policy).to(device).eval().requires_grad_(False)
+        super().__init__(config, model, model.policy.config, tokenizer, stage, prompts, val_prompts, device)
+        self.needs_reference = needs_reference
+        if len(val_prompts) < self.ranks:
+            raise UserError(
+                f"{len(val_prompts)} held-out prompts are too few for {self.ranks} ranks; raise --val_fraction or give "
+                "held-out data"
+            )
+
+    # ------------------------------------------------------------------------------------------------------- rollouts
+
+    @torch.no_grad()
+    def rollout(self, data: GPTPPODataset, indices: Sequence[int], generator: torch.Generator | None = None) -> Batch:
+        """Let the policy answer prompts, and score the answers.
+
+        Returns:
+            see `write_answers`, and what `judge` adds; a row for each index.
+        """
+        prompts = self._to_device(data.collate([data[index] for index in indices]))
+        answers = write_answers(
+            self.model.policy,
+            prompts,
+            eos_token_id=self.tokenizer.eos_token_id,
+            max_gen_len=self.config.max_gen_len,
+            temperature=self.config.temperature,
+            generator=generator,
+        )
+        answers["indices"] = torch.tensor(indices, device=self.device)
+        parts = []
+        for rows in torch.arange(len(indices), device=self.device).split(self.config.batch_size):
+            part = select(answers, rows)
+            with self.updater.autocast():
+                parts.append({**part, **self.judge(data, part)})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def judge(self, data: GPTPPODataset, answers: Batch) -> Batch:
+        """ "scores" (B,), "old_log_probs" and "kl" (B, R), and whatever else the loss needs."""
+        raise NotImplementedError
+
+    def log_probs(self, answers: Batch) -> torch.Tensor:
+        """log π(token | tokens before it) of the policy for answer tokens, (B, R)."""
+        return answer_log_probs(self.model.policy, answers, self.config.temperature)[0]
+
+    def reference_log_probs(self, answers: Batch) -> torch.Tensor:
+        """The same of the policy that training started from."""
+        if self.reference is not None:
+            return answer_log_probs(self.reference, answers, self.config.temperature)[0]
+        with adapters_disabled(self.model.policy):
+            return self.log_probs(answers)
+
+    def mean_over_answers(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The means of values of answers, (B,) each, over all ranks."""
+        means = {name: float(value.float().mean()) for name, value in values.items()}
+        return {name: distributed.sum_over_ranks(mean, self.device) / self.ranks for name, mean in means.items()}
+
+    def moments(self, x: torch.Tensor) -> tuple[float, float]:
+        """Mean and standard deviation over the values of all ranks."""
+        n, total, squares = (
+            distributed.sum_over_ranks(float(value), self.device) for value in (x.numel(), x.sum(), x.square().sum())
+        )
+        mean = total / n
+        return mean, max(squares / n - mean * mean, 0.0) ** 0.5
+
+    # -------------------------------------------------------------------------------------------------------- updates
+
+    def update(self, rollout: Batch, n_epochs: int) -> dict[str, float]:
+        """Passes over a batch of answers, in minibatches that are shuffled anew for each; a minibatch is an update.
+
+        With `--target_kl` the passes end before an update that would start from a policy too far from the one that
+        wrote the answers: its gradients are thrown away.
+
+        Returns:
+            the means over minibatches of the loss, the norm of its gradient and every other scalar of the model, and
+            how many updates were made.
+        """
+        config, n_answers, lr = self.config, len(rollout["input_ids"]), self.learning_rate()
+        size = config.batch_size * config.grad_accum_steps
+        shuffled = (rows for _ in range(n_epochs) for rows in torch.randperm(n_answers).split(size))
+        results, grad_norms = [], []
+        for rows in shuffled:
+            batches = [self.minibatch(rollout, part.to(self.device)) for part in rows.split(config.batch_size)]
+            results.append(self.accumulate(batches, [self.count(batch) for batch in batches]))
+            if grad_norms and 0 < config.target_kl < results[-1]["policy/approxkl_avg"]:
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+                break
+            grad_norms.append(self.updater.step(lr, results[-1]["loss"]))
+        means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+        return {**means, "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr, "policy/updates": len(grad_norms)}
+
+    def minibatch(self, rollout: Batch, rows: torch.Tensor) -> Batch:
+        """The arguments of the model's `forward` for some rows of a rollout."""
+        return select(rollout, rows)
+
+    def count(self, batch: Batch) -> int:
+        """How many items the loss of a minibatch is the mean of: answer tokens."""
+        return int(batch["answer_mask"].sum())
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def validation_rollouts(self) -> list[Batch]:
+        """Answers to this rank's share of the held-out prompts, with the same random numbers every time."""
+        self.parallel_model.eval()
+        generator = torch.Generator(self.device).manual_seed(self.config.seed + 1)
+        indices, size = range(distributed.rank(), len(self.val_data), self.ranks), self.config.rollout_batch_size
+        parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+        return [self.rollout(self.val_data, part, generator) for part in parts]
+
+    def evaluate(self) -> dict[str, float]:
+        """Means over answers to held-out prompts, of which a few are shown."""
+        rollouts = self.validation_rollouts()
+        if distributed.is_main():
+            self._show(rollouts)
+        figures = {"val_reward": (r["scores"] for r in rollouts), "val_ended": (r["ended"].float() for r in rollouts)}
+        if self.needs_reference:
+            figures["val_kl"] = (rollout["kl"].sum(dim=1) for rollout in rollouts)
+        return {name: self.moments(torch.cat(list(parts)))[0] for name, parts in figures.items()}
+
+    def _show(self, rollouts: Iterable[Batch]) -> None:
+        """Print the answers to the first held-out prompts, and add them to `samples.jsonl`."""
+        samples = [
+            {
+                "step": self.step,
+                "prompt": self.tokenizer.decode(ids[: -len(wrote)][seen[: -len(wrote)].bool()]).strip(),
+                "answer": self.tokenizer.decode(ids[-len(wrote) :][wrote]).strip(),
+                "score": round(float(score), 4),
+                "ended": bool(ended),
+            }
+            for rollout in rollouts
+            for ids, seen, wrote, score, ended in zip(
+                *(rollout[name] for name in ("input_ids", "attention_mask", "answer_mask", "scores", "ended")),
+                strict=True,
+            )
+        ][: self.config.n_samples]
+        path = self.folder / "samples.jsonl"
+        earlier = [
+            sample for sample in read_metrics(path) if sample["step"] < self.step
+        ]  # what a killed run wrote goes
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in earlier + samples)
+            path.write_text("".join(lines), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to {path} ({error.strerror}); free some space") from error
+        for sample in samples:
+            prompt, answer = (" ".join(sample[name].split()) for name in ("prompt", "answer"))
+            tqdm.write(f"  {sample['score']:+6.2f}  {prompt} → {answer}{'' if sample['ended'] else ' …'}")
+
+    def published_state(self) -> dict[str, torch.Tensor]:
+        """The policy alone: a plain language model, or its adapters."""
+        state = super().published_state()
+        return {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
+
+
+def answer_log_probs(
+    model: GPTModel, answers: Batch, temperature: float, with_entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of answer tokens and the entropies there, (B, R) each; 0 behind the end of an answer.
+
+    Args:
+        answers: {"input_ids" (B, T), "attention_mask" (B, T), "answer_mask" (B, R)}.
+    """
+    first = answers["input_ids"].size(1) - answers["answer_mask"].size(1)
+    return token_log_probs(
+        model,
+        answers["input_ids"],
+        answers["attention_mask"],
+        first=first,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+
+
+def select(batch: Batch, rows: torch.Tensor) -> Batch:
+    """Some rows of every tensor of a batch."""
+    return {name: value[rows] for name, value in batch.items()}
