@@ -212,7 +212,7 @@ def sample_batch(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> Samp
         if set(temperatures) != {1.0}:
             scores = scores / scores.new_tensor(temperatures).unsqueeze(1)  # (B, V)
         uniforms = torch.tensor([sampler.uniform() for sampler in samplers], dtype=torch.float64)  # (B,)
-        drawn = draw(_truncated(scores, samplers).softmax(dim=-1), uniforms.to(scores.device))  # (B,)
+        drawn = draw(_truncated(scores, samplers).softmax(dim=-1), uniforms)  # (B,)
         token_ids = torch.where(scores.new_tensor([sampler.greedy for sampler in samplers]) > 0, token_ids, drawn)
     chosen = token_ids.tolist()
     for row in adjusted:
@@ -240,6 +240,22 @@ def _reported(
             likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
             reported[row] = TokenLogProb(chosen[row], float(log_probs[chosen[row]]), likeliest)
     return reported
+
+
+def sample_next(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """One token id for each row of logits (B, V), as (B,) int64; all rows have the same settings and one generator.
+
+    Temperature 0 is greedy, top_k 0 means every token.
+    """
+    if temperature < GREEDY_BELOW:
+        return logits.argmax(dim=-1)
+    batch_size, vocab_size = logits.shape
+    scores = logits.float() / temperature
+    scores = truncate(scores, [min(top_k, vocab_size)] * batch_size, [1.0] * batch_size, [0.0] * batch_size)
+    uniforms = torch.rand(batch_size, generator=generator, device=logits.device)
+    return draw(scores.softmax(dim=-1), uniforms)
 
 
 def truncate(
@@ -279,8 +295,10 @@ def draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
     The first index whose cumulative probability exceeds the uniform number is taken, so one of probability 0 never is.
     """
+    if probabilities.device.type == "mps":  # which has no 64-bit numbers
+        return draw(probabilities.cpu(), uniforms.cpu()).to(probabilities.device)
     # In 64 bits, as 32 cannot tell apart the numbers just below 1
     cdf = probabilities.cumsum(dim=-1, dtype=torch.float64)  # (B, V)
-    target = uniforms.double().unsqueeze(1) * cdf[:, -1:]  # (B, 1)
+    target = uniforms.to(cdf).unsqueeze(1) * cdf[:, -1:]  # (B, 1)
     index = torch.searchsorted(cdf, target, right=True).squeeze(1)  # (B,)
     return index.clamp(max=probabilities.size(-1) - 1)  # a row of NaN would point beyond the end

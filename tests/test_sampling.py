@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from inference.sampling import SamplingParams, TokenSampler, draw, nucleus_threshold, sample_batch, truncate
+from inference.sampling import (
+    SamplingParams,
+    TokenSampler,
+    draw,
+    nucleus_threshold,
+    sample_batch,
+    sample_next,
+    truncate,
+)
 
 V = 50
 
@@ -115,14 +123,9 @@ def test_steps_come_in_the_order_of_transformers():
         TokenSampler(SamplingParams(**params, temperature=1.7, repetition_penalty=1.5, logit_bias={4: 2.5}), prompt)
         for _ in range(300)
     ]
-    for draws in range(5):  # rows take whatever they like, but only what is kept
-        for sampler in samplers:
-            sampler.counts = None  # as at the first step
-        chosen = sample_batch(logits, samplers).token_ids
-        assert expected[torch.arange(300), chosen].isfinite().all()
     uniforms = torch.tensor([0.0, 0.3, 0.6, 0.999999]).repeat(75)
     for sampler, uniform in zip(samplers, uniforms.tolist(), strict=True):
-        sampler.counts, sampler.uniform = None, lambda uniform=uniform: uniform
+        sampler.uniform = lambda uniform=uniform: uniform
     assert sample_batch(logits, samplers).token_ids == draw(expected.softmax(-1), uniforms).tolist()
 
 
@@ -247,6 +250,30 @@ def test_logits_are_left_as_they_were():
     before = logits.clone()
     sample_batch(logits, [TokenSampler(SamplingParams(**settings), [1]) for settings in SETTINGS])
     assert torch.equal(logits, before)
+
+
+def test_rows_of_equal_settings_follow_the_distribution():
+    """20,000 draws at temperature 2 from the three likeliest of five tokens, within four standard deviations."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
+    generator = torch.Generator().manual_seed(0)
+    draws = sample_next(logits.expand(20_000, 5), temperature=2.0, top_k=3, generator=generator)
+    expected = torch.where(logits >= 1.0, logits / 2, -math.inf).softmax(dim=0)
+    found = draws.bincount(minlength=5) / 20_000
+    assert (found - expected).abs().max() < 4 * math.sqrt(0.25 / 20_000)
+    assert found[expected == 0].sum() == 0
+
+
+@pytest.mark.parametrize("top_k", [0, 5, 99])
+def test_top_k_of_everything_is_no_limit(top_k):
+    logits = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0))
+    unlimited = sample_next(logits, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(sample_next(logits, top_k=top_k, generator=torch.Generator().manual_seed(3)), unlimited)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-300])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature):
+    logits = random_logits(3, V) * 1e3
+    assert torch.equal(sample_next(logits, temperature), logits.argmax(dim=-1))
 
 
 # --- what is reported -----------------------------------------------------------------------------------------------
