@@ -7,7 +7,10 @@ is measured here. For data of your own, extend the two lists or write a checker 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from conversation_data import parse_conversation
 
 COURTEOUS_CLOSINGS: dict[str, tuple[str, ...]] = {
     "zh": ("希望对你有帮助。", "很高兴为你解答。", "欢迎继续提问。"),
@@ -66,6 +69,33 @@ def check_answer(response: str, answer: str, *, ended: bool = True) -> AnswerChe
         repetitive=_repeats(text, answer) or sum(closing in _COURTEOUS for closing in closings) > 1,
         rude=any(phrase in text for phrase in _RUDE),
     )
+
+
+def preference_reward(prompts: Sequence[str], responses: Sequence[str], records: Sequence[dict]) -> list[float]:
+    """What responses earn by what `check_answer` says: a reward function for `finetune.py --mode grpo --reward`.
+
+    A right answer earns 1 and, if nothing is wrong with it otherwise, for its courtesy 1 more; what is wrong costs: a
+    wrong answer earns nothing, however courteous, so that manners are never worth an error. Rudeness and repetition
+    cost 0.5 each.
+
+    Args:
+        prompts: the user's last words; not needed here.
+        responses: what the policy wrote.
+        records: the questions' records. The right answer is the field "answer" or, without its closing phrases, the
+            answer of the record itself.
+
+    Returns:
+        a number for each response.
+
+    Raises:
+        UserError: a record without an answer.
+    """
+    scores = []
+    for response, record in zip(responses, records, strict=True):
+        right = record.get("answer") or parse_conversation(record, "a record of the data")[-1]["content"]
+        check = check_answer(response, _split_closings(right.strip())[0])
+        scores.append(check.exact * 1.0 + check.preferred * 1.0 - 0.5 * (check.rude + check.repetitive))
+    return scores
 
 
 def _split_closings(text: str) -> tuple[str, list[str]]:

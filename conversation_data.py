@@ -86,6 +86,20 @@ def _prompt(record: dict, where: str) -> list[Message]:
     return messages + turns
 
 
+def parse_prompt(record: dict, where: str) -> list[Message]:
+    """The messages of a record up to the user's last turn, without the answer that may follow it.
+
+    Raises:
+        UserError: which record, and which field is missing or wrong.
+    """
+    messages = _prompt(record, where)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(f"{where} has no user's turn to answer; a prompt must end with one")
+    return messages
+
+
 def parse_conversation(record: dict, where: str) -> list[Message]:
     """One instruction record as messages that end with an answer.
 

@@ -4,6 +4,7 @@
     python finetune.py --mode reward --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode ppo    --reward_model models/reward/reward_best.pth
     python finetune.py --mode rlhf   # the reward model, then PPO
+    python finetune.py --mode grpo   --reward answer_checker.py:preference_reward
 
 `python finetune.py --mode sft --help` lists the options of a mode.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import sys
 
 import distributed
+from alignment.grpo import GRPOConfig, train_grpo
 from alignment.ppo import PPOConfig, rlhf_ppo
 from alignment.reward_model import RewardConfig, RewardModel, train_reward_model
 from alignment.sft import SFTConfig, sft_finetune
@@ -25,6 +27,7 @@ MODES = {
     "reward": (RewardConfig, train_reward_model, "Train a reward model on preference pairs."),
     "ppo": (PPOConfig, rlhf_ppo, "Align with preferences by PPO, given a reward model."),
     "rlhf": (PPOConfig, rlhf_ppo, "Train a reward model, then align with preferences by PPO."),
+    "grpo": (GRPOConfig, train_grpo, "Learn from a reward function of your own by GRPO."),
 }
 
 

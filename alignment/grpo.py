@@ -1,0 +1,364 @@
+"""GRPO: the policy writes several answers to each prompt, a function scores them, and the better ones become likelier.
+
+Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300) is PPO without a critic: what an answer is worth is
+measured against the other answers of its group, those to the same prompt. The reward is a Python function of yours:
+
+    def reward(prompts: list[str], responses: list[str], records: list[dict]) -> list[float]: ...
+
+    python finetune.py --mode grpo --data_path questions.json --reward my_rewards.py:reward
+
+`prompts` are the user's last words, `responses` what the policy wrote (without special tokens), `records` the data's
+JSON records, in which a function finds the right answer, test cases or whatever else it needs. It returns a number for
+each response, the more the better, and is called with all responses of a step at once.
+
+What later work has settled on are options: advantages without the standard deviation (Dr. GRPO, arXiv:2503.20783) or
+with that of the whole batch (arXiv:2508.08221), a mean over tokens, and a wider clip upwards (DAPO, arXiv:2503.14476).
+
+Shapes: B answers (whole groups of G), P prompt tokens (padded on the left), R answer tokens, T = P + R.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+import distributed
+from alignment.lora import apply_lora
+from alignment.rollouts import RolloutConfig, RolloutLoop, answer_log_probs, kl_terms, masked_mean
+from alignment.sft import fit_context
+from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import load_model
+from command_line import UserError, option, require_file
+from conversation_data import parse_prompt
+from data_loader import Batch, GPTPPODataset, set_validation_part_aside
+from gpt_model import GPTModel
+from text_files import iter_records
+from training_config import prepare_machine
+
+RewardFunction = Callable[[list[str], list[str], list[dict]], Sequence[float]]
+
+
+@dataclass
+class GRPOConfig(RolloutConfig):
+    """Settings of GRPO. A step is one batch of fresh answers and the updates that are made with them."""
+
+    data_path: str = option("data/sft/sft_data.json", "records with prompts, see the README for their shapes")
+    val_data_path: str = option("", "held-out records; empty: --val_fraction of the training data")
+    val_fraction: float = option(0.05, "share of the records set aside, if there are no held-out ones")
+    reward: str = option("answer_checker.py:preference_reward", "PATH.py:FUNCTION(prompts, responses, records)")
+    output_dir: str = option("models/grpo", "folder for checkpoints, metrics and curves")
+    epochs: float = option(0.1, "passes over the prompts, if --max_steps is 0")
+    group_size: int = option(8, "G: answers to each prompt")
+    grpo_epochs: int = option(2, "passes over the answers of a step")
+    advantage_scale: str = option(
+        "group", "advantages are divided by the standard deviation of", choices=("group", "batch", "none")
+    )
+    loss_mean: str = option(
+        "tokens",
+        "each token weighs the same (tokens), or each answer (answers), or a token 1 / --max_gen_len (constant)",
+        choices=("tokens", "answers", "constant"),
+    )
+    kl_coef: float = option(0.04, "β: the weight of the divergence from the SFT model in the loss; 0: no reference")
+    clip_low: float = option(0.2, "the probability ratio is clipped to at least 1 − this")
+    clip_high: float = option(0.28, "the probability ratio is clipped to at most 1 + this")
+
+    def validate(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        complaints = super().validate()
+        complaints += self.must_be("at least 1", lambda value: value >= 1, "grpo_epochs")
+        complaints += self.must_be("at least 2", lambda value: value >= 2, "group_size")
+        complaints += self.must_be("at least 0", lambda value: 0 <= value < math.inf, "kl_coef")
+        complaints += self.must_be("between 0 and 1", lambda value: 0 < value < 1, "clip_low")
+        complaints += self.must_be("positive", lambda value: 0 < value < math.inf, "clip_high")
+        if not self.val_data_path:
+            complaints += self.must_be("between 0 and 1", lambda value: 0 < value < 1, "val_fraction")
+        if self.rollout_batch_size % max(1, self.group_size):
+            complaints.append(
+                f"--rollout_batch_size {self.rollout_batch_size} must be a multiple of --group_size {self.group_size}"
+            )
+        return complaints
+
+
+class GroupPolicy(nn.Module):
+    """The policy and GRPO's loss."""
+
+    def __init__(self, policy: GPTModel, config: GRPOConfig) -> None:
+        super().__init__()
+        self.policy, self.grpo = policy, config
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        answer_mask: torch.Tensor,
+        old_log_probs: torch.Tensor,
+        advantages: torch.Tensor,
+        reference_log_probs: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """GRPO's loss, a mean over tokens or answers (arXiv:2402.03300, equation 3).
+
+        Args:
+            input_ids, attention_mask: (B, T).
+            answer_mask: (B, R) bool, the tokens that the policy wrote.
+            old_log_probs: (B, R), of the policy that wrote the answers.
+            advantages: (B,).
+            reference_log_probs: (B, R), or None if divergence costs nothing.
+        """
+        config, mask = self.grpo, answer_mask
+        answers = {"input_ids": input_ids, "attention_mask": attention_mask, "answer_mask": answer_mask}
+        log_probs, entropy = answer_log_probs(self.policy, answers, config.temperature, with_entropy=True)  # (B, R) × 2
+
+        log_ratio = log_probs - old_log_probs  # (B, R)
+        ratio = log_ratio.exp()
+        clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        advantages = advantages.unsqueeze(1)  # (B, 1): every token of an answer has the answer's
+        losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)  # (B, R)
+        figures = {"loss/policy_avg": self.mean(losses, mask)}
+        loss = figures["loss/policy_avg"]
+        if reference_log_probs is not None:  # the divergence is part of the loss, not of the reward (equation 4: k3)
+            figures["loss/kl_avg"] = self.mean(kl_terms(log_probs, reference_log_probs, "k3"), mask)
+            loss = loss + config.kl_coef * figures["loss/kl_avg"]
+        with torch.no_grad():
+            clipped = (ratio < 1 - config.clip_low) & (advantages < 0) | (ratio > 1 + config.clip_high) & (
+                advantages > 0
+            )
+            figures |= {
+                # KL(old ‖ new): the tokens are the old policy's, http://joschu.net/blog/kl-approx.html, k3
+                "policy/approxkl_avg": masked_mean(kl_terms(old_log_probs, log_probs, "k3"), mask),
+                "policy/clipfrac_avg": masked_mean(clipped.float(), mask),
+                "policy/entropy_avg": masked_mean(entropy, mask),
+                "val/ratio": masked_mean(ratio, mask),
+            }
+        return {"loss": loss, **figures}
+
+    def mean(self, losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The mean of token losses (B, R) that `--loss_mean` asks for."""
+        if self.grpo.loss_mean == "tokens":  # arXiv:2503.14476, equation 8: long answers count for their length
+            return masked_mean(losses, mask)
+        n_tokens = mask.sum(dim=1) if self.grpo.loss_mean == "answers" else self.grpo.max_gen_len
+        return ((losses * mask).sum(dim=1) / n_tokens).mean()  # "constant": arXiv:2503.20783, appendix A
+
+
+def group_advantages(scores: torch.Tensor, group_size: int, scale: str, batch_std: float = 1.0) -> torch.Tensor:
+    """How much better each answer is than its group: (B,) → (B,), the answers of a group standing together.
+
+    group: (r − mean) / std of the group (arXiv:2402.03300, section 4.1.2); batch: / std of all scores
+    (arXiv:2508.08221); none: r − mean (arXiv:2503.20783: dividing gives more weight to prompts that are nearly always,
+    or nearly never, answered well).
+    """
+    groups = scores.view(-1, group_size)  # (B / G, G)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    spread = {"group": groups.std(dim=1, keepdim=True) + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}[scale]
+    return (centred / spread).flatten()
+
+
+class RecordDataset(GPTPPODataset):
+    """The prompts of records, each beside the record that a reward function may need.
+
+    Raises:
+        UserError: a malformed record (which one, which field), or none that leaves room for an answer.
+    """
+
+    def __init__(
+        self, records: Sequence[tuple[str, dict]], tokenizer: ByteLevelBPETokenizer, max_prompt_len: int
+    ) -> None:
+        messages = [parse_prompt(record, where) for where, record in records]
+        super().__init__(messages, tokenizer, max_prompt_len)
+        beside = {}
+        for prompt, (_, record) in zip(messages, records, strict=True):
+            ids = tuple(tokenizer.encode_chat(prompt, add_generation_prompt=True)["input_ids"])
+            beside.setdefault(ids, (prompt[-1]["content"], record))
+        self.questions, self.records = zip(*(beside[ids] for ids in self.samples), strict=True)
+
+
+class GRPOLoop(RolloutLoop):
+    """The training loop with GRPO's step: groups of answers, their scores, and several updates."""
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        policy: GPTModel,
+        tokenizer: ByteLevelBPETokenizer,
+        reward: RewardFunction,
+        data: RecordDataset,
+        val_data: RecordDataset,
+        device: torch.device,
+    ) -> None:
+        self.reward = reward
+        model = GroupPolicy(policy, config)
+        super().__init__(config, model, "grpo", tokenizer, data, val_data, device, needs_reference=config.kl_coef > 0)
+        if not self.needs_reference:
+            self.shown = ("objective/scores", "objective/ended")
+
+    def global_batch(self) -> int:
+        """Prompts of one step over all ranks."""
+        return self.config.rollout_batch_size // self.config.group_size * self.ranks
+
+    def judge(self, data: RecordDataset, answers: Batch) -> Batch:
+        """ "scores" (B,), "old_log_probs" and, if there is a reference, "reference_log_probs" and "kl" (B, R)."""
+        log_probs = self.log_probs(answers)  # (B, R)
+        figures = {"old_log_probs": log_probs, "scores": self.scores(data, answers)}
+        if self.needs_reference:
+            figures["reference_log_probs"] = self.reference_log_probs(answers)
+            figures["kl"] = kl_terms(log_probs, figures["reference_log_probs"], "k3")
+        return figures
+
+    def scores(self, data: RecordDataset, answers: Batch) -> torch.Tensor:
+        """What the reward function says of answers, (B,)."""
+        indices, n_answer = answers["indices"].tolist(), answers["answer_mask"].size(1)
+        rows = zip(answers["input_ids"][:, -n_answer:], answers["answer_mask"], strict=True)
+        responses = [self.tokenizer.decode(ids[wrote]) for ids, wrote in rows]
+        prompts, records = ([values[index] for index in indices] for values in (data.questions, data.records))
+        return torch.tensor(call_reward(self.reward, prompts, responses, records), device=self.device)
+
+    def train_step(self) -> dict[str, float]:
+        """Groups of answers and `grpo_epochs` passes of updates over them."""
+        self.parallel_model.eval()  # dropout would make the ratio differ from 1 before anything has changed
+        mine = self.order.batch(self.step)[distributed.rank() :: self.ranks]
+        grouped = [index for index in mine for _ in range(self.config.group_size)]
+        return self.learn_from(self.rollout(self.train_data, grouped))
+
+    def learn_from(self, rollout: Batch) -> dict[str, float]:
+        """The updates of one step; returns its figures."""
+        config = self.config
+        rewards = rollout["scores"] - config.missing_eos_penalty * ~rollout["ended"]  # (B,)
+        spreads = rewards.view(-1, config.group_size).std(dim=1, unbiased=False)  # (B / G,)
+        answers = {
+            "objective/entropy": -rollout["old_log_probs"].sum(dim=1),  # of an answer, estimated by itself
+            "objective/scores": rollout["scores"],
+            "objective/ended": rollout["ended"],
+            "objective/group_std": spreads,
+            "objective/equal_groups": spreads == 0,  # nothing can be learned from these
+            "answer_length": rollout["answer_mask"].sum(dim=1),
+        }
+        if self.needs_reference:
+            answers["objective/kl"] = rollout["kl"].sum(dim=1)
+        figures = self.mean_over_answers(answers)
+        _, batch_std = self.moments(rewards)
+        names = ("input_ids", "attention_mask", "answer_mask", "old_log_probs")
+        batch = {name: rollout[name] for name in (*names, "reference_log_probs") if name in rollout}
+        batch["advantages"] = group_advantages(rewards, config.group_size, config.advantage_scale, batch_std)
+        figures |= self.update(batch, config.grpo_epochs)
+        self.step += 1
+        return {**figures, "tokens": int(rollout["attention_mask"].sum()) * self.ranks}
+
+    def count(self, batch: Batch) -> int:
+        """How many items the loss of a minibatch is the mean of: answer tokens, or answers."""
+        return super().count(batch) if self.config.loss_mean == "tokens" else len(batch["input_ids"])
+
+    def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
+        """The best policy earns most on held-out prompts."""
+        return metrics["val_reward"] > best["val_reward"]
+
+
+# ------------------------------------------------------------------------------------------------------------ rewards
+
+
+def load_reward(place: str) -> RewardFunction:
+    """The function that `PATH.py:FUNCTION` names; the path is seen from the working folder or this project's.
+
+    Raises:
+        UserError: no such file or function, or the file cannot be imported.
+    """
+    file, colon, name = place.rpartition(":")
+    if not (colon and file and name.isidentifier()):
+        raise UserError(f"--reward {place} must be a file and a function in it, such as my_rewards.py:reward")
+    path = Path(file) if Path(file).exists() else Path(__file__).parent.parent / file
+    path = require_file(path if path.exists() else file, "the file of --reward", "give PATH.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    if spec is None:
+        raise UserError(f"--reward {place}: {path} is no Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses of the file look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever somebody else's code raises
+        raise UserError(f"{path} cannot be imported: {described(error)}; mend it") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = ", ".join(
+            key for key, value in vars(module).items() if callable(value) and value.__module__ == spec.name
+        )
+        raise UserError(f"{path} has no function {name}; it has {known or 'none'}")
+    return function
+
+
+def call_reward(function: RewardFunction, prompts: list[str], responses: list[str], records: list[dict]) -> list[float]:
+    """One finite number for each response.
+
+    Raises:
+        UserError: the function raised an exception, or returned something else.
+    """
+    name = getattr(function, "__name__", "reward")
+    try:
+        scores = function(prompts, responses, records)
+    except UserError:
+        raise
+    except Exception as error:  # whatever somebody else's code raises
+        raise UserError(f"the reward function {name} failed: {described(error)}; mend it") from error
+    try:
+        scores = [float(score) for score in scores]
+    except (TypeError, ValueError):
+        raise UserError(f"the reward function {name} must return a list of numbers, not {scores!r:.100}") from None
+    if len(scores) != len(responses):
+        raise UserError(f"the reward function {name} returned {len(scores)} scores for {len(responses)} responses")
+    for score, response in zip(scores, responses, strict=True):
+        if not math.isfinite(score):
+            raise UserError(
+                f"the reward function {name} gave {score} to the response {response!r:.100}; it must be finite"
+            )
+    return scores
+
+
+def described(error: Exception) -> str:
+    """What went wrong in somebody's code and in which line, on one line."""
+    line = error.__traceback__
+    while line.tb_next is not None:
+        line = line.tb_next
+    what = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {what} ({Path(line.tb_frame.f_code.co_filename).name}, line {line.tb_lineno})"
+
+
+def train_grpo(config: GRPOConfig | None = None, **settings: Any) -> dict[str, float]:
+    """Let an SFT model learn from a reward function; leaves `grpo_best.pth`.
+
+    Returns:
+        the metrics of the best policy.
+    """
+    config = config or GRPOConfig(**settings)
+    require_file(config.sft_model, "the SFT model", "run finetune.py --mode sft first, or check the path")
+    reward = load_reward(config.reward)
+    device = prepare_machine(config)
+    records = list(iter_records(config.data_path))
+    if config.val_data_path:
+        val_records = list(iter_records(config.val_data_path))
+    else:
+        records, val_records = set_validation_part_aside(records, config.val_fraction)
+        if not (records and val_records):
+            raise UserError(f"{config.data_path} has too few records to set some aside; give --val_data_path")
+    policy, tokenizer, _ = load_model(config.sft_model)
+    apply_lora(policy, config, config.sft_model)
+    fit_context(config, policy)
+    room = config.max_seq_len - config.max_gen_len
+    data, val_data = (RecordDataset(part, tokenizer, room) for part in (records, val_records))
+    loop = GRPOLoop(config, policy, tokenizer, reward, data, val_data, device)
+    if distributed.is_main():
+        n_prompts = loop.order.batch_size
+        size = f"{loop.max_steps} steps of {n_prompts} prompts with {config.group_size} answers each"
+        print(f"GRPO on {len(data)} prompts, {size}, rewarded by {config.reward}")
+    best = loop.train()
+    if distributed.is_main():
+        divergence = f", KL {best['val_kl']:.2f} nats an answer" if "val_kl" in best else ""
+        print(
+            f"aligned: {loop.best_path}, held-out reward {best['val_reward']:.3f}{divergence}, {loop.seconds:.0f} s; "
+            f"curves in {Path(config.output_dir) / 'curves.png'}"
+        )
+    return best
