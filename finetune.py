@@ -3,6 +3,7 @@
     python finetune.py --mode sft    --pretrained_model models/pretrain/pretrain_best.pth
     python finetune.py --mode reward --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode ppo    --reward_model models/reward/reward_best.pth
+    python finetune.py --mode dpo    --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode rlhf   # the reward model, then PPO
     python finetune.py --mode grpo   --reward answer_checker.py:preference_reward
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import sys
 
 import distributed
+from alignment.dpo import DPOConfig, dpo
 from alignment.grpo import GRPOConfig, train_grpo
 from alignment.ppo import PPOConfig, rlhf_ppo
 from alignment.reward_model import RewardConfig, RewardModel, train_reward_model
@@ -26,6 +28,7 @@ MODES = {
     "sft": (SFTConfig, sft_finetune, "Supervised fine-tuning on instruction data."),
     "reward": (RewardConfig, train_reward_model, "Train a reward model on preference pairs."),
     "ppo": (PPOConfig, rlhf_ppo, "Align with preferences by PPO, given a reward model."),
+    "dpo": (DPOConfig, dpo, "Align with preferences by DPO, without a reward model."),
     "rlhf": (PPOConfig, rlhf_ppo, "Train a reward model, then align with preferences by PPO."),
     "grpo": (GRPOConfig, train_grpo, "Learn from a reward function of your own by GRPO."),
 }
