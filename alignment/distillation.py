@@ -1,0 +1,299 @@
+"""Distillation: a small model, the student, learns from a larger one, the teacher (arXiv:1503.02531).
+
+From its probabilities (white box): at every position that carries a label the student learns the label and the whole
+distribution that the teacher gives, which also says how wrong each of the wrong tokens is. Both have to have the same
+tokenizer. From its texts (black box, `--from_text`): the teacher answers the questions, and the student is fine-tuned
+on these answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+import distributed
+from alignment.log_probabilities import LOGITS_AT_ONCE
+from alignment.sft import fit_context
+from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import load_model
+from command_line import UserError, option, require_file
+from conversation_data import Message, load_conversations
+from data_loader import GPTPretrainDataset, GPTSFTDataset, set_validation_part_aside, tokenize_to_shards
+from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
+from text_generation import generate_texts
+from training_config import TrainingConfig, prepare_machine
+from training_loop import TrainingData, TrainingLoop
+
+
+@dataclass
+class DistillationConfig(TrainingConfig):
+    """Settings of distillation."""
+
+    teacher_model: str = option("models/sft/sft_best.pth", "the checkpoint to learn from")
+    student_model: str = option("", "the checkpoint that the student starts from; empty: a new model of these sizes:")
+    n_layers: int = option(0, "layers of a new student; 0 means half of the teacher's")
+    d_model: int = option(0, "width of a new student; 0 means half of the teacher's")
+    n_heads: int = option(0, "attention heads of a new student; 0 means half of the teacher's")
+    n_kv_heads: int = option(0, "key/value heads of a new student; 0 means the teacher's proportion to --n_heads")
+    data_path: str = option("data/sft/sft_data.json", "instruction data, see the README for its shapes")
+    text_data: str = option("", "text to learn from instead: a file, a folder, or a name without its ending")
+    val_data_path: str = option("", "validation data of the same kind; empty: --val_fraction of the training data")
+    val_fraction: float = option(0.05, "share of the records or documents set aside, if there is no validation data")
+    shard_dir: str = option("models/token_shards", "folder for tokenized --text_data, which is made once and reused")
+    output_dir: str = option("models/distill", "folder for checkpoints, metrics and curves")
+    max_seq_len: int = option(0, "longest conversation or window, in tokens; 0 means the student's context")
+    optimizer: str = option("muon", "adamw, or muon for hidden matrices beside adamw", choices=("adamw", "muon"))
+    batch_size: int = option(32, "conversations or windows of one forward pass on one rank")
+    lr: float = option(3e-3, "peak learning rate")
+    epochs: float = option(8.0, "passes over the training data, if --max_steps is 0")
+    alpha: float = option(0.9, "the teacher's share of the loss, 0 … 1; the rest is the labels'")
+    temperature: float = option(2.0, "both distributions are softened by it, so that small probabilities count")
+    from_text: bool = option(False, "learn from texts that the teacher writes, not from its probabilities")
+    max_gen_len: int = option(64, "longest answer of the teacher, in tokens, with --from_text")
+    sampling_temperature: float = option(0.0, "of the teacher's answers, with --from_text; 0 takes the likeliest token")
+
+    def validate(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        complaints = super().validate()
+        sizes = ("n_layers", "d_model", "n_heads", "n_kv_heads")
+        complaints += [
+            f"--{name} must not be negative, not {getattr(self, name)}" for name in sizes if getattr(self, name) < 0
+        ]
+        if self.student_model and any(getattr(self, name) for name in sizes):
+            complaints.append(f"--student_model brings its own size; leave out --{', --'.join(sizes)}")
+        if not 0 <= self.alpha <= 1:
+            complaints.append(f"--alpha must be between 0 and 1, not {self.alpha}")
+        if not self.temperature > 0:
+            complaints.append(f"--temperature must be positive, not {self.temperature}")
+        if not self.sampling_temperature >= 0:
+            complaints.append(f"--sampling_temperature must not be negative, not {self.sampling_temperature}")
+        if self.max_gen_len < 1:
+            complaints.append(f"--max_gen_len must be at least 1, not {self.max_gen_len}")
+        if self.from_text and self.text_data:
+            complaints.append("--from_text has the teacher answer the questions of --data_path; leave out --text_data")
+        if not self.val_data_path and not 0 < self.val_fraction < 1:
+            complaints.append(f"--val_fraction must be between 0 and 1, not {self.val_fraction}")
+        return complaints
+
+
+class DistillationModel(nn.Module):
+    """The student, the frozen teacher, and the loss.
+
+    Args:
+        student: trained.
+        teacher: of the same vocabulary; None if only the labels are learned.
+        alpha: the teacher's share of the loss.
+        temperature: T, which softens both distributions.
+    """
+
+    def __init__(self, student: GPTModel, teacher: GPTModel | None, alpha: float, temperature: float) -> None:
+        super().__init__()
+        self.student, self.alpha, self.temperature = student, alpha, temperature
+        self.teacher = None if teacher is None else teacher.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> DistillationModel:
+        """The teacher never drops anything out."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The loss as a mean over the positions that carry a label; elsewhere nothing is computed from logits.
+
+        Args:
+            input_ids, labels, attention_mask: (B, T), as `GPTModel.forward` takes them.
+
+        Returns:
+            {"loss": (1 − α) CE + α T² KL, "cross_entropy": of the labels, "kl": KL(teacher ‖ student) at temperature T}
+
+            Soft targets have gradients that are smaller by 1/T², hence T² (arXiv:1503.02531, section 2).
+        """
+        predicted = labels[:, 1:].ne(IGNORED_LABEL)  # (B, T − 1)
+        targets = labels[:, 1:][predicted]  # (N,)
+        hidden = self.student.hidden_states(input_ids, attention_mask)[:, :-1][predicted]  # (N, D)
+        if self.teacher is None:
+            theirs = hidden.new_empty(len(targets), 0)  # (N, 0)
+        else:
+            with torch.no_grad():
+                theirs = self.teacher.hidden_states(input_ids, attention_mask)[:, :-1][predicted]  # (N, D')
+        # The logits of both exist for a chunk at a time, and are computed once more in the backward pass
+        size = max(1, LOGITS_AT_ONCE // self.student.config.vocab_size)
+        parts = [
+            recompute_in_backward(self._losses_of_chunk, *chunk, use_reentrant=False)
+            for chunk in zip(hidden.split(size), theirs.split(size), targets.split(size), strict=True)
+        ]
+        cross_entropy, kl = (torch.stack(sums).sum() / max(1, len(targets)) for sums in zip(*parts, strict=True))
+        if self.teacher is None:
+            return {"loss": cross_entropy}
+        loss = (1 - self.alpha) * cross_entropy + self.alpha * self.temperature**2 * kl
+        return {"loss": loss, "cross_entropy": cross_entropy, "kl": kl}
+
+    def _losses_of_chunk(
+        self, hidden: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of −log q(target) and of KL(p ‖ q) after the student's (N, D) and the teacher's (N, D') states."""
+        logits = self.student.lm_head(hidden).float()  # (N, V)
+        cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+        if self.teacher is None:
+            return cross_entropy, torch.zeros_like(cross_entropy)
+        log_q = (logits / self.temperature).log_softmax(dim=-1)  # (N, V)
+        log_p = (self.teacher.lm_head(theirs).float() / self.temperature).log_softmax(dim=-1)  # (N, V)
+        return cross_entropy, F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+class DistillationLoop(TrainingLoop):
+    """The training loop, whose best checkpoint is the student alone."""
+
+    def published_state(self) -> dict[str, torch.Tensor]:
+        """A plain language model."""
+        prefix, state = "student.", super().published_state()
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def student_of(teacher: GPTConfig, config: DistillationConfig) -> GPTConfig:
+    """The teacher's architecture in the sizes of the settings.
+
+    Raises:
+        UserError: the sizes do not go together.
+    """
+    sizes = {name: getattr(config, name) or max(1, getattr(teacher, name) // 2) for name in ("n_layers", "d_model")}
+    n_heads = config.n_heads or max(1, teacher.n_heads // 2)
+    n_kv_heads = config.n_kv_heads or max(1, n_heads * teacher.n_kv_heads // teacher.n_heads)
+    try:
+        return replace(teacher, **sizes, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=None, head_dim=None)
+    except ValueError as error:
+        raise UserError(f"no student has these sizes: {error}; change --d_model, --n_heads or --n_kv_heads") from None
+
+
+def teacher_answers(
+    config: DistillationConfig,
+    teacher: GPTModel,
+    tokenizer: ByteLevelBPETokenizer,
+    conversations: Sequence[Sequence[Message]],
+) -> list[list[Message]]:
+    """The conversations with the teacher's last answer in place of their own; without those that it did not end.
+
+    They are written to `teacher_answers.jsonl` in the output folder, from where a resumed run takes them.
+
+    Raises:
+        UserError: the teacher ended no answer by itself.
+    """
+    path = Path(config.output_dir) / "teacher_answers.jsonl"
+    if distributed.is_main() and not (config.resume and path.is_file()):
+        answers = generate_texts(
+            teacher,
+            tokenizer,
+            [list(conversation[:-1]) for conversation in conversations],
+            chat=True,
+            max_gen_len=config.max_gen_len,
+            temperature=config.sampling_temperature,
+            seed=config.seed,
+            show_progress=True,
+        )
+        taught = [
+            [*conversation[:-1], {"role": "assistant", "content": answer.text}]
+            for conversation, answer in zip(conversations, answers, strict=True)
+            if answer.ended and answer.text.strip()
+        ]
+        if not taught:
+            raise UserError(
+                f"{config.teacher_model} ended no answer by itself; raise --max_gen_len or take an sft model"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in taught]
+        path.write_text("".join(lines), encoding="utf-8")
+        print(f"the teacher wrote {len(taught)} answers, see {path}", flush=True)
+    distributed.barrier()
+    return load_conversations(path)
+
+
+def load_data(
+    config: DistillationConfig, teacher: GPTModel, tokenizer: ByteLevelBPETokenizer
+) -> tuple[TrainingData, TrainingData]:
+    """Training and validation data: conversations, or windows of text."""
+    if config.text_data:
+        sources = [(config.text_data, "train"), (config.text_data, "val")]
+        if config.val_data_path:
+            sources = [(config.text_data, "all"), (config.val_data_path, "all")]
+
+        def read(path: str, part: str) -> GPTPretrainDataset:
+            shards = tokenize_to_shards(path, tokenizer, config.shard_dir, part=part, val_fraction=config.val_fraction)
+            return GPTPretrainDataset(shards, config.max_seq_len, path)
+
+        if distributed.is_main():
+            data = [read(*source) for source in sources]
+        distributed.barrier()  # the other ranks then find the shards on the disk
+        return tuple(data if distributed.is_main() else [read(*source) for source in sources])
+    conversations = load_conversations(config.data_path)
+    if config.val_data_path:
+        val_conversations = load_conversations(config.val_data_path)
+    else:
+        conversations, val_conversations = set_validation_part_aside(conversations, config.val_fraction)
+        if not (conversations and val_conversations):
+            raise UserError(f"{config.data_path} has too few records to set some aside; give --val_data_path")
+    if config.from_text:
+        conversations = teacher_answers(config, teacher, tokenizer, conversations)
+    return tuple(GPTSFTDataset(part, tokenizer, config.max_seq_len) for part in (conversations, val_conversations))
+
+
+def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[str, float]:
+    """Teach a small model what a larger one knows; leaves `distill_best.pth`.
+
+    Returns:
+        the metrics of the best student.
+    """
+    config = config or DistillationConfig(**settings)
+    require_file(config.teacher_model, "the teacher", "train it first, or check the path")
+    device = prepare_machine(config)
+    teacher, tokenizer, _ = load_model(config.teacher_model, device)
+    if config.student_model:
+        student, student_tokenizer, _ = load_model(config.student_model)
+        if student_tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{config.student_model} and {config.teacher_model} have different tokenizers; train the student with "
+                "the teacher's"
+            )
+    else:
+        student = GPTModel.from_config(student_of(teacher.config, config))
+    fit_context(config, student)
+    if teacher.config.max_seq_len < config.max_seq_len:
+        limit = teacher.config.max_seq_len
+        raise UserError(f"{config.teacher_model} reads at most {limit} tokens; use --max_seq_len {limit}")
+    train_data, val_data = load_data(config, teacher, tokenizer)
+    student.recompute_activations = config.recompute_activations
+    is_asked = config.alpha > 0 and not config.from_text
+    loop = DistillationLoop(
+        config,
+        DistillationModel(student, teacher if is_asked else None, config.alpha, config.temperature),
+        student.config,
+        tokenizer,
+        "distill",
+        train_data,
+        val_data,
+        device,
+        lengths=getattr(train_data, "lengths", None),
+    )
+    if distributed.is_main():
+        print(
+            f"a student of {student.num_parameters() / 1e6:.2f} M parameters learns from {config.teacher_model} "
+            f"({teacher.num_parameters() / 1e6:.2f} M), {loop.max_steps} steps"
+        )
+    best = loop.train()
+    if distributed.is_main():
+        loss = best.get("val_cross_entropy", best["val_loss"])
+        print(
+            f"distilled: {loop.best_path}, validation loss {loss:.4f} nats a token, {loop.seconds:.0f} s; "
+            f"curves in {Path(config.output_dir) / 'curves.png'}"
+        )
+    return best
