@@ -6,11 +6,12 @@ A checkpoint is a dict that `torch.load(weights_only=True, mmap=True)` accepts:
     stage           "pretrain" | "sft" | "reward" | "ppo" | …
     step            optimiser steps made
     config          the fields of GPTConfig
-    model           the state dict
+    model           the state dict; with LoRA, only what was trained
     tokenizer       {"fingerprint": sha256, "files": {name: text}}; no later stage asks for the tokenizer again
     metrics         the scores at that step
     command, versions
     training_state  optimiser, random states, … ; only in the checkpoints that training continues from
+    lora            with LoRA: its settings, where the base model is, and the fingerprint of its weights
     …               what a stage adds, such as "quantization"
 
 PyTorch writes a zip archive with a CRC-32 of every tensor, so a damaged file is recognised without a second file.
@@ -20,17 +21,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import platform
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 
+from alignment.lora import LoRAOptions, attach_lora, detach_lora, lora_state, merge_lora
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, require_file
 from gpt_model import GPTConfig, GPTModel
@@ -48,9 +54,13 @@ def save_checkpoint(
     step: int = 0,
     metrics: dict[str, Any] | None = None,
     training_state: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
     **extra: Any,
 ) -> Path:
     """Write a checkpoint. A kill or a full disk at any moment leaves the old file, or none, but never half a file.
+
+    Args:
+        lora: of adapters, their settings with "base" and "base_fingerprint", see `find_base`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; what was there before is still there.
@@ -69,6 +79,8 @@ def save_checkpoint(
     }
     if training_state is not None:
         content["training_state"] = training_state
+    if lora:
+        content["lora"] = {**lora, "base_relative": os.path.relpath(lora["base"], Path(path).parent)}
     return atomic_save(content, path)
 
 
@@ -156,20 +168,99 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPTModel, ByteLevelBPETokenizer, dict]:
-    """The model (in eval mode), its tokenizer and the checkpoint's dict.
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    base: str | Path | None = None,
+    load_base: Callable[..., tuple[GPTModel, ByteLevelBPETokenizer, dict]] | None = None,
+) -> tuple[GPTModel, ByteLevelBPETokenizer, dict]:
+    """The model (in eval mode), its tokenizer and the checkpoint's dict. Adapters (LoRA) come merged into their base.
+
+    Args:
+        path: a checkpoint.
+        device: where the model shall be.
+        base, load_base: see `restore_model`.
 
     Raises:
-        UserError: as `load_checkpoint`; or the checkpoint holds something else than a language model in full precision.
+        UserError: as `load_checkpoint` and `restore_model`; or it is no language model in full precision.
     """
     content = load_checkpoint(path)
     if content.get("quantization"):
         raise UserError(f"{path} is quantized ({content['quantization']}); give the checkpoint it was made from")
     if content["stage"] == "reward":
         raise UserError(f"{path} is a reward model, which writes no text; give a pretrained, sft or ppo checkpoint")
-    model = GPTModel.from_config(config_of(content, path))
-    load_weights(model, content["model"], path)
+    model = restore_model(content, path, base=base, load_base=load_base)
+    content.pop("lora", None)  # what is returned is a plain model
     return model.to(device).eval(), tokenizer_of(content), content
+
+
+def restore_model(
+    content: dict[str, Any],
+    path: str | Path,
+    wrap: Callable[[GPTModel], nn.Module] = lambda model: model,
+    base: str | Path | None = None,
+    load_base: Callable[..., tuple[GPTModel, ByteLevelBPETokenizer, dict]] | None = None,
+) -> nn.Module:
+    """The model of a checkpoint in full precision, trained as a whole or with LoRA.
+
+    Args:
+        content, path: the checkpoint, and where it was read.
+        wrap: turns a GPT into the kind of model that the checkpoint holds, such as `RewardModel`.
+        base: of adapters, the checkpoint that they belong to; None takes the recorded one.
+        load_base: what loads it, `load_model` unless given. Beside a quantized base, adapters stay unmerged.
+
+    Raises:
+        UserError: another architecture; or the base is missing or has changed.
+    """
+    if "lora" not in content:
+        model = wrap(GPTModel.from_config(config_of(content, path)))
+        load_weights(model, content["model"], path)
+        return model
+    base_model, _, base_content = (load_base or load_model)(find_base(content, path, base))
+    model = wrap(base_model)
+    attach_lora(model, LoRAOptions(**{field.name: content["lora"][field.name] for field in fields(LoRAOptions)}))
+    untrained = {name: value for name, value in model.state_dict().items() if name not in lora_state(model)}
+    load_weights(model, {**untrained, **content["model"]}, path)
+    if not base_content.get("quantization"):
+        merge_lora(model)
+        detach_lora(model)
+    return model
+
+
+def find_base(content: dict[str, Any], path: str | Path, base: str | Path | None = None) -> Path:
+    """The checkpoint that adapters belong to: `base`, or what is found at its place seen from the adapters' folder or
+    from the working folder. It has to have the weights that the adapters were trained with.
+
+    Raises:
+        UserError: it is not there, or its weights have changed.
+    """
+    lora = content["lora"]
+    wanted = [Path(base)] if base else [Path(path).parent / lora["base_relative"], Path(lora["base"])]
+    found = [place for place in wanted if place.is_file()]
+    for place in found:
+        if weight_fingerprint(load_checkpoint(place)) == lora["base_fingerprint"]:
+            return place
+    what = f"{found[0]}, whose weights are others now" if found else f"{wanted[-1]}, which is not there"
+    raise UserError(
+        f"{path} holds adapters (LoRA) for {what}; bring that model back, or say where it is and merge the two: "
+        f"python -m alignment.lora --adapter {path} --base_model PATH --output_path MERGED"
+    )
+
+
+def weight_fingerprint(content: dict[str, Any]) -> str:
+    """SHA-256 of a checkpoint's weights; of adapters, together with their base's; quantized, of what they were before.
+
+    Adapters recognise by it the model that they were trained with.
+    """
+    if "quantized_from" in content:
+        return content["quantized_from"]
+    lora = content.get("lora", {})  # where the base is does not matter, but what it is
+    settings = {name: value for name, value in lora.items() if name not in ("base", "base_relative")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(content["model"].items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def config_of(content: dict[str, Any], path: str | Path) -> GPTConfig:
@@ -188,7 +279,7 @@ def tokenizer_of(content: dict[str, Any]) -> ByteLevelBPETokenizer:
     return ByteLevelBPETokenizer.from_files(content["tokenizer"]["files"])
 
 
-def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
     """Copy a state dict into a model; every name and shape has to match."""
     try:
         model.load_state_dict(state, strict=True)

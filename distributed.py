@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from alignment.lora import trained_state
 from command_line import UserError
 from gpt_model import GPTModel
 from optimization import by_mesh, like, whole
@@ -297,9 +298,12 @@ class ParallelModel:
     # ------------------------------------------------------------------------------------------------- saving, loading
 
     def model_state(self) -> dict[str, torch.Tensor]:
-        """The weights of the whole model on the CPU of rank 0; all ranks have to call it, the others get {}."""
+        """The weights of the whole model on the CPU of rank 0; all ranks have to call it, the others get {}.
+
+        What is frozen is left out: it can be had where it came from.
+        """
         if self._mesh is None:
-            return get_model_state_dict(self.module, options=WHOLE)
+            return trained_state(self.module, get_model_state_dict(self.module, options=WHOLE))
         state = self._gather(get_model_state_dict(self.module))
         if self._tied and is_main():
             state["lm_head.weight"] = state["token_embedding.weight"]  # one tensor in the file, too
@@ -321,9 +325,10 @@ class ParallelModel:
         return model
 
     def load_model_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take this rank's share of the weights of a whole model."""
-        mine = get_model_state_dict(self.module)
-        set_model_state_dict(self.module, {name: like(state[name].to(self.device), mine[name]) for name in mine})
+        """Take this rank's share of the weights of a whole model; what is frozen stays as it is."""
+        mine = trained_state(self.module, get_model_state_dict(self.module))
+        share = {name: like(state[name].to(self.device), mine[name]) for name in mine}
+        set_model_state_dict(self.module, share, options=StateDictOptions(strict=False))
 
     def optimizer_state(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, dict[str, torch.Tensor]]:
         """What the optimisers remember, by parameter name, on the CPU of rank 0; all ranks have to call it.
@@ -332,11 +337,7 @@ class ParallelModel:
         """
         names = self._parameter_names()
         return self._gather(
-            {
-                names[parameter]: state
-                for optimizer in optimizers
-                for parameter, state in optimizer.state.items()
-            }
+            {names[parameter]: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
         )
 
     def load_optimizer_state(

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from alignment.lora import lora_layers
 from command_line import UserError
 
 SCHEDULES = ("cosine", "wsd", "cosine_restarts", "constant")
@@ -169,7 +170,7 @@ def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def parameter_groups(model: nn.Module, optimizer: str) -> dict[str, list[nn.Parameter]]:
-    """Each trainable parameter in exactly one of `muon`, `decay` and `no_decay`.
+    """Each trainable parameter in exactly one of `muon`, `adapters`, `decay` and `no_decay`.
 
     Weight decay is for matrices; vectors (norms and biases) and, under Muon, embeddings and the head have none or
     stay with AdamW: their rows are looked up, not multiplied through.
@@ -177,11 +178,14 @@ def parameter_groups(model: nn.Module, optimizer: str) -> dict[str, list[nn.Para
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     heads = {id(module.weight) for name, module in linear.items() if name.endswith("head")}
-    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
+    adapters = {id(matrix) for layer in lora_layers(model).values() for matrix in (layer.lora_A, layer.lora_B)}
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "adapters": [], "decay": [], "no_decay": []}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2:
+        if id(parameter) in adapters:
+            groups["adapters"].append(parameter)
+        elif parameter.ndim < 2:
             groups["no_decay"].append(parameter)
         elif optimizer == "muon" and id(parameter) not in embeddings | heads:
             groups["muon"].append(parameter)
@@ -197,13 +201,19 @@ def build_optimizers(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
 ) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101), or Muon for hidden matrices beside AdamW for the rest."""
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101), or Muon for hidden matrices beside AdamW for the rest.
+
+    Adapters (LoRA) have AdamW in either case, without decay, and their own multiple of the learning rate.
+    """
     groups = parameter_groups(model, optimizer)
     adamw_groups = [
         {"params": parameters, "weight_decay": decay}
         for name, decay in (("decay", weight_decay), ("no_decay", 0.0))
         for parameters in by_mesh(groups[name])
     ]
+    if groups["adapters"]:
+        scale = next(iter(lora_layers(model).values())).options.lora_lr_scale
+        adamw_groups.append({"params": groups["adapters"], "weight_decay": 0.0, "lr_scale": scale})
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     # The fused kernel updates all parameters in one pass over memory, on CPUs and GPUs alike
     speed = {"foreach": True} if sharded else {"fused": True}

@@ -22,12 +22,14 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import distributed
+from alignment.lora import lora_settings
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import (
     load_checkpoint,
     require_disk_space,
     require_same_model,
     save_checkpoint,
+    weight_fingerprint,
 )
 from command_line import Interrupted, UserError
 from data_loader import Batch, BatchOrder
@@ -95,6 +97,10 @@ class TrainingLoop:
         if hasattr(model, "recompute_activations"):
             model.recompute_activations = config.recompute_activations
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.lora = lora_settings(model)
+        if self.lora:
+            self.lora["base_fingerprint"] = weight_fingerprint(load_checkpoint(self.lora["base"]))
         self.parallel_model = distributed.ParallelModel(model, config.parallel, device)
         self.model = model = self.parallel_model.module  # what this rank optimises
         self.ranks, self.data_rank = self.parallel_model.layout.data_ranks, self.parallel_model.data_rank
@@ -144,8 +150,11 @@ class TrainingLoop:
         """
         config = self.config
         if distributed.is_main():  # float weights of a step and the best, and the optimiser's two moments
-            require_disk_space(self.folder, 4 * self.n_parameters * (1 + 3 * (config.keep_checkpoints + 1)))
+            require_disk_space(self.folder, 4 * self.n_trained * (1 + 3 * (config.keep_checkpoints + 1)))
             self._remove_leftovers()
+            if self.lora:
+                share = f"{self.n_trained / self.n_parameters:.2%} of the parameters"
+                print(f"LoRA beside {self.lora['base']}: training {self.n_trained:,} weights, {share}", flush=True)
         if config.resume:
             self.resume(config.resume)
         elif distributed.is_main():
@@ -346,6 +355,7 @@ class TrainingLoop:
             step=self.step,
             metrics=self.best,
             training_state=training_state,
+            lora=self.lora,
         )
 
     def _run_identity(self) -> dict[str, Any]:
@@ -358,6 +368,8 @@ class TrainingLoop:
             "max_seq_len": config.max_seq_len,
             "seed": config.seed,
             "optimizer": config.optimizer,
+            "lora_rank": 0,
+            **{name: value for name, value in (self.lora or {}).items() if name != "base"},
         }
 
     def _data_fingerprint(self) -> str:
@@ -428,8 +440,9 @@ class TrainingLoop:
         config = self.gpt_config
         positions = config.max_seq_len * config.d_model if config.position == "learned" else 0
         head = 0 if config.tie_embeddings else config.vocab_size * config.d_model  # looked up, not multiplied
+        frozen = self.n_parameters - self.n_trained  # without a gradient of their own: 4 FLOP each and not 6
         return training_flops_per_token(
-            self.n_parameters - positions - head,
+            self.n_parameters - positions - head - frozen / 3,
             config.n_layers,
             config.n_heads * config.head_dim,
             self.config.max_seq_len,

@@ -11,6 +11,11 @@ larger module brings along, such as a reward head, trains beside the adapters. `
 nothing else, and records the base; `checkpoint.restore_model` puts the two together again.
 
     with adapters_disabled(model): …        # the model that training started from: no second copy as a reference
+
+A checkpoint of adapters can be given wherever a model is wanted. For use elsewhere, alignment/lora_export.py turns it
+into a plain checkpoint or into `peft`'s format:
+
+    python -m alignment.lora --adapter models/sft_lora/sft_best.pth --output_path models/sft_lora/merged.pth
 """
 
 from __future__ import annotations
@@ -51,6 +56,9 @@ class LoRAOptions:
                 complaints.append(f"--{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.lora_dropout < 1:
             complaints.append(f"--lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+        parallel = getattr(self, "parallel", "ddp")
+        if self.lora_rank and parallel.partition(":")[0] != "ddp":
+            complaints.append(f"--lora_rank works with --parallel ddp, not {parallel}; there is little left to cut up")
         return complaints
 
 
@@ -160,7 +168,7 @@ def attach_lora(model: nn.Module, options: LoRAOptions, base: str = "") -> None:
         setattr(model.get_submodule(parent), child, LoRALinear(layer, options, base))
 
 
-def apply_lora(model: nn.Module, options: LoRAOptions, base: str = "") -> None:
+def apply_lora(model: nn.Module, options: LoRAOptions, base: str) -> None:
     """Make a model ready for LoRA: everything that it has is frozen, and adapters are attached that will train.
 
     Args:
@@ -239,3 +247,10 @@ def lora_settings(model: nn.Module) -> dict[str, Any] | None:
     """What a checkpoint has to know to attach the adapters again: the options and the path of the base, or None."""
     layer = next(iter(lora_layers(model).values()), None)
     return layer and {**asdict(layer.options), "base": layer.base_path}
+
+
+if __name__ == "__main__":
+    from alignment.lora_export import main  # stands below, and has to see this module under its own name
+    from command_line import run_main
+
+    run_main(main)

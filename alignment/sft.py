@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed
+from alignment.lora import LoRAOptions, apply_lora
 from checkpoint import load_model
 from command_line import UserError, option, require_file
 from conversation_data import load_conversations
@@ -17,7 +18,7 @@ from training_loop import TrainingLoop
 
 
 @dataclass
-class SFTConfig(TrainingConfig):
+class SFTConfig(LoRAOptions, TrainingConfig):
     """Settings of supervised fine-tuning."""
 
     data_path: str = option("data/sft/sft_data.json", "instruction data, see the README for its shapes")
@@ -62,6 +63,7 @@ def sft_finetune(config: SFTConfig | None = None, **settings: Any) -> dict[str, 
     conversations = load_conversations(config.data_path)
     model, tokenizer, _ = load_model(config.pretrained_model)
     fit_context(config, model)
+    apply_lora(model, config, config.pretrained_model)
     if config.val_data_path:
         val_conversations = load_conversations(config.val_data_path)
     else:

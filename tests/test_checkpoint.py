@@ -297,8 +297,9 @@ for line in sys.stdin:  # one import of torch for all victims
     print("gone", flush=True)
 """
     parent, path = start_saver(fork, tmp_path, tokenizer), tmp_path / "a.pth"
-    generator, interrupted = random.Random(0), 0
-    for _ in range(8):
+    generator, interrupted, victims = random.Random(0), 0, 0
+    while victims < 8 or (not interrupted and victims < 100):  # on a busy machine, few kills come in time
+        victims += 1
         path.unlink(missing_ok=True)
         parent.stdin.write("next\n")
         parent.stdin.flush()

@@ -36,7 +36,7 @@ def random_ids(*shape):
 def adapted(model, options=RANK_4, seed=0):
     """A copy of a model with adapters that are no longer zero."""
     model = copy.deepcopy(model)
-    apply_lora(model, options)
+    apply_lora(model, options, "base.pth")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in lora_state(model).values():
@@ -83,7 +83,7 @@ def test_at_the_start_nothing_changes_and_every_adapter_can_learn(architecture, 
     ids = random_ids(2, 12)
     expected = model(ids)["logits"]
     model = copy.deepcopy(model)
-    apply_lora(model, RANK_4)
+    apply_lora(model, RANK_4, "base.pth")
     output = model(ids, labels=ids)
     assert torch.equal(output["logits"], expected)
     output["loss"].backward()
@@ -147,7 +147,7 @@ def test_settings_that_make_no_sense_are_refused():
 def test_adapters_are_not_put_upon_adapters(random_model):
     model = adapted(random_model())
     with pytest.raises(ValueError, match="adapters already"):
-        apply_lora(model, RANK_4)
+        apply_lora(model, RANK_4, "base.pth")
 
 
 # -- only adapters change ----------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_the_base_is_frozen_bit_for_bit_while_adapters_learn(architecture, rando
     base = random_model(architecture)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     model = copy.deepcopy(base)
-    apply_lora(model, RANK_4)
+    apply_lora(model, RANK_4, "base.pth")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sum(p.numel() for p in trainable) == sum(value.numel() for value in lora_state(model).values())
     optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), random_ids(4, 12)
@@ -176,7 +176,7 @@ def test_the_base_is_frozen_bit_for_bit_while_adapters_learn(architecture, rando
 
 def test_rank_zero_is_full_training(random_model):
     model = random_model()
-    apply_lora(model, LoRAOptions())
+    apply_lora(model, LoRAOptions(), "base.pth")
     assert not lora_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert lora_settings(model) is None

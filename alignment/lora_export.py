@@ -1,0 +1,189 @@
+"""Adapters for use elsewhere: merged into a plain checkpoint, or in the format of Hugging Face's `peft`.
+
+    python -m alignment.lora --adapter models/sft_lora/sft_best.pth --output_path models/sft_lora/merged.pth
+    python -m alignment.lora --adapter models/sft_lora/sft_best.pth --peft_dir models/sft_lora/peft
+
+In `peft`, the adapters fit the model as `transformers` implements it: GPT2LMHeadModel for the `gpt2` architecture,
+Qwen3ForCausalLM for `modern`. GPT-2 has one layer c_attn in the place of our query, key and value layers; the adapters
+of the three, of rank R, become one of rank 3 R, whose B is block-diagonal:
+
+    c_attn x + s · [B_q 0 0; 0 B_k 0; 0 0 B_v] [A_q; A_k; A_v] x
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import config_of, find_base, load_checkpoint, restore_model, save_checkpoint, tokenizer_of
+from command_line import UserError, option, parse_config
+from gpt_model import GPTConfig
+
+FUSED = ("query_proj", "key_proj", "value_proj")  # what c_attn consists of, from the top down
+NAMES = {  # of our layers in transformers' models
+    "gpt2": {
+        "attention.output_proj": "attn.c_proj",
+        "feed_forward.up_proj": "mlp.c_fc",
+        "feed_forward.down_proj": "mlp.c_proj",
+    },
+    "modern": {
+        "attention.query_proj": "self_attn.q_proj",
+        "attention.key_proj": "self_attn.k_proj",
+        "attention.value_proj": "self_attn.v_proj",
+        "attention.output_proj": "self_attn.o_proj",
+        "feed_forward.gate_proj": "mlp.gate_proj",
+        "feed_forward.up_proj": "mlp.up_proj",
+        "feed_forward.down_proj": "mlp.down_proj",
+    },
+}
+PLACES = {"gpt2": "transformer.h", "modern": "model.layers"}
+
+
+def peft_adapters(
+    state: dict[str, torch.Tensor], config: GPTConfig
+) -> tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Adapters by the names of the layers in `transformers`.
+
+    Args:
+        state: {"layers.0.attention.query_proj.lora_A": (R, K), "….lora_B": (N, R), …}
+
+    Returns:
+        the architecture, "gpt2" or "modern", and {layer: (A, B)}.
+
+    Raises:
+        UserError: `transformers` has no such model.
+    """
+    switches = (config.position, config.norm, config.activation, config.bias, config.qk_norm)
+    known = {
+        ("learned", "layernorm", "gelu", True, False): "gpt2",
+        ("rotary", "rmsnorm", "swiglu", False, True): "modern",
+    }
+    if switches not in known:
+        raise UserError("--peft_dir knows the architectures gpt2 and modern; merge with --output_path instead")
+    architecture = known[switches]
+    ours = {
+        name.removesuffix(".lora_A"): (matrix, state[name.removesuffix("A") + "B"])
+        for name, matrix in state.items()
+        if name.endswith(".lora_A")
+    }
+    theirs = {}
+    for layer in range(config.n_layers):
+        for our_name, their_name in NAMES[architecture].items():
+            if f"layers.{layer}.{our_name}" in ours:
+                theirs[f"{PLACES[architecture]}.{layer}.{their_name}"] = ours[f"layers.{layer}.{our_name}"]
+        parts = [ours.get(f"layers.{layer}.attention.{part}") for part in FUSED]
+        if architecture == "gpt2" and any(parts):
+            rank = next(part for part in parts if part)[0].size(0)
+            nothing = (torch.zeros(rank, config.d_model), torch.zeros(config.d_model, rank))
+            a, b = zip(*(part or nothing for part in parts), strict=True)  # three of (R, K) and of (N, R)
+            theirs[f"{PLACES['gpt2']}.{layer}.attn.c_attn"] = (torch.cat(a), torch.block_diag(*b))  # (3R, K), (3N, 3R)
+    return architecture, theirs
+
+
+def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` for `peft.PeftModel.from_pretrained`.
+
+    Args:
+        content, path: a checkpoint of adapters, and where it was read.
+        folder: where to write.
+
+    Raises:
+        UserError: safetensors is not installed, or `transformers` has no such model.
+    """
+    try:
+        from safetensors.torch import save_file  # needed here only
+    except ImportError as error:
+        raise UserError("--peft_dir needs the package safetensors; pip install safetensors") from error
+    if content["stage"] == "reward":
+        raise UserError(f"{path} is a reward model, which peft has no place for; merge with --output_path instead")
+    architecture, adapters = peft_adapters(content["model"], config_of(content, path))
+    lora = content["lora"]
+    rank, alpha = lora["lora_rank"], lora["lora_alpha"]
+    fused = {}
+    if any(name.endswith("c_attn") for name in adapters):  # three times the rank, and yet the same scaling
+        fused = {"rank_pattern": {"c_attn": 3 * rank}}
+        fused["alpha_pattern"] = {"c_attn": alpha * (math.sqrt(3) if lora["lora_rslora"] else 3)}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": sorted(adapters),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": lora["lora_dropout"],
+        "use_rslora": lora["lora_rslora"],
+        "fan_in_fan_out": architecture == "gpt2",  # its matrices are (in, out)
+        "bias": "none",
+        **fused,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"base_model.model.{name}.lora_{letter}.weight": matrix.contiguous()
+        for name, matrices in adapters.items()
+        for letter, matrix in zip("AB", matrices, strict=True)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def merged_state(content: dict[str, Any], path: str | Path, base: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of the plain model, or reward model, that adapters and their base are together."""
+    if content["stage"] != "reward":
+        return restore_model(content, path, base=base).state_dict()
+    from alignment.reward_model import RewardModel  # stands below
+
+    return restore_model(content, path, RewardModel, base).state_dict()
+
+
+@dataclass
+class ExportConfig:
+    """The command line of `python -m alignment.lora`."""
+
+    adapter: str = option("models/sft_lora/sft_best.pth", "a checkpoint of adapters")
+    base_model: str = option("", "the model that they belong to; empty: where it was in training")
+    output_path: str = option("", "where to write a plain checkpoint with the adapters merged in")
+    peft_dir: str = option("", "where to write the adapters for peft")
+
+    def validate(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        if self.output_path or self.peft_dir:
+            return []
+        return ["give --output_path for a plain checkpoint, or --peft_dir for peft's format"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export adapters. Beside a quantized base they cannot be merged: then the new file only points to that base."""
+    config = parse_config(ExportConfig, argv, description="Merge adapters (LoRA) into their model, or export them.")
+    path, content = config.adapter, load_checkpoint(config.adapter)
+    if "lora" not in content:
+        raise UserError(f"{path} holds no adapters (LoRA) but a whole model, which can be used as it is")
+    if config.peft_dir:
+        save_peft(content, path, config.peft_dir)
+        print(f"for peft: {config.peft_dir}")
+    if not config.output_path:
+        return
+    base = find_base(content, path, config.base_model)
+    if load_checkpoint(base).get("quantization"):
+        state, lora = content["model"], {**content["lora"], "base": str(base)}
+        done = f"adapters beside {base}"
+    else:
+        state, lora = merged_state(content, path, base), None
+        done = f"merged with {base}"
+    save_checkpoint(
+        config.output_path,
+        model_state=state,
+        config=config_of(content, path),
+        tokenizer=tokenizer_of(content),
+        stage=content["stage"],
+        step=content["step"],
+        metrics=content["metrics"],
+        lora=lora,
+    )
+    print(f"{done}: {config.output_path}")
