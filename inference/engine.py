@@ -1,0 +1,500 @@
+"""The engine: many requests, one model, one forward pass a step (continuous batching, Orca, OSDI 2022).
+
+    engine = Engine(model, tokenizer)
+    generations = engine.run(["The capital of France", "2 + 3 ="], SamplingParams(temperature=0))
+    with engine:  # a thread that computes in the background
+        for piece in engine.submit("你好", chat=True).stream():
+            print(piece, end="", flush=True)
+
+Every step takes one token of each request that is being answered and a chunk of each prompt that is not yet computed.
+All of them stand in one row, so that each linear layer reads its weights once. Requests join and leave between any two
+steps. In a step, in this order:
+
+    leave     cancelled requests and those past their deadline
+    admit     from the line, first come first served, while there are a slot and memory
+    plan      which tokens come next; where memory is short, the youngest request goes back to the head of the line
+    compute   forward pass, and one batched choice of tokens, each request with its own settings
+    deliver   tokens, text and ends to those who wait for them
+
+A request's tokens depend on its prompt, parameters and seed, and not on the requests beside it, on preemption, or on
+what was found in the cache; except that sums in another order differ in their last digits, which may turn a tie.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from byte_level_bpe import ByteLevelBPETokenizer
+from command_line import UserError
+from gpt_model import GPTModel
+from inference.cache_blocks import BLOCK
+from inference.engine_statistics import EngineStatistics
+from inference.paged_attention import PagedCache
+from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, encode_prompt
+from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, sample_batch
+from inference.text_stream import TextStream
+
+logger = logging.getLogger(__name__)
+
+CACHE_BYTES = 1 << 30  # the cache of an engine that is told no size; on a CPU, only what is used is taken
+
+Span = tuple[Request, int]  # a running request and how many of its tokens come next
+
+
+class Engine:
+    """Answers requests with one model, many at a time.
+
+    Args:
+        model: in evaluation mode while it computes.
+        tokenizer: of the model; None serves token ids alone.
+        max_running: requests that are computed together.
+        max_waiting: requests that may wait beyond those that can start at once.
+        cache_tokens: cells of the key/value cache, at least the model's context; None: enough for `max_running` full
+            contexts, but at most 1 GiB.
+        prefill_chunk: at most so many tokens of prompts a step, so that a long prompt does not stall running answers.
+        cache_dtype: of the cache: None for the model's own, torch.int8 for a quarter of the memory.
+        reuse_prefixes: compute what prompts have in common at their beginning only once.
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        tokenizer: ByteLevelBPETokenizer | None,
+        max_running: int = 16,
+        max_waiting: int = 64,
+        cache_tokens: int | None = None,
+        prefill_chunk: int = 256,
+        cache_dtype: torch.dtype | None = None,
+        reuse_prefixes: bool = True,
+    ) -> None:
+        for name, value in (("max_running", max_running), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        self.model, self.tokenizer = model, tokenizer
+        self.eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
+        self.max_running, self.max_waiting, self.prefill_chunk = max_running, max_waiting, prefill_chunk
+        config, context = model.config, model.config.max_seq_len
+        weight = next(model.parameters(), next(model.buffers(), None))
+        self.device = weight.device
+        with torch.no_grad():
+            activations = model.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        dtype = cache_dtype or activations.dtype
+        if cache_tokens is None:
+            token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+            cache_tokens = max(context, min(max_running * context, CACHE_BYTES // token_bytes))
+        if cache_tokens < context:
+            raise UserError(f"cache_tokens is {cache_tokens}; one request may need the model's context, {context}")
+        self.cache = PagedCache(config, cache_tokens, max_running, dtype, self.device, reuse_prefixes)
+        self.running: list[Request] = []  # oldest first
+        self.waiting: OrderedDict[Request, None] = OrderedDict()
+        self._cancelled: list[Request] = []
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._arrivals = 0
+        self._statistics = EngineStatistics(cache_tokens=self.cache.n_tokens)
+        self._changed = threading.Condition()  # guards the line, and everything that others than the stepper touch
+        self._stepping = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt | list[int],
+        params: SamplingParams | None = None,
+        chat: bool = False,
+        deadline_s: float | None = None,
+        on_piece: Callable[[str | None], None] | None = None,
+    ) -> Request:
+        """Put a request into the line.
+
+        Args:
+            prompt: a text, with `chat` also the messages of a conversation; or token ids.
+            params: see `SamplingParams`; with n > 1 the first of `n` requests is returned, `samples` has them all.
+            chat: put the prompt into the chat template, so that it is answered and not continued.
+            deadline_s: seconds from now after which the request ends with what it has.
+            on_piece: called with each piece of text, and with None after the last, in place of `Request.stream`; it
+                runs in the thread that computes and must return at once.
+
+        Raises:
+            UserError: a prompt or parameters with which nothing can be computed.
+            QueueFull: as many requests wait as may wait.
+            RequestFailed: the engine is closed.
+        """
+        params = params or SamplingParams()
+        ids = self._checked_ids(prompt, params, chat)
+        return self._enter(self._requests(ids, params, deadline_s, on_piece, streamed=True), bounded=True)[0]
+
+    def run(
+        self,
+        prompts: Sequence[Prompt | list[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        chat: bool = False,
+        on_finished: Callable[[], None] | None = None,
+    ) -> list[Generation]:
+        """Answer all prompts, in the caller's thread unless the engine has one, and return the answers in their order.
+
+        Args:
+            prompts: as in `submit`; the line's bound does not count here.
+            params: for all prompts, or for each its own. Without a seed, each answer draws one from torch's generator.
+            chat: see `submit`.
+            on_finished: called after each answer is complete, in any order.
+
+        Returns:
+            the answers; with n > 1, the n answers to a prompt stand together.
+        """
+        settings = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        listener = None if on_finished is None else lambda piece: piece is None and on_finished()
+        requests: list[Request] = []
+        for prompt, setting in zip(prompts, settings, strict=True):
+            ids = self._checked_ids(prompt, setting, chat)
+            requests += self._requests(ids, setting, None, listener, streamed=False)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self._enter(requests, bounded=False)
+            return [request.result() for request in requests]
+        except RequestFailed as failure:
+            raise failure.__cause__ or failure from None
+        finally:
+            for request in requests:
+                request.cancel()
+            if was_training:
+                self.model.train()
+
+    def cancel(self, request: Request) -> None:
+        """End a request in the next step, or now if it still waits."""
+        with self._changed:
+            if request in self.waiting:
+                self._finish(request, "cancelled")
+            else:
+                self._cancelled.append(request)
+                self._changed.notify_all()
+
+    def _checked_ids(self, prompt: Prompt | list[int], params: SamplingParams, chat: bool) -> list[int]:
+        """The prompt's ids, if the model can go on from there with these parameters."""
+        config = self.model.config
+        complaints = params.complaints(config.vocab_size)
+        if complaints:
+            raise UserError("; ".join(complaints))
+        if len(prompt) == 0:
+            raise UserError("the prompt is empty; give at least one token to go on from")
+        if isinstance(prompt, str) or isinstance(prompt[0], dict):
+            if self.tokenizer is None:
+                raise UserError("an engine without a tokenizer takes token ids only")
+            ids = encode_prompt(self.tokenizer, prompt, chat)
+        else:
+            ids = list(prompt)
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            raise UserError(f"the prompt has a token id outside the model's vocabulary of {config.vocab_size}")
+        if len(ids) >= config.max_seq_len and params.overflow != "slide":
+            raise UserError(
+                f"the prompt has {len(ids)} tokens and the model's context only {config.max_seq_len}, which leaves no "
+                'room for an answer; shorten it, or choose overflow "slide"'
+            )
+        return ids
+
+    def _requests(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        deadline_s: float | None,
+        on_piece: Callable[[str | None], None] | None,
+        streamed: bool,
+    ) -> list[Request]:
+        """The `n` requests of one prompt."""
+        deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        samples = []
+        for index in range(params.n):
+            # Without a listener and stop strings, the text is decoded once, at the end
+            follows = self.tokenizer is not None and (streamed or params.stop)
+            text = TextStream(self.tokenizer, params.stop) if follows else None
+            samples.append(Request(self, ids, params, index, deadline, text, on_piece))
+        for request in samples:
+            request.samples = samples
+            self._slide(request)
+        return samples
+
+    def _enter(self, requests: list[Request], bounded: bool) -> list[Request]:
+        with self._changed:
+            if self._closed:
+                raise RequestFailed("the engine is closed")
+            room = self.max_waiting + self.max_running - len(self.running) - len(self.waiting)
+            if bounded and len(requests) > room:
+                self._statistics.rejected += len(requests)
+                raise QueueFull(f"{len(self.waiting)} requests wait already; try again later")
+            for request in requests:
+                self._arrivals += 1
+                request.arrival = self._arrivals
+                self.waiting[request] = None
+                if request.deadline is not None:
+                    heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
+            self._statistics.submitted += len(requests)
+            self._changed.notify_all()
+        return requests
+
+    # -- the background thread -----------------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """Whether a thread of the engine's own computes."""
+        return self._thread is not None
+
+    def start(self) -> None:
+        """Compute in a thread of the engine's own from now on."""
+        if self._thread is None:
+            self.model.eval()
+            n_threads = torch.get_num_threads()  # a new thread would begin with the default
+            self._thread = threading.Thread(target=self._serve, args=(n_threads,), name="engine", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Compute no more; requests that are not finished fail."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        with self._stepping, self._changed:
+            for request in [*self.running, *self.waiting]:
+                self._finish(request, "error", RequestFailed("the engine was closed before the answer was complete"))
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self, n_threads: int) -> None:
+        torch.set_num_threads(n_threads)
+        while True:
+            with self._changed:
+                while not (self._closed or self.running or self.waiting or self._cancelled):
+                    self._changed.wait()
+                if self._closed:
+                    return
+            self.step()
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One forward pass for all who are there; nothing if nobody is. An exception fails those who took part."""
+        with self._stepping:
+            began, statistics = time.perf_counter(), self._statistics
+            elsewhere = statistics.model_seconds + statistics.sampling_seconds
+            with self._changed:
+                self._leave()
+                self._admit()
+            spans: list[Span] = []
+            try:
+                spans = self._plan()
+                if spans:
+                    self._deliver(spans, *self._compute(spans))
+            except Exception as error:
+                logger.exception("a step of the engine failed")
+                statistics.failed_steps += 1
+                failure = RequestFailed(f"the computation failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                for request, _ in spans:
+                    self._fail(request, failure)
+            if spans:
+                statistics.steps += 1
+                elsewhere = statistics.model_seconds + statistics.sampling_seconds - elsewhere
+                statistics.overhead_seconds += time.perf_counter() - began - elsewhere
+
+    def _leave(self) -> None:
+        for request in self._cancelled:
+            if not request.finished:
+                self._finish(request, "cancelled")
+        self._cancelled.clear()
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            request = heapq.heappop(self._deadlines)[2]
+            if not request.finished:
+                self._finish(request, "deadline")
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_running:
+            request = next(iter(self.waiting))
+            if not self.cache.has_room(request.context, spare=len(self.running)) or self._is_being_computed(request):
+                break
+            del self.waiting[request]
+            request.sequence = self.cache.open(request.context)
+            self._statistics.tokens_reused += request.sequence.length
+            self.running.append(request)
+        self.running.sort(key=lambda request: request.arrival)  # one that was preempted takes its old place
+
+    def _is_being_computed(self, request: Request) -> bool:
+        """Whether waiting pays: a running request is about to store a further block of this one's prompt."""
+        n_shared = self.cache.known_length(request.context) + BLOCK
+        if not self.cache.reuse_prefixes or len(request.context) <= n_shared:
+            return False
+        beginning = request.context[:n_shared]
+        return any(
+            other.sequence.length < n_shared < len(other.context) and other.context[:n_shared] == beginning
+            for other in self.running
+        )
+
+    def _plan(self) -> list[Span]:
+        """The tokens of this step: the next one of each answer, and prompts in order of arrival as far as may be."""
+        spans: list[Span] = []
+        budget = self.prefill_chunk
+        for request in self.running.copy():
+            if request.sequence is None:  # an older one has just taken its memory
+                continue
+            n_new = len(request.context) - request.sequence.length
+            if n_new > 1:
+                n_new = min(n_new, budget)
+                budget -= n_new
+            if n_new and self._make_room(request, n_new):
+                spans.append((request, n_new))
+        spans.sort(key=lambda span: span[1])
+        return spans
+
+    def _make_room(self, request: Request, n_new: int) -> bool:
+        """Cells for the new tokens of a request, taken from younger ones if need be; False if it is the youngest."""
+        while not self.cache.reserve(request.sequence, request.sequence.length + n_new):
+            victim = self.running[-1]
+            self._put_back(victim)
+            self._statistics.preemptions += 1
+            if victim is request:
+                return False
+        return True
+
+    def _put_back(self, request: Request) -> None:
+        """Back to the head of the line, without memory; what its tokens were computed from is there to go on with."""
+        self._release(request)
+        with self._changed:
+            self.waiting[request] = None
+            self.waiting.move_to_end(request, last=False)
+
+    def _release(self, request: Request) -> None:
+        if request.sequence is not None:
+            self.running.remove(request)
+            self.cache.close(request.sequence)
+            request.sequence = None
+
+    @torch.no_grad()
+    def _compute(self, spans: list[Span]) -> tuple[list[bool], list[int], SampledTokens]:
+        """The forward pass of all spans, and the next token of those whose context is then complete.
+
+        Returns:
+            whether each span's hidden states are finite; the indices of the spans that are continued; their tokens.
+        """
+        ids, ends, complete = [], [], []
+        for index, (request, n_new) in enumerate(spans):
+            start = request.sequence.length
+            ids += request.context[start : start + n_new]
+            ends.append(len(ids))
+            if start + n_new == len(request.context):
+                complete.append(index)
+        input_ids = torch.tensor([ids], device=self.device)  # (1, N)
+        positions = self.cache.begin_step([(request.sequence, n_new) for request, n_new in spans])  # (N,)
+        before_model = time.perf_counter()
+        hidden = self.model.hidden_states_at(input_ids, positions.unsqueeze(0), cache=self.cache)[0]  # (N, D)
+        finite = [True] * len(spans)
+        if len(ids) > len(spans):  # of a chunk, not every row reaches the logits
+            rows_finite = hidden.sum(dim=-1).isfinite().tolist()
+            finite = [all(rows_finite[end - n_new : end]) for end, (_, n_new) in zip(ends, spans, strict=True)]
+        if len(complete) < len(ids):
+            hidden = hidden[torch.tensor([ends[index] - 1 for index in complete], dtype=torch.int64)]  # (B, D)
+        logits = self.model.lm_head(hidden)  # (B, V)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before_sampling = time.perf_counter()
+        sampled = SampledTokens([], [], [])
+        if complete:
+            sampled = sample_batch(logits, [spans[index][0].sampler for index in complete])
+        done = time.perf_counter()
+        self._statistics.model_seconds += before_sampling - before_model
+        self._statistics.sampling_seconds += done - before_sampling
+        self._statistics.tokens_prefilled += sum(n_new for _, n_new in spans if n_new > 1)
+        return finite, complete, sampled
+
+    def _deliver(self, spans: list[Span], finite: list[bool], complete: list[int], sampled: SampledTokens) -> None:
+        for row, index in enumerate(complete):
+            finite[index] = finite[index] and sampled.finite[row]
+        for (request, n_new), is_finite in zip(spans, finite, strict=True):
+            if is_finite:
+                self.cache.stored(request.sequence, request.context, n_new)
+            else:
+                message = "the model's output is not finite (NaN or infinity): its weights may be damaged"
+                self._fail(request, RequestFailed(message))
+        now = time.monotonic()
+        for row, index in enumerate(complete):
+            if finite[index]:
+                self._accept(spans[index][0], sampled.token_ids[row], sampled.log_probs[row], now)
+
+    def _accept(self, request: Request, token_id: int, log_prob: TokenLogProb | None, now: float) -> None:
+        """Add a token to an answer, and end the answer where it ends."""
+        statistics, params = self._statistics, request.params
+        timing = statistics.between_tokens if request.token_ids else statistics.time_to_first_token
+        timing.add(now - request.last_token)
+        request.last_token = now
+        statistics.tokens_generated += 1
+        request.token_ids.append(token_id)
+        request.context.append(token_id)
+        if log_prob is not None:
+            request.log_probs.append(log_prob)
+        if token_id in params.stop_token_ids or (token_id == self.eos_token_id and not params.ignore_eos):
+            return self._finish(request, "stop")
+        if request.text is not None:
+            piece = request.text.push(token_id)
+            if piece:
+                request.emit(piece)
+            if request.text.stopped:
+                return self._finish(request, "stop")
+        if len(request.token_ids) >= params.max_gen_len:
+            return self._finish(request, "length")
+        if len(request.context) >= self.model.config.max_seq_len:
+            if params.overflow != "slide":
+                return self._finish(request, "length")
+            self._slide(request)
+        return None
+
+    def _slide(self, request: Request) -> None:
+        """Drop the older half of a full context; the rest is computed again, with new positions."""
+        context = self.model.config.max_seq_len
+        if len(request.context) >= context:
+            request.context = request.context[-max(1, context // 2) :]
+            if request.sequence is not None:
+                self._put_back(request)
+
+    def _fail(self, request: Request, failure: RequestFailed) -> None:
+        if request.sequence is not None:
+            self.cache.scrub(request.sequence)
+        self._finish(request, "error", failure)
+
+    def _finish(self, request: Request, reason: str, failure: RequestFailed | None = None) -> None:
+        """Take a request out, free its cells and give it what it has so far."""
+        self._release(request)
+        with self._changed:
+            self.waiting.pop(request, None)
+        self._statistics.finished[reason] += 1
+        request.finish(reason, self.tokenizer, failure)
+
+    # -- from outside --------------------------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Reuse nothing that was computed so far: to be called when the model's weights have changed."""
+        with self._stepping:
+            self.cache.forget([request.sequence for request in self.running])
+
+    def statistics(self) -> EngineStatistics:
+        """The counts so far; they do not change any more, and `time_to_first_token` and `between_tokens` do."""
+        snapshot = replace(self._statistics, finished=self._statistics.finished.copy())
+        snapshot.running, snapshot.waiting = len(self.running), len(self.waiting)
+        snapshot.cache_tokens_used = self.cache.n_used
+        return snapshot

@@ -1,0 +1,261 @@
+"""The engine's cache: keys and values of many requests in one preallocated memory, and attention to them.
+
+All tokens of one step of the engine stand in one row, whichever requests they belong to: linear layers see one matrix.
+Attention alone looks at the requests separately. It stores the new keys and values in their cells, and then
+
+    few tokens of a request   (its next one, the rest of a prompt) go through paged_attention.c, compiled for this
+                              machine, which reads each cell once where it lies
+    many tokens of a prompt   gather the cells of their request and go through PyTorch's attention
+    elsewhere                 (on a GPU, in other precisions, without a compiler) all go that second way, single tokens
+                              of requests of similar length together
+
+With INT8 cells a key or value of one head is 8-bit integers and one scale.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Sequence as Spans
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpt_model import GPTConfig
+from inference.cache_blocks import BLOCK, NOWHERE, BlockPool, Sequence
+from inference.native_code import load_native
+from transformer_components import attend
+
+SOURCE = Path(__file__).with_suffix(".c")
+FEW_TOKENS = 32  # of one request in one step: up to here gathering costs more than it brings
+MAX_HEAD_DIM, MAX_GROUP = 256, 64  # as in paged_attention.c
+
+Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows (n, T), cells (n, S), visible (n, 1, T, S)
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales", "table")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "cells", "head_dim", "blocks_per_slot")),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("head_stride", ctypes.c_int64), ("token_stride", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> _Rows:
+        return cls(x.data_ptr(), x.stride(1), x.stride(2))
+
+
+class PagedCache:
+    """Keys and values of all layers in cells of fixed number; what a model is given as its `cache`.
+
+    Args:
+        config: of the model.
+        n_tokens: how many cells; rounded up to whole blocks.
+        n_slots: how many sequences may be open at once.
+        dtype: of the cells, a floating type or torch.int8.
+        device: of the cells.
+        reuse_prefixes: whether sequences that begin alike share blocks.
+
+    Attributes:
+        keys, values: (n_layers, G, cells, K), zeros at first: what is masked must still be finite.
+        key_scales, value_scales: (n_layers, G, cells) fp32 for INT8 cells, otherwise None.
+        table: (n_slots, blocks of the longest sequence) int32, on the CPU: the blocks of each sequence.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        n_tokens: int,
+        n_slots: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        reuse_prefixes: bool = True,
+    ) -> None:
+        self.config, self.device, self.reuse_prefixes = config, torch.device(device), reuse_prefixes
+        n_blocks, blocks_per_slot = -(-n_tokens // BLOCK), -(-config.max_seq_len // BLOCK)
+        self.pool = BlockPool(n_blocks)
+        shape = (config.n_layers, config.n_kv_heads, n_blocks * BLOCK, config.head_dim)
+        self.keys, self.values = _zeros(shape, dtype, self.device), _zeros(shape, dtype, self.device)
+        self.key_scales = self.value_scales = None
+        if dtype == torch.int8:
+            self.key_scales = _zeros(shape[:3], torch.float32, self.device)
+            self.value_scales = _zeros(shape[:3], torch.float32, self.device)
+        self.table = torch.zeros(n_slots, blocks_per_slot, dtype=torch.int32)
+        self.free_slots = list(reversed(range(n_slots)))
+        self.native = None
+        fits = config.head_dim <= MAX_HEAD_DIM and config.n_heads // config.n_kv_heads <= MAX_GROUP
+        if self.device.type == "cpu" and dtype in (torch.float32, torch.int8) and fits:
+            self.native = load_native(SOURCE)
+        if self.native is not None:
+            tensors = (self.keys, self.values, self.key_scales, self.value_scales, self.table)
+            self._cache = _Cache(
+                *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+                *(config.n_heads, config.n_kv_heads, shape[2], config.head_dim, blocks_per_slot),
+            )
+            self._function = self.native.paged_attention
+            pointer, number = ctypes.c_void_p, ctypes.c_int64
+            self._function.argtypes = [ctypes.POINTER(_Cache), number, _Rows, _Rows, _Rows, pointer, pointer, pointer,
+                                       number, number, ctypes.c_int]  # fmt: skip
+            self._function.restype = None
+
+    # -- sequences -----------------------------------------------------------------------------------------------------
+
+    @property
+    def n_tokens(self) -> int:
+        """How many cells there are."""
+        return self.keys.size(2)
+
+    @property
+    def n_used(self) -> int:
+        """How many cells belong to open sequences, in whole blocks."""
+        return self.n_tokens - len(self.pool.free) * BLOCK
+
+    def has_room(self, tokens: Spans[int], spare: int) -> bool:
+        """Whether a sequence of these tokens can be opened so that `spare` blocks are left."""
+        shared = [block for block, _ in self.pool.find(tokens)]
+        n_free = len(self.pool.free) - sum(self.pool.users[block] == 0 for block in shared)
+        return -(-len(tokens) // BLOCK) - len(shared) + spare <= n_free
+
+    def known_length(self, tokens: Spans[int]) -> int:
+        """How many of the first tokens a new sequence would find stored."""
+        return len(self.pool.find(tokens)) * BLOCK
+
+    def open(self, tokens: Spans[int]) -> Sequence:
+        """A sequence with cells for these tokens, whose `length` first ones are stored already.
+
+        There must be a free slot, and `has_room`.
+        """
+        sequence = Sequence(self.free_slots.pop())
+        self.pool.share(sequence, tokens)
+        self.table[sequence.slot, : len(sequence.blocks)] = torch.tensor(sequence.blocks, dtype=torch.int32)
+        self.reserve(sequence, len(tokens))
+        return sequence
+
+    def reserve(self, sequence: Sequence, length: int) -> bool:
+        """Give a sequence cells for `length` tokens in all; False if there is no room (it keeps what it has got)."""
+        while len(sequence.blocks) * BLOCK < length:
+            block = self.pool.take()
+            if block is None:
+                return False
+            self.table[sequence.slot, len(sequence.blocks)] = block
+            sequence.blocks.append(block)
+        return True
+
+    def stored(self, sequence: Sequence, tokens: Spans[int], n_new: int) -> None:
+        """Count the tokens of a step that succeeded; `tokens` are all of the sequence's."""
+        if self.reuse_prefixes:
+            self.pool.remember(sequence, tokens, n_new)
+        else:
+            sequence.length += n_new
+
+    def forget(self, running: Spans[Sequence]) -> None:
+        """Share nothing of what is stored so far, nor of what the open sequences add to it."""
+        self.pool.forget()
+        for sequence in running:
+            sequence.prefix = NOWHERE
+
+    def close(self, sequence: Sequence) -> None:
+        """Take back the cells of a sequence; their contents can be shared until they are needed."""
+        self.pool.release(sequence.blocks)
+        self.free_slots.append(sequence.slot)
+
+    def scrub(self, sequence: Sequence) -> None:
+        """Write zeros over what is not known to be good: NaN in a cell would leak through a mask."""
+        suspect = [
+            block * BLOCK + cell for block in sequence.blocks[sequence.length // BLOCK :] for cell in range(BLOCK)
+        ]
+        for cells in (self.keys, self.values, self.key_scales, self.value_scales):
+            if cells is not None:
+                cells[:, :, suspect] = 0
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def begin_step(self, spans: Spans[tuple[Sequence, int]]) -> torch.Tensor:
+        """Say which tokens come next: so many new ones of each sequence, in this order, those with fewest first.
+
+        Returns:
+            the positions of the tokens, (N,) int64, on the cache's device.
+        """
+        slots, positions = [], []
+        gathered: dict[tuple[int, int], list[int]] = defaultdict(list)  # tokens, class of length → first rows
+        self._n_native = 0
+        for sequence, n_new in spans:
+            if self.native is not None and n_new <= FEW_TOKENS:
+                self._n_native += n_new
+            else:
+                # Single tokens are gathered together if their lengths are within a factor of 2
+                size_class = sequence.length.bit_length() if n_new == 1 else -len(positions)
+                gathered[n_new, size_class].append(len(positions))
+            slots += [sequence.slot] * n_new
+            positions += range(sequence.length, sequence.length + n_new)
+        self._slots, self._positions = torch.tensor(slots), torch.tensor(positions)
+        self._gathered = [self._gather(n_new, rows) for (n_new, _), rows in gathered.items()]
+        if self.native is None:
+            blocks = self.table[self._slots, self._positions // BLOCK]  # (N,)
+            self._cells = (blocks * BLOCK + self._positions % BLOCK).to(self.device)  # (N,)
+        return self._positions.to(self.device)
+
+    def _gather(self, n_new: int, first_rows: list[int]) -> Gathered:
+        rows = torch.tensor(first_rows).unsqueeze(1) + torch.arange(n_new)  # (n, T)
+        positions = self._positions[rows].unsqueeze(2)  # (n, T, 1)
+        longest = int(positions.max()) + 1
+        cell = torch.arange(longest)  # (S,)
+        blocks = self.table[self._slots[rows[:, 0]]][:, cell // BLOCK].long()  # (n, S)
+        visible = (cell <= positions).unsqueeze(1)  # (n, 1, T, S)
+        return rows.to(self.device), (blocks * BLOCK + cell % BLOCK).to(self.device), visible.to(self.device)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Store key and value (1, G, N, K) and attend from query (1, H, N, K) to each token's own past."""
+        if self.native is not None:  # made for fp32 and for heads in one piece, which they nearly always are
+            query, key, value = (x.float() if x.stride(3) == 1 else x.float().contiguous() for x in (query, key, value))
+        n_heads, n_tokens, head_dim = query.shape[1:]
+        attended = query.new_empty(n_tokens, n_heads, head_dim)  # (N, H, K)
+        if self.native is None:
+            self._store(layer, key[0], value[0])
+        else:
+            self._function(
+                *(self._cache, layer, _Rows.of(query), _Rows.of(key), _Rows.of(value), attended.data_ptr()),
+                *(self._slots.data_ptr(), self._positions.data_ptr(), n_tokens, self._n_native),
+                torch.get_num_threads(),
+            )
+        for rows, cells, visible in self._gathered:
+            queries = query[0][:, rows].transpose(0, 1)  # (n, H, T, K)
+            keys = self._load(self.keys, self.key_scales, layer, cells, query.dtype)  # (n, G, S, K)
+            values = self._load(self.values, self.value_scales, layer, cells, query.dtype)
+            attended[rows] = attend(queries, keys, values, visible).transpose(1, 2)  # (n, T, H, K)
+        return attended.transpose(0, 1).unsqueeze(0)  # (1, H, N, K)
+
+    def advance(self, n_tokens: int) -> None:
+        """Nothing: the engine counts the tokens of a sequence when it knows that the step has succeeded."""
+
+    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write keys and values (G, N, K) into the cells of the step."""
+        for new, cells, scales in ((key, self.keys, self.key_scales), (value, self.values, self.value_scales)):
+            if scales is not None:
+                scale = new.float().abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127  # (G, N, 1)
+                scales[layer][:, self._cells] = scale.squeeze(-1)
+                new = (new / scale).round()
+            cells[layer][:, self._cells] = new.to(cells.dtype)
+
+    def _load(
+        self, cells: torch.Tensor, scales: torch.Tensor | None, layer: int, index: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The contents of cells (n, S) as (n, G, S, K)."""
+        found = cells[layer][:, index].to(dtype)  # (G, n, S, K)
+        if scales is not None:
+            found = found * scales[layer][:, index].unsqueeze(-1).to(dtype)
+        return found.transpose(0, 1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Unlike torch.zeros, this takes memory from the system only when a cell is first written
+    n_bytes = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(n_bytes, dtype=np.uint8)).view(dtype).view(shape)

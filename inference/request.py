@@ -1,0 +1,183 @@
+"""A request to the engine, as its sender sees it: `stream()`, `result()`, `cancel()`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from byte_level_bpe import ByteLevelBPETokenizer
+from inference.cache_blocks import Sequence as CacheSequence
+from inference.sampling import SamplingParams, TokenLogProb, TokenSampler
+from inference.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from inference.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | list[dict[str, str]]  # the user's words, or the messages of a conversation so far
+
+
+class QueueFull(Exception):
+    """As many requests wait as may wait; try again later."""
+
+
+class RequestFailed(Exception):
+    """The engine could not answer this request; the sentence says why."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote after one prompt.
+
+    Attributes:
+        text: the answer, without special tokens, up to the stop string if there was one.
+        ended: whether the answer is complete: the model ended it with `</s>`, or a stop token or string was found.
+        token_ids: the ids it produced, the closing `</s>` included when it ended.
+        finish_reason: "stop" (it ended), "length" (`max_gen_len` or the context's end), "cancelled" or "deadline".
+        log_probs: one entry a token where the request asked for them.
+    """
+
+    text: str
+    ended: bool
+    token_ids: list[int]
+    finish_reason: str = ""
+    log_probs: list[TokenLogProb] | None = None
+
+
+def encode_prompt(tokenizer: ByteLevelBPETokenizer, prompt: Prompt, chat: bool) -> list[int]:
+    """Token ids of a prompt: a user's turn in the chat template, or `<s>` and plain text that is to be continued."""
+    if not chat:
+        # Where the tokenizer puts nothing before a text, an empty one begins after the end of another
+        return tokenizer.encode(prompt, add_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.encode_chat(messages, add_generation_prompt=True)["input_ids"]
+
+
+class Request:
+    """One answer in the making. `Engine.submit` makes it; its methods may be called from any thread.
+
+    Where the engine has no thread of its own, `stream` and `result` compute the steps that they wait for.
+
+    Attributes:
+        prompt_ids: the prompt.
+        token_ids: what was generated so far.
+        log_probs: of these tokens, where asked for.
+        samples: the `n` requests of one call of `submit`, of which this is one.
+        generation: the result, once there is one.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        index: int = 0,
+        deadline: float | None = None,
+        text: TextStream | None = None,
+        on_piece: Callable[[str | None], None] | None = None,
+    ) -> None:
+        self.prompt_ids = list(prompt_ids)
+        self.params = params
+        self.token_ids: list[int] = []
+        self.log_probs: list[TokenLogProb] = []
+        self.samples: list[Request] = [self]
+        self.generation: Generation | None = None
+        self._engine = engine
+        self._error: RequestFailed | None = None
+        self._done = threading.Event()
+        self._pieces: SimpleQueue[str | None] = SimpleQueue()
+        self._on_piece = on_piece or self._pieces.put
+        # What follows belongs to the engine
+        self.deadline = deadline  # on the clock of time.monotonic
+        self.arrival = 0  # its number in the line
+        self.context = list(prompt_ids)  # what the model is to see: prompt and answer, or the newer part of them
+        self.sequence: CacheSequence | None = None  # its cells, while it is running
+        self.sampler = TokenSampler(params, prompt_ids, index)
+        self.text = text
+        self.submitted = self.last_token = time.monotonic()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self._done.is_set()
+
+    def stream(self) -> Iterator[str]:
+        """The text, piece by piece as it is made; leaving the loop early cancels the request.
+
+        Raises:
+            RequestFailed: after the pieces there were.
+        """
+        try:
+            while True:
+                while not self._engine.started and self._pieces.empty():
+                    self._engine.step()
+                piece = self._pieces.get()
+                if piece is None:
+                    break
+                yield piece
+        finally:
+            self.cancel()
+        if self._error is not None:
+            raise self._error
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Wait for the whole answer.
+
+        Raises:
+            RequestFailed: there is none.
+            TimeoutError: it is not there after `timeout` seconds; the request goes on.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self._done.is_set():
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"the answer is not complete after {timeout} s")
+            if self._engine.started:
+                self._done.wait(left)
+            else:
+                self._engine.step()
+        if self._error is not None:
+            raise self._error
+        return self.generation
+
+    def cancel(self) -> None:
+        """End the request now; its memory is free for others in the engine's next step."""
+        if not self._done.is_set():
+            self._engine.cancel(self)
+
+    # -- for the engine ------------------------------------------------------------------------------------------------
+
+    def emit(self, piece: str | None) -> None:
+        """Hand a piece of text to whoever listens; None says that it was the last."""
+        try:
+            self._on_piece(piece)
+        except Exception:
+            logger.exception("a request's listener failed; the request is cancelled")
+            self.cancel()
+
+    def finish(self, reason: str, tokenizer: ByteLevelBPETokenizer | None, error: RequestFailed | None = None) -> None:
+        """Complete the request with what it has so far."""
+        if self.text is not None:
+            rest = self.text.flush()
+            if rest:
+                self.emit(rest)
+            text = self.text.text
+        else:
+            text = tokenizer.decode(self.text_ids) if tokenizer is not None and self.token_ids else ""
+        log_probs = None if self.params.logprobs is None else self.log_probs
+        self.generation = Generation(text, reason == "stop", self.token_ids, reason, log_probs)
+        self._error = error
+        self._done.set()
+        self.emit(None)
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The tokens that make the text: a stop token does not show."""
+        stopped = self.token_ids[-1] in self.params.stop_token_ids
+        return self.token_ids[:-1] if stopped else self.token_ids
