@@ -70,9 +70,14 @@ class SamplingParams:
     logprobs: int | None = None
     overflow: str = "error"
 
-    def complaints(self, vocab_size: int) -> list[str]:
-        """What is wrong with these parameters for a vocabulary of that size, a sentence each; empty if nothing is."""
+    def complaints(self, vocab_size: int | None = None) -> list[str]:
+        """What is wrong with these parameters, a sentence each; empty if nothing is.
+
+        Args:
+            vocab_size: of the model; None leaves out what depends on it.
+        """
         unlimited = math.inf
+        known_size, vocab_size = vocab_size is not None, unlimited if vocab_size is None else vocab_size
         ranges = [  # name, lowest, highest, whole numbers only
             ("max_gen_len", 1, unlimited, True),
             ("temperature", 0, unlimited, False),
@@ -95,7 +100,7 @@ class SamplingParams:
                 kind = "a whole number" if whole else "a number"
                 limits = "" if lowest == -unlimited else f" of at least {lowest}"
                 limits = limits if highest == unlimited else f" from {lowest} to {highest}"
-                beyond = ", the size of the vocabulary" if highest is vocab_size else ""
+                beyond = ", the size of the vocabulary" if known_size and name in ("top_k", "logprobs") else ""
                 found.append(f"{name} must be {kind}{limits}{beyond}, not {value!r}")
         if not found:
             found += [f"{name} must be above 0" for name in ("top_p", "repetition_penalty") if getattr(self, name) == 0]

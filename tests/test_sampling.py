@@ -354,3 +354,5 @@ def test_what_is_unusual_but_sound_is_accepted():
     params = [dict(seed=10**400), dict(max_gen_len=10**400), dict(logit_bias={0: -math.inf}), dict(top_k=V, logprobs=V)]
     assert [SamplingParams(**each).complaints(V) for each in [{}, *params]] == [[]] * 5
     assert len(SamplingParams(temperature=-1, top_p=2.0, n=0).complaints(V)) == 3
+    assert SamplingParams(top_k=10**6, logit_bias={10**6: 1.0}).complaints() == []
+    assert SamplingParams(top_k=-1).complaints() == ["top_k must be a whole number of at least 0, not -1"]
