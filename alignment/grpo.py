@@ -219,6 +219,12 @@ class GRPOLoop(RolloutLoop):
         prompts, records = ([values[index] for index in indices] for values in (data.questions, data.records))
         return torch.tensor(call_reward(self.reward, prompts, responses, records), device=self.device)
 
+    def before_first_step(self) -> None:
+        """Say what the SFT model earns."""
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in self.evaluate().items())
+        if distributed.is_main():
+            print(f"before training: {figures}", flush=True)
+
     def train_step(self) -> dict[str, float]:
         """Groups of answers and `grpo_epochs` passes of updates over them."""
         self.parallel_model.eval()  # dropout would make the ratio differ from 1 before anything has changed

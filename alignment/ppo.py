@@ -271,10 +271,12 @@ class PPOLoop(RolloutLoop):
     # ------------------------------------------------------------------------------------------------------- the step
 
     def before_first_step(self) -> None:
-        """Measure the SFT model's rewards."""
-        mean, std = self.moments(torch.cat([rollout["scores"] for rollout in self.validation_rollouts()]))
+        """Measure the SFT model's rewards, and show some of its answers."""
+        rollouts = self.validation_rollouts()
+        mean, std = self.moments(torch.cat([rollout["scores"] for rollout in rollouts]))
         self.model.reward_mean.fill_(mean)
         self.model.reward_std.fill_(std or 1.0)
+        self.show([{**rollout, "scores": (rollout["scores"] - mean) / (std or 1.0)} for rollout in rollouts])
 
     def train_step(self) -> dict[str, float]:
         """One batch of answers and `ppo_epochs` passes of updates over it."""

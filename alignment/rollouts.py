@@ -255,15 +255,16 @@ class RolloutLoop(TrainingLoop):
     def evaluate(self) -> dict[str, float]:
         """Means over answers to held-out prompts, of which a few are shown."""
         rollouts = self.validation_rollouts()
-        if distributed.is_main():
-            self._show(rollouts)
+        self.show(rollouts)
         figures = {"val_reward": (r["scores"] for r in rollouts), "val_ended": (r["ended"].float() for r in rollouts)}
         if self.needs_reference:
             figures["val_kl"] = (rollout["kl"].sum(dim=1) for rollout in rollouts)
         return {name: self.moments(torch.cat(list(parts)))[0] for name, parts in figures.items()}
 
-    def _show(self, rollouts: Iterable[Batch]) -> None:
+    def show(self, rollouts: Iterable[Batch]) -> None:
         """Print the answers to the first held-out prompts, and add them to `samples.jsonl`."""
+        if not distributed.is_main():
+            return
         samples = [
             {
                 "step": self.step,
