@@ -18,9 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import distributed
+from alignment.lora import LoRAOptions, apply_lora
 from alignment.sft import fit_context
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import config_of, load_checkpoint, load_model, load_weights, tokenizer_of
+from checkpoint import load_checkpoint, load_model, restore_model, tokenizer_of
 from command_line import UserError, option, require_file
 from conversation_data import load_preferences
 from data_loader import PreferenceDataset, set_validation_part_aside
@@ -89,7 +90,7 @@ class RewardModel(nn.Module):
 
 
 @dataclass
-class RewardConfig(TrainingConfig):
+class RewardConfig(LoRAOptions, TrainingConfig):
     """Settings of reward-model training."""
 
     pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data, see the README for its shapes")
@@ -204,6 +205,8 @@ def train_reward_model(config: RewardConfig | None = None, **settings: Any) -> d
     )
     backbone, tokenizer, _ = load_model(config.sft_model)
     fit_context(config, backbone)
+    apply_lora(backbone, config, config.sft_model)
+    backbone.recompute_activations = config.recompute_activations
     train_data = PreferenceDataset(preferences, tokenizer, config.max_seq_len)
     val_data = PreferenceDataset(val_preferences, tokenizer, config.max_seq_len)
     model = RewardModel(backbone, config.center_rewards_coefficient)
@@ -241,6 +244,5 @@ def load_reward_model(
     content = load_checkpoint(path)
     if content["stage"] != "reward":
         raise UserError(f"{path} is a {content['stage']} model; give one that finetune.py --mode reward wrote")
-    model = RewardModel(GPTModel.from_config(config_of(content, path)))
-    load_weights(model, content["model"], path)
+    model = restore_model(content, path, RewardModel)
     return model.to(device).eval(), tokenizer_of(content)

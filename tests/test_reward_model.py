@@ -21,7 +21,7 @@ from alignment.reward_model import (
     train_reward_model,
 )
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import load_model, save_checkpoint
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
 from conversation_data import parse_preference
 from data_loader import PreferenceDataset
@@ -213,6 +213,48 @@ def test_it_learns_a_preference_and_is_right_on_held_out_pairs(folder, capsys):
         load_model("reward/reward_best.pth")
     with pytest.raises(UserError, match="sft.pth is a sft model; give one that finetune.py --mode reward wrote"):
         load_reward_model("sft.pth")
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_with_lora_adapters_and_head_are_trained_and_nothing_else(lora_rank, folder, tokenizer):
+    """What is loaded is what was evaluated; without LoRA the same run changes the backbone."""
+    best = train_reward_model(
+        pairwise_data="pairs.json", sft_model="sft.pth", output_dir="reward", val_fraction=0.25, max_steps=25,
+        batch_size=8, eval_interval=25, lr=2e-3, lora_rank=lora_rank, **COMMON,
+    )  # fmt: skip
+    assert best["val_accuracy"] > 0.8
+    content = load_checkpoint("reward/reward_best.pth")
+    if lora_rank:
+        assert {name.rpartition(".")[2] for name in content["model"]} == {"lora_A", "lora_B", "weight", "bias"}
+        others = {name for name in content["model"] if "lora_" not in name}
+        assert others == {"reward_head.weight", "reward_head.bias"}
+    model, _ = load_reward_model("reward/reward_best.pth")
+    backbone, sft = model.backbone.state_dict(), load_model("sft.pth")[0].state_dict()
+    assert torch.equal(backbone["token_embedding.weight"], sft["token_embedding.weight"]) == bool(lora_rank)
+    data = PreferenceDataset(split_preferences("pairs.json", "", 0.25)[1], tokenizer, 48)
+    figures = preference_figures(*compare(model, data, range(len(data))))
+    assert figures["loss"] == pytest.approx(best["val_loss"], abs=1e-4)
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch(folder):
+    """8 × 1, 4 × 2 and 2 × 4 rankings of different lengths: the same losses and gradients."""
+    records = [
+        {"instruction": f"x {k}", "responses": [f"{k} good", "fair " * (1 + k % 3), "bad"][: 2 + k % 2]}
+        for k in range(20)
+    ]
+    (folder / "rankings.json").write_text(json.dumps(records))
+    runs = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        train_reward_model(
+            pairwise_data="rankings.json", sft_model="sft.pth", output_dir=f"{batch_size}", val_fraction=0.2,
+            max_steps=3, batch_size=batch_size, grad_accum_steps=accumulation, center_rewards_coefficient=0.1,
+            recompute_activations=batch_size == 2, **COMMON,
+        )  # fmt: skip
+        runs.append([record for record in read_metrics(f"{batch_size}/metrics.jsonl") if "loss" in record])
+    for run in runs[1:]:
+        for ours, expected in zip(run, runs[0], strict=True):
+            for name in ("loss", "accuracy", "margin", "grad_norm"):
+                assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
 
 
 def test_comparisons_do_not_depend_on_the_batch(folder, random_model, tokenizer):
