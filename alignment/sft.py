@@ -1,10 +1,13 @@
-"""Supervised fine-tuning: next-token prediction on the assistant's turns only."""
+"""Supervised fine-tuning: next-token prediction on the assistant's turns only, of the whole model or with LoRA."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import distributed
 from alignment.lora import LoRAOptions, apply_lora
@@ -31,13 +34,32 @@ class SFTConfig(LoRAOptions, TrainingConfig):
     batch_size: int = option(32, "conversations of one forward pass on one rank")
     lr: float = option(1.5e-3, "peak learning rate")
     epochs: float = option(4.0, "passes over the training data, if --max_steps is 0")
+    neftune_alpha: float = option(0.0, "noise on the embeddings in training (NEFTune), such as 5; 0 for none")
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
         complaints = super().validate()
         if not self.val_data_path and not 0 < self.val_fraction < 1:
             complaints.append(f"--val_fraction must be between 0 and 1, not {self.val_fraction}")
+        if not 0 <= self.neftune_alpha < math.inf:
+            complaints.append(f"--neftune_alpha must not be negative, not {self.neftune_alpha}")
         return complaints
+
+
+def add_embedding_noise(model: GPTModel, alpha: float) -> None:
+    """NEFTune (arXiv:2310.05914, algorithm 1): in training, embeddings (B, T, D) get noise U(−1, 1) · α / √(L · D).
+
+    L is the number of tokens of each row, padding not counted: a row has the same noise in any batch.
+    """
+
+    def noisy(embedding: torch.nn.Embedding, arguments: tuple, embedded: torch.Tensor) -> torch.Tensor:
+        if not embedding.training:
+            return embedded
+        lengths = arguments[0].ne(model.config.pad_token_id).sum(dim=1)[:, None, None]  # (B, 1, 1)
+        size = alpha / (lengths * embedded.size(-1)).sqrt()
+        return embedded + size * torch.empty_like(embedded).uniform_(-1, 1)  # (B, T, D)
+
+    model.token_embedding.register_forward_hook(noisy)
 
 
 def fit_context(config: TrainingConfig, model: GPTModel) -> None:
@@ -64,6 +86,8 @@ def sft_finetune(config: SFTConfig | None = None, **settings: Any) -> dict[str, 
     model, tokenizer, _ = load_model(config.pretrained_model)
     fit_context(config, model)
     apply_lora(model, config, config.pretrained_model)
+    if config.neftune_alpha:
+        add_embedding_noise(model, config.neftune_alpha)
     if config.val_data_path:
         val_conversations = load_conversations(config.val_data_path)
     else:

@@ -1,12 +1,13 @@
 """Supervised fine-tuning: what is trained, that it learns to answer, and that its answers end."""
 
+import copy
 import json
 
 import pytest
 import torch
 
 import finetune
-from alignment.sft import SFTConfig, sft_finetune
+from alignment.sft import SFTConfig, add_embedding_noise, sft_finetune
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
@@ -15,8 +16,11 @@ from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from run_log import read_metrics
 from text_files import iter_records
 from text_generation import generate_texts
+from training_loop import newest_sound
 
-QUESTIONS = {"法国的首都": "巴黎", "意大利的首都": "罗马", "Two plus two?": "four", "Three plus three?": "six"}
+QUESTIONS = {"法国的首都": "巴黎", "意大利的首都": "罗马", "Two plus two?": "four", "Three plus three?": "six",
+             "日本的首都": "东京", "埃及的首都": "开罗", "One plus one?": "two", "Capital of Peru?": "Lima.",
+             "Say something.": "the quick fox", "再见": "再见！"}  # fmt: skip
 COMMON = dict(device="cpu", precision="fp32", num_threads=1, batch_size=4, log_interval=1)
 
 
@@ -26,7 +30,7 @@ def talk(question, answer):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, tokenizer):
-    """A working folder with a freshly initialised base model and four questions with their answers."""
+    """A working folder with a freshly initialised base model and ten questions with their answers."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     config = GPTConfig.for_architecture(
@@ -74,6 +78,22 @@ def test_the_gradient_knows_only_the_answers(random_model):
     assert loss.item() == pytest.approx(sum(nats) / len(nats), abs=1e-5)
 
 
+def test_a_batch_with_padding_is_each_conversation_alone(architecture, random_model):
+    """Loss and gradients of conversations of many lengths in one batch are the token-weighted means of theirs alone."""
+    tokenizer = ByteLevelBPETokenizer(260)
+    model = random_model(architecture, vocab_size=260, max_seq_len=64)
+    data = GPTSFTDataset([talk("q" * n, "一" * (6 - n)) for n in range(1, 6)], tokenizer, 64)
+    assert len(set(data.lengths)) == 5
+    batch = data.collate(data.samples)
+    loss = model(**batch)["loss"]
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    alone = [data.collate([sample]) for sample in data.samples]
+    weighted = sum(model(**one)["loss"] * data.count(one) for one in alone) / data.count(batch)
+    torch.testing.assert_close(loss, weighted)
+    for one, other in zip(gradients, torch.autograd.grad(weighted, list(model.parameters())), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
 def test_in_a_conversation_of_several_turns_every_answer_is_trained():
     tokenizer = ByteLevelBPETokenizer(260)
     data = GPTSFTDataset([talk("a", "xy") + talk("b", "z")], tokenizer, 96)
@@ -98,13 +118,24 @@ def test_conversations_that_are_too_long_are_cut_or_left_out_and_counted():
 # -- that it learns ----------------------------------------------------------------------------------------------------
 
 
-def test_it_learns_to_answer_and_to_end(folder, capsys):
-    """After 60 steps on four questions it answers each exactly and ends by itself, alone or in a batch."""
-    best = sft(max_steps=60, lr=1e-2, eval_interval=60, batch_size=4)
+@pytest.mark.parametrize("rank", [0, 8], ids=["full", "lora"])
+def test_it_learns_to_answer_and_to_end(folder, capsys, rank):
+    """After 60 steps on ten questions it answers each exactly and ends by itself, alone or in a batch.
+
+    LoRA starts from a model that has learned all the wrong answers.
+    """
+    settings = dict(max_steps=60, lr=1e-2, eval_interval=60, batch_size=10)
+    if rank:
+        wrong = zip(QUESTIONS, reversed(QUESTIONS.values()), strict=True)
+        records = [{"instruction": question, "response": answer} for question, answer in wrong]
+        (folder / "wrong.json").write_text(json.dumps(records), encoding="utf-8")
+        sft(data_path="wrong.json", output_dir="wrong", **settings)
+        settings |= dict(pretrained_model="wrong/sft_best.pth", lora_rank=rank, lr=3e-3)
+    best = sft(**settings)
     assert best["val_loss"] < 0.1
     model, tokenizer, content = load_model("sft/sft_best.pth")
     assert content["stage"] == "sft"
-    for batch_size in (1, 4):
+    for batch_size in (1, 10):
         answers = generate_texts(model, tokenizer, list(QUESTIONS), chat=True, max_gen_len=12, batch_size=batch_size)
         assert [answer.text for answer in answers] == list(QUESTIONS.values())
         assert all(answer.ended for answer in answers)
@@ -117,8 +148,8 @@ def test_the_command_line_of_the_readme(folder, capsys):
     finetune.main([*options.split(), "--val_fraction", "0.3", "--num_threads", "1", "--batch_size", "2"])
     content = load_checkpoint("out/sft_best.pth")
     assert content["config"]["max_seq_len"] == 48
-    assert content["step"] <= 3
-    assert "fine-tuning base.pth on 2 conversations, 3 steps" in capsys.readouterr().out
+    assert content["step"] <= 12
+    assert "fine-tuning base.pth on 7 conversations, 12 steps" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_continues_exactly(folder):
@@ -141,7 +172,7 @@ def test_validation_records_are_not_trained_on(folder):
     (folder / "one.json").write_text('[{"instruction": "a", "response": "b"}]')
     with pytest.raises(UserError, match="one.json has too few records to set some aside; give --val_data_path"):
         sft(data_path="one.json", val_data_path="", max_steps=1)
-    assert len(list(iter_records("data.json"))) == 4
+    assert len(list(iter_records("data.json"))) == len(QUESTIONS)
 
 
 def test_a_longer_context_than_the_models_is_refused(folder):
@@ -152,3 +183,107 @@ def test_a_longer_context_than_the_models_is_refused(folder):
 def test_settings_that_make_no_sense_are_refused():
     assert SFTConfig(val_fraction=0.0).validate() == ["--val_fraction must be between 0 and 1, not 0.0"]
     assert SFTConfig(val_fraction=0.0, val_data_path="x").validate() == []
+
+
+# -- a step is a step --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_micro_batches_of_1_2_and_4_make_the_same_steps(folder, rank):
+    """However a step is cut, its loss and gradient are means over its tokens; so are the weights that come out."""
+    runs = []
+    for size in (4, 2, 1):
+        output = f"micro{size}"
+        sft(output_dir=output, batch_size=size, grad_accum_steps=4 // size, max_steps=4, lora_rank=rank, lr=1e-3)
+        records = [record for record in read_metrics(folder / output / "metrics.jsonl") if "loss" in record]
+        weights = load_checkpoint(f"{output}/checkpoints/step_00000004.pth")["model"]
+        runs.append(([(record["loss"], record["grad_norm"]) for record in records], weights))
+    (course, weights), *others = runs
+    assert len(course) == 4
+    for other_course, other_weights in others:
+        torch.testing.assert_close(torch.tensor(course), torch.tensor(other_course), atol=1e-5, rtol=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(other_weights[name], value, atol=1e-4, rtol=1e-3)
+
+
+# -- LoRA --------------------------------------------------------------------------------------------------------------
+
+
+def test_lora_trains_and_saves_adapters_only(folder, capsys):
+    """The file is small, records its base, and together with it gives the validation loss of training."""
+    best = sft(max_steps=30, lora_rank=2, lora_dropout=0.1, lr=2e-3)
+    out = capsys.readouterr().out
+    whole, adapters = load_checkpoint("base.pth"), load_checkpoint("sft/sft_best.pth")
+    assert all(name.endswith(("lora_A", "lora_B")) for name in adapters["model"])
+    n_trained = sum(value.numel() for value in adapters["model"].values())
+    n_all = sum(parameter.numel() for parameter in load_model("base.pth")[0].parameters()) + n_trained
+    assert f"LoRA beside base.pth: training {n_trained:,} weights, {n_trained / n_all:.2%} of the parameters" in out
+    assert adapters["lora"]["base"] == "base.pth"
+    assert (adapters["lora"]["lora_rank"], adapters["lora"]["lora_dropout"]) == (2, 0.1)
+    step = load_checkpoint(newest_sound(folder / "sft" / "checkpoints")[1])
+    assert step["model"].keys() == adapters["model"].keys()
+    assert step["training_state"]["optimizer"].keys() == adapters["model"].keys()
+
+    model, tokenizer, _ = load_model("sft/sft_best.pth")
+    data = GPTSFTDataset([talk(question, answer) for question, answer in QUESTIONS.items()], tokenizer, 48)
+    with torch.no_grad():
+        assert model(**data.collate(data.samples))["loss"].item() == pytest.approx(best["val_loss"], abs=1e-5)
+    assert model.state_dict().keys() == whole["model"].keys()
+    untouched = [name for name in whole["model"] if "proj" not in name]
+    assert all(torch.equal(model.state_dict()[name], whole["model"][name]) for name in untouched)
+
+
+def test_an_interrupted_lora_run_continues_exactly(folder):
+    """Adapters, their optimiser and the dropout's random numbers; with activations recomputed in the backward pass."""
+    settings = dict(max_steps=6, batch_size=2, save_interval=3, lora_rank=2, lora_dropout=0.2, grad_accum_steps=2)
+    sft(output_dir="whole", **settings)
+    sft(output_dir="parts", **settings, recompute_activations=True)
+    (folder / "parts" / "checkpoints" / "step_00000006.pth").unlink()
+    sft(output_dir="parts", **settings, resume="auto", recompute_activations=True)
+    states = [load_checkpoint(f"{name}/checkpoints/step_00000006.pth")["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_lora_run_is_not_continued_with_other_adapters_or_without(folder):
+    sft(max_steps=2, lora_rank=2)
+    for rank in (4, 0):
+        with pytest.raises(UserError, match=f"lora_rank 2 there, {rank} here"):
+            sft(max_steps=4, lora_rank=rank, resume="auto")
+
+
+def test_lora_settings_that_make_no_sense_are_refused():
+    assert SFTConfig(lora_rank=-1).validate() == ["--lora_rank must be at least 0, not -1"]
+    assert SFTConfig(lora_rank=4, parallel="ddp").validate() == []
+    [complaint] = SFTConfig(lora_rank=4, parallel="fsdp").validate()
+    assert complaint == "--lora_rank works with --parallel ddp, not fsdp; there is little left to cut up"
+
+
+# -- NEFTune -----------------------------------------------------------------------------------------------------------
+
+
+def test_neftune_adds_the_noise_of_the_paper_in_training_only(random_model):
+    """U(−1, 1) · α / √(L · D), L without padding; nothing in evaluation."""
+    model = copy.deepcopy(random_model("modern", vocab_size=260, d_model=48, n_heads=2, max_seq_len=64))
+    ids = torch.full((2, 50), 5)
+    ids[1, 12:] = model.config.pad_token_id
+    clean = model.token_embedding(ids)
+    add_embedding_noise(model, 7.0)
+    assert torch.equal(model.token_embedding(ids), clean)
+    model.train()
+    torch.manual_seed(0)
+    noise = model.token_embedding(ids) - clean
+    for row, length in ((noise[0], 50), (noise[1, :12], 12)):
+        limit = 7.0 / (length * 48) ** 0.5
+        assert 0.98 * limit < row.abs().max() <= limit * 1.0001
+        assert row.mean().abs() < 0.1 * limit
+        assert row.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)  # of a uniform distribution
+
+
+def test_neftune_is_off_by_default_and_reaches_training(folder):
+    """With it, training losses change and validation is without noise; a negative α is refused."""
+    sft(output_dir="plain", max_steps=2)
+    sft(output_dir="noisy", max_steps=2, neftune_alpha=50.0)
+    plain, noisy = ([r["loss"] for r in read_metrics(folder / run / "metrics.jsonl") if "loss" in r]
+                    for run in ("plain", "noisy"))  # fmt: skip
+    assert abs(plain[0] - noisy[0]) > 1e-3
+    assert SFTConfig(neftune_alpha=-1.0).validate() == ["--neftune_alpha must not be negative, not -1.0"]
