@@ -1,0 +1,201 @@
+"""The engine's cache: blocks are handed out once, shared when prompts begin alike, and attention reads the right cells."""
+
+import random
+
+import pytest
+import torch
+
+from gpt_model import GPTConfig
+from inference import paged_attention
+from inference.cache_blocks import BLOCK, BlockPool, Sequence
+from inference.paged_attention import FEW_TOKENS, PagedCache
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+def stored(pool, tokens, slot=0):
+    """A sequence of these tokens, all of them computed."""
+    sequence = Sequence(slot)
+    pool.share(sequence, tokens)
+    while len(sequence.blocks) * BLOCK < len(tokens):
+        sequence.blocks.append(pool.take())
+    pool.remember(sequence, tokens, len(tokens) - sequence.length)
+    return sequence
+
+
+def test_no_block_has_two_owners_and_none_is_lost():
+    """A thousand random openings and closings: blocks in use are those of the open sequences, all others are free, and
+    a block belongs to two sequences only where their tokens up to its end are equal."""
+    chance, pool, open_ones = random.Random(0), BlockPool(24), []
+    n_shared = 0
+    for _ in range(1000):
+        tokens = [chance.randrange(2)] * chance.randrange(1, 60) + [chance.randrange(3)] * chance.randrange(20)
+        if len(open_ones) < 6 and -(-len(tokens) // BLOCK) <= len(pool.free):
+            open_ones.append((stored(pool, tokens), tokens))
+        elif open_ones:
+            pool.release(open_ones.pop(chance.randrange(len(open_ones)))[0].blocks)
+        users = {}
+        for sequence, tokens in open_ones:
+            for index, block in enumerate(sequence.blocks):
+                users.setdefault(block, []).append(tokens[: (index + 1) * BLOCK])
+        assert set(users).isdisjoint(pool.free)
+        assert len(users) + len(pool.free) == 24
+        for block, contents in users.items():
+            assert pool.users[block] == len(contents)
+            assert all(content == contents[0] for content in contents)
+            n_shared += len(contents) > 1
+    assert n_shared > 100
+
+
+def test_a_block_is_found_after_its_own_prefix_only():
+    """The same 16 tokens after other tokens are other keys and values."""
+    pool = BlockPool(16)
+    stored(pool, [1] * BLOCK + [2] * BLOCK + [3])
+    assert len(pool.find([1] * BLOCK + [2] * BLOCK + [4])) == 2
+    assert pool.find([2] * BLOCK + [4]) == []
+    assert len(pool.find([1] * BLOCK + [1] * BLOCK + [4])) == 1
+    assert len(pool.find([1] * BLOCK)) == 0, "the last token has to be computed"
+
+
+def test_what_was_used_longest_ago_makes_room_first():
+    pool = BlockPool(4)
+    for token in (1, 2, 3):
+        pool.release(stored(pool, [token] * BLOCK + [0]).blocks)  # one full block; the other one is free to be taken
+    pool.release(stored(pool, [1] * BLOCK + [0]).blocks)  # used again: now 2 is the oldest
+    assert [pool.take() for _ in range(2)] and len(pool.find([2] * BLOCK + [0])) == 0
+    assert len(pool.find([1] * BLOCK + [0])) == len(pool.find([3] * BLOCK + [0])) == 1
+    assert pool.take() is not None and pool.take() is not None and pool.take() is None
+
+
+def test_a_forgotten_prefix_is_not_found_through_a_block_that_was_taken_again():
+    """A chain of blocks is broken where one of them was handed out: what followed it is unreachable, not wrong."""
+    pool = BlockPool(4)
+    tokens = [5] * 3 * BLOCK + [0]
+    sequence = stored(pool, tokens)
+    pool.release(sequence.blocks)
+    pool.known.pop(pool.keys.pop(sequence.blocks[0]))
+    assert pool.find(tokens) == []
+    stored(pool, [5] * BLOCK + [0])
+    assert len(pool.find(tokens)) == 1
+
+
+def test_forgetting_leaves_nothing_to_find():
+    pool = BlockPool(4)
+    sequence = stored(pool, [1] * 40)
+    pool.forget()
+    assert pool.find([1] * 40) == []
+    pool.release(sequence.blocks)
+    assert len(pool.free) == 4
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def way(request, monkeypatch):
+    """Both ways to attend: the C function, and PyTorch's operations where there is no compiler."""
+    if request.param == "plain":
+        monkeypatch.setattr(paged_attention, "load_native", lambda source: None)
+    elif paged_attention.load_native(paged_attention.SOURCE) is None:
+        pytest.skip("no C compiler")
+    return request.param
+
+
+def rows(config, n, generator):
+    """Random queries, keys and values of n tokens, laid out as attention hands them over: heads are strided views."""
+
+    def heads(count):
+        return torch.randn(1, n, count, config.head_dim, generator=generator).transpose(1, 2)
+
+    return heads(config.n_heads), heads(config.n_kv_heads), heads(config.n_kv_heads)
+
+
+def by_hand(query, keys, values):
+    """Attention of one token's query (H, K) to keys and values (S, G, K), head by head."""
+    group = query.size(0) // keys.size(1)
+    result = []
+    for head, q in enumerate(query):
+        k, v = keys[:, head // group], values[:, head // group]
+        result.append((k @ q / q.numel() ** 0.5).softmax(dim=0) @ v)
+    return torch.stack(result)
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.int8, 2e-2)])
+def test_every_token_attends_to_its_own_past(way, n_kv_heads, dtype, tolerance):
+    """Steps of single tokens, short and long chunks of several sequences at once, against a loop over heads."""
+    config = GPTConfig(vocab_size=8, d_model=32, n_layers=2, n_heads=4, n_kv_heads=n_kv_heads, max_seq_len=160)
+    generator = torch.Generator().manual_seed(0)
+    cache = PagedCache(config, 640, 4, dtype, reuse_prefixes=False)
+    assert (cache.native is None) == (way == "plain")
+    sequences = [cache.open([0] * 160) for _ in range(3)]
+    history = {(layer, sequence.slot): ([], []) for layer in range(2) for sequence in sequences}
+    for sizes in ([3, 40, 1], [1, 1, FEW_TOKENS + 1], [1, 2, 1], [1, 1, 1], [17, 60, 90], [1, 1, 1]):
+        spans = sorted(zip(sequences, sizes, strict=True), key=lambda span: span[1])
+        positions = cache.begin_step(spans)
+        assert positions.tolist() == [s.length + i for s, size in spans for i in range(size)]
+        for layer in range(2):
+            query, key, value = rows(config, sum(sizes), generator)
+            attended = cache.attend(layer, query, key, value, None)  # (1, H, N, K)
+            row = 0
+            for sequence, size in spans:
+                keys, values = history[layer, sequence.slot]
+                for _ in range(size):
+                    keys.append(key[0, :, row])
+                    values.append(value[0, :, row])
+                    expected = by_hand(query[0, :, row], torch.stack(keys), torch.stack(values))
+                    torch.testing.assert_close(attended[0, :, row], expected, atol=tolerance, rtol=tolerance)
+                    row += 1
+        for sequence, size in spans:
+            cache.stored(sequence, [], size)
+
+
+def test_both_ways_store_the_same_int8_cells(monkeypatch):
+    """Integers and scales are equal bit for bit, so a cache filled one way is read the other way."""
+    if paged_attention.load_native(paged_attention.SOURCE) is None:
+        pytest.skip("no C compiler")
+    config = GPTConfig(vocab_size=8, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
+    caches = [PagedCache(config, 64, 1, torch.int8)]
+    monkeypatch.setattr(paged_attention, "load_native", lambda source: None)
+    caches.append(PagedCache(config, 64, 1, torch.int8))
+    query, key, value = rows(config, 50, torch.Generator().manual_seed(1))
+    for cache in caches:
+        cache.begin_step([(cache.open([0] * 50), 50)])
+        cache.attend(0, query, key, value, None)
+    for name in ("keys", "values", "key_scales", "value_scales"):
+        assert torch.equal(getattr(caches[0], name), getattr(caches[1], name)), name
+
+
+def test_cells_of_others_do_not_matter_even_if_they_hold_nan(way):
+    """A sequence reads its own blocks only."""
+    config = GPTConfig(vocab_size=8, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
+    cache = PagedCache(config, 128, 2)
+    mine, other = cache.open([0] * 20), cache.open([1] * 20)
+    for block in other.blocks:
+        cache.keys[:, :, block * BLOCK : (block + 1) * BLOCK] = float("nan")
+        cache.values[:, :, block * BLOCK : (block + 1) * BLOCK] = float("nan")
+    cache.begin_step([(mine, 20)])
+    assert cache.attend(0, *rows(config, 20, torch.Generator().manual_seed(2)), None).isfinite().all()
+
+
+def test_scrubbing_writes_zeros_over_what_a_failed_step_has_left():
+    config = GPTConfig(vocab_size=8, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
+    cache = PagedCache(config, 64, 1)
+    sequence = cache.open([0] * 40)
+    cache.begin_step([(sequence, 20)])
+    query, key, value = rows(config, 20, torch.Generator().manual_seed(3))
+    cache.attend(0, query, key, value, None)
+    cache.stored(sequence, [0] * 40, 20)
+    cache.begin_step([(sequence, 20)])
+    cache.attend(0, query, torch.full_like(key, float("nan")), value, None)
+    cache.scrub(sequence)
+    assert cache.keys.isfinite().all()
+    first = sequence.blocks[0] * BLOCK
+    torch.testing.assert_close(cache.keys[0, :, first : first + BLOCK], key[0, :, :BLOCK])
+
+
+def test_unused_cells_are_zeros():
+    config = GPTConfig(vocab_size=8, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        cache = PagedCache(config, 64, 1, dtype)
+        assert cache.keys.dtype == dtype and not cache.keys.any() and not cache.values.any()
