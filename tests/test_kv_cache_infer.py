@@ -1,12 +1,17 @@
 """Generation with a KV cache: the same as without it, in batches as alone, and it ends when the model ends."""
 
+import re
+import shlex
+
 import pytest
 import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from command_line import UserError
+from checkpoint import save_checkpoint
+from command_line import UserError, run_main
 from gpt_model import GPTConfig, GPTModel
-from inference.kv_cache_infer import KVCache, generate_texts, generate_with_kv_cache
+from inference.beam_search import BeamSettings, beam_search
+from inference.kv_cache_infer import KVCache, generate_texts, generate_with_kv_cache, main
 from text_generation import encode_prompt, left_pad
 
 CONTEXT = 64
@@ -168,6 +173,167 @@ def test_stops_where_the_context_ends(model, tokenizer):
     generate_with_kv_cache(model, tokenizer, nearly_full, 50)
     with pytest.raises(UserError, match=f"{CONTEXT} tokens .* shorten it"):
         generate_with_kv_cache(model, tokenizer, "x" * (CONTEXT - 1))
+
+
+def test_all_settings_of_a_request_arrive(model, tokenizer):
+    """Those of the signature and any other field of `SamplingParams`; a misspelt one is an error."""
+    settings = dict(max_gen_len=30, temperature=0)
+    plain = generate_with_kv_cache(model, tokenizer, "abc", **settings)
+    for stop in (plain[3:5], ["no such", plain[2]]):
+        expected = plain[: plain.index(stop if isinstance(stop, str) else stop[1])]
+        assert generate_with_kv_cache(model, tokenizer, "abc", stop=stop, **settings) == expected
+    z = tokenizer.encode("z", add_special_tokens=False)["input_ids"][0]
+    assert generate_with_kv_cache(model, tokenizer, "abc", 5, logit_bias={z: 1e4}) == "zzzzz"
+    assert generate_with_kv_cache(model, tokenizer, "abc", top_p=1e-9, max_gen_len=30) == plain
+    with pytest.raises(TypeError, match="topp"):
+        generate_with_kv_cache(model, tokenizer, "abc", topp=0.5)
+
+
+def test_n_answers_and_several_prompts_have_random_numbers_of_their_own(model, tokenizer):
+    """And an answer is the same in every company."""
+    settings = dict(max_gen_len=12, top_k=0, temperature=1.5, seed=4)
+    pairs = generate_with_kv_cache(model, tokenizer, ["same", "same", "other"], n=2, batch_size=2, **settings)
+    assert [len(pair) for pair in pairs] == [2, 2, 2]
+    assert len({text for pair in pairs for text in pair}) == 6
+    assert generate_with_kv_cache(model, tokenizer, "same", n=2, **settings) == pairs[0]
+    assert generate_with_kv_cache(model, tokenizer, "same", **settings) == pairs[0][0]
+
+
+def test_sliding_goes_on_beyond_the_context(model, tokenizer):
+    """As far as asked, and up to the context's end exactly as without sliding."""
+    settings = dict(temperature=0, ignore_eos=True)
+    within = generate_with_kv_cache(model, tokenizer, "abc", 1000, **settings)
+    beyond = generate_with_kv_cache(model, tokenizer, "abc", 150, overflow="slide", **settings)
+    assert len(tokenizer.encode(within)["input_ids"]) < len(tokenizer.encode(beyond)["input_ids"])
+    assert beyond.startswith(within.rstrip("\ufffd"))
+    long_prompt = "x" * (3 * CONTEXT)
+    assert generate_with_kv_cache(model, tokenizer, long_prompt, 5, overflow="slide", **settings)
+
+
+def test_beams_find_the_answers_of_beam_search(model, tokenizer):
+    """Through the chat template as well, for several prompts, n of them each; none of the sampling settings matters."""
+    texts = generate_with_kv_cache(model, tokenizer, ["ab", "c"], 10, num_beams=3, n=2, chat=True, length_penalty=0.5)
+    for prompt, pair in zip(["ab", "c"], texts, strict=True):
+        ids, ends = encode_prompt(tokenizer, prompt, chat=True), {tokenizer.eos_token_id}
+        found = beam_search(model, ids, BeamSettings(3, 0.5), max_gen_len=10, end_token_ids=ends, n=2)
+        assert pair == [tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
+    one = generate_with_kv_cache(model, tokenizer, "ab", 10, top_k=3, temperature=9.0, num_beams=3, chat=True)
+    assert one == generate_with_kv_cache(model, tokenizer, "ab", 10, temperature=0, num_beams=3, chat=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "words"),
+    [
+        ("", {}, "the prompt is empty"),
+        (["a", ""], {}, "the prompt is empty"),
+        ("x" * 64, {}, "the prompt has 65 tokens and the model's context only 64"),
+        ("a", dict(max_gen_len=0), "max_gen_len must be a whole number of at least 1, not 0"),
+        ("a", dict(top_k=301), "top_k must be a whole number from 0 to 300, the size of the vocabulary, not 301"),
+        ("a", dict(temperature=float("nan")), "temperature must be a number of at least 0, not nan"),
+        ("a", dict(stop=""), "stop must be a tuple of strings of at least one character"),
+        ("a", dict(stop=["b", ""]), "stop must be a tuple of strings of at least one character"),
+        ("a", dict(overflow="wrap"), "overflow must be one of error, slide"),
+        ("a", dict(batch_size=0), "must be at least 1, not 0"),
+        ("", dict(num_beams=2), "the prompt is empty"),
+        ("x" * 64, dict(num_beams=2), "the prompt has 65 tokens"),
+        ("a", dict(num_beams=0), "num_beams must be at least 1, not 0"),
+        ("a", dict(num_beams=2, n=3), "n must be from 1 to num_beams, 2, not 3"),
+        ("a", dict(num_beams=2, top_k=301), "top_k must be"),
+        ("a", dict(num_beams=2, stop="b"), "num_beams and stop do not go together"),
+        ("a", dict(num_beams=2, overflow="slide"), "num_beams and overflow do not go together"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named_in_one_sentence(model, tokenizer, prompt, settings, words):
+    with pytest.raises(UserError) as error:
+        generate_with_kv_cache(model, tokenizer, prompt, **settings)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_damaged_weights_are_named_in_one_sentence(tokenizer, num_beams):
+    model = random_model("modern")
+    with torch.no_grad():
+        model.layers[1].feed_forward.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite.* use another checkpoint"):
+        generate_with_kv_cache(model, tokenizer, "abc", num_beams=num_beams)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tokenizer, tmp_path_factory):
+    """A folder with the same model as a pretrained and as a fine-tuned one, and with a damaged one."""
+    folder, model = tmp_path_factory.mktemp("checkpoints"), random_model("modern")
+    for stage in ("pretrain", "sft", "damaged"):
+        if stage == "damaged":
+            with torch.no_grad():
+                model.final_norm.weight[0] = float("nan")
+        save_checkpoint(
+            folder / f"{stage}.pth", model_state=model.state_dict(), config=model.config, tokenizer=tokenizer,
+            stage="pretrain" if stage == "pretrain" else "sft",
+        )  # fmt: skip
+    return folder
+
+
+def run(folder, options, capsys):
+    """Exit status, what was printed, and what was reported."""
+    with pytest.raises(SystemExit) as exit:
+        run_main(lambda: main(shlex.split(f"--device cpu --num_threads 1 --model_path {folder}/{options}")))
+    printed, reported = capsys.readouterr()
+    return exit.value.code, printed, reported
+
+
+def test_the_command_line_prints_the_answer_and_its_speed(checkpoints, tokenizer, capsys):
+    """A fine-tuned model answers, a pretrained one continues, unless --chat says otherwise."""
+    model = random_model("modern")
+    for options, chat in (("sft.pth", True), ("pretrain.pth", False), ("pretrain.pth --chat", True)):
+        status, printed, reported = run(checkpoints, f"{options} --prompt hi --temperature 0 --max_gen_len 9", capsys)
+        text = generate_with_kv_cache(model, tokenizer, "hi", 9, temperature=0, chat=chat)
+        assert (status, printed) == (0, text + "\n")
+        assert re.fullmatch(r"\n\d tokens in [\d.]+ s, \d+ tokens/s, the first after \d+ ms\n", reported)
+
+
+def test_the_command_line_has_the_other_ways_of_generating_too(checkpoints, tokenizer, capsys):
+    model = random_model("modern")
+    settings = dict(max_gen_len=9, chat=True)
+    for options, expected in (
+        ("--n 2 --seed 1", generate_with_kv_cache(model, tokenizer, "hi", n=2, seed=1, **settings)),
+        ("--num_beams 3 --n 2", generate_with_kv_cache(model, tokenizer, "hi", num_beams=3, n=2, **settings)),
+    ):
+        status, printed, _ = run(checkpoints, f"sft.pth --prompt hi --max_gen_len 9 {options}", capsys)
+        assert (status, printed) == (0, "".join(text + "\n" for text in expected))
+    status, printed, _ = run(
+        checkpoints, "sft.pth --prompt hi --max_gen_len 99 --overflow slide --ignore_eos --cache_dtype int8", capsys
+    )
+    assert status == 0 and printed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("sft.pth", "--prompt is missing"),
+        ("sft.pth --prompt ''", "--prompt is empty"),
+        (
+            "sft.pth --prompt a --temperature nan --top_k -1",
+            "--temperature must be a number of at least 0, not nan; --top_k",
+        ),
+        ("sft.pth --prompt a --max_gen_len 0", "--max_gen_len must be a whole number of at least 1, not 0"),
+        ("sft.pth --prompt a --stop ''", "--stop must be"),
+        ("sft.pth --prompt a --top_k 301", "top_k must be a whole number from 0 to 300, the size of the vocabulary"),
+        ("sft.pth --prompt a --num_beams 2 --stop b", "--num_beams and stop do not go together"),
+        (f"sft.pth --prompt {'x' * 80}", "and the model's context only 64"),
+        ("damaged.pth --prompt a", "not finite"),
+        ("missing.pth --prompt a", "missing.pth does not exist"),
+    ],
+    ids=str,
+)
+def test_mistakes_on_the_command_line_are_named_in_one_sentence(checkpoints, capsys, options, words):
+    status, printed, reported = run(checkpoints, options, capsys)
+    (sentence,) = reported.strip().splitlines()
+    assert (status, printed) == (2, "")
+    assert sentence.startswith("error: ") and words in sentence
 
 
 def test_cache_holds_zeros_and_refuses_more_than_it_holds():
