@@ -326,6 +326,8 @@ def call_reward(function: RewardFunction, prompts: list[str], responses: list[st
 
 def described(error: Exception) -> str:
     """What went wrong in somebody's code and in which line, on one line."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error}"  # says where by itself
     line = error.__traceback__
     while line.tb_next is not None:
         line = line.tb_next

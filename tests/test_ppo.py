@@ -6,21 +6,18 @@ import shlex
 
 import pytest
 import torch
+from policy_loops import COMMON, PROMPTS, make_loop
 
 import finetune
-from alignment.ppo import PPOConfig, PPOLoop, answer_values, generalized_advantages, rlhf_ppo
+from alignment.ppo import PPOConfig, adapted_kl_coef, answer_values, generalized_advantages, rlhf_ppo
 from alignment.reward_model import RewardModel
 from alignment.rollouts import answer_log_probs, mask_after_end
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
-from data_loader import BatchOrder, GPTPPODataset, GPTSFTDataset
+from data_loader import BatchOrder, GPTSFTDataset
 from gpt_model import GPTConfig, GPTModel
 from run_log import read_metrics
-from training_config import prepare_machine
-
-PROMPTS = ["a", "法国的首都", "What is the capital of France?", "二加三", "The quick brown fox jumps", "hi there"]
-COMMON = dict(device="cpu", precision="fp32", num_threads=1, log_interval=1)
 
 
 class LikesSmallNumbers(RewardModel):
@@ -34,24 +31,9 @@ class LikesSmallNumbers(RewardModel):
         return (input_ids.lt(100) & attention_mask.bool())[:, -6:].float().sum(1)
 
 
-def make_loop(folder, tokenizer, random_model, reward_class=RewardModel, **settings):
-    """PPO on a random policy that writes answers of up to 6 tokens after prompts of different lengths."""
-    usual = dict(max_gen_len=6, rollout_batch_size=8, batch_size=4, ppo_epochs=2, max_steps=2, eval_interval=2)
-    usual |= dict(critic_warmup_steps=0, critic_lr_scale=1.0, gae_lambda=0.95, schedule="constant")
-    config = PPOConfig(**{**COMMON, **usual, "output_dir": str(folder), "max_seq_len": 48, **settings})
-    assert config.validate() == []
-    device = prepare_machine(config)
-    policy = random_model("modern", vocab_size=len(tokenizer), max_seq_len=48, d_model=32)
-    policy.lm_head.weight.data.mul_(0.5)
-    torch.manual_seed(1)
-    reward_model = reward_class(random_model("gpt2", seed=1, vocab_size=len(tokenizer), max_seq_len=48))
-    prompts = GPTPPODataset([[{"role": "user", "content": text}] for text in PROMPTS], tokenizer, 42)
-    return PPOLoop(config, policy, reward_model, tokenizer, prompts, prompts, device)
-
-
 @pytest.fixture
-def loop(tmp_path, tokenizer, random_model):
-    return make_loop(tmp_path, tokenizer, random_model)
+def loop(tmp_path, tokenizer):
+    return make_loop("ppo", tmp_path, tokenizer)
 
 
 def rollout_of(loop):
@@ -60,27 +42,6 @@ def rollout_of(loop):
 
 
 # -- the first minibatch -----------------------------------------------------------------------------------------------
-
-
-def test_on_the_first_minibatch_the_ratio_is_1_and_all_divergences_are_0(loop):
-    """The ratio is against the policy that sampled; before any update that is the policy itself, and the reference."""
-    rollout = rollout_of(loop)
-    lengths = rollout["attention_mask"].sum(1)
-    assert len(set(lengths.tolist())) > 3, "prompts of different lengths stand in one batch"
-    assert rollout["kl"].abs().max() < 1e-5
-    batch = loop.estimate_advantages(rollout)
-    for rows in (slice(0, 4), slice(4, 8)):
-        figures = loop.model(**{name: value[rows] for name, value in batch.items()})
-        assert figures["val/ratio"].item() == pytest.approx(1.0, abs=1e-5)
-        assert figures["policy/approxkl_avg"].item() == pytest.approx(0.0, abs=1e-6)
-        assert figures["policy/clipfrac_avg"].item() == 0.0
-
-
-def test_the_first_step_reports_no_divergence_from_the_reference(loop):
-    """`objective/kl` starts at 0; so does everything an update is judged by."""
-    figures = loop.train_step()
-    assert figures["objective/kl"] == pytest.approx(0.0, abs=1e-5)
-    assert loop.train_step()["objective/kl"] > 1e-4, "and after an update there is some"
 
 
 def test_log_probabilities_of_a_padded_batch_are_those_of_each_answer_alone(loop):
@@ -101,8 +62,8 @@ def test_log_probabilities_of_a_padded_batch_are_those_of_each_answer_alone(loop
     assert n_answer <= 6
 
 
-def test_probabilities_are_taken_at_the_temperature_of_sampling(tmp_path, tokenizer, random_model):
-    loop = make_loop(tmp_path, tokenizer, random_model, temperature=0.5)
+def test_probabilities_are_taken_at_the_temperature_of_sampling(tmp_path, tokenizer):
+    loop = make_loop("ppo", tmp_path, tokenizer, temperature=0.5)
     rollout = rollout_of(loop)
     ids = rollout["input_ids"][:1]
     logits = loop.model.policy(ids, rollout["attention_mask"][:1])["logits"][0]
@@ -120,24 +81,25 @@ def test_what_stands_after_the_end_of_an_answer_counts_for_nothing():
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
-def test_advantages_are_gaes_by_brute_force_from_the_definition(gae_lambda):
-    """Â_t = Σ_l λˡ (r_{t+l} + V_{t+l+1} − V_{t+l}), with V = 0 after the last token of the answer."""
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_advantages_are_gaes_by_brute_force_from_the_definition(gae_lambda, gamma):
+    """Â_t = Σ_l (γλ)ˡ (r_{t+l} + γ V_{t+l+1} − V_{t+l}), with V = 0 after the last token of the answer."""
     torch.manual_seed(0)
     rewards, values = torch.randn(5, 7), torch.randn(5, 7)
     lengths = [7, 1, 4, 6, 3]
     mask = torch.arange(7)[None] < torch.tensor(lengths)[:, None]
-    advantages = generalized_advantages(rewards * mask, values, mask, gae_lambda)
+    advantages = generalized_advantages(rewards * mask, values, mask, gae_lambda, gamma)
     for row, n in enumerate(lengths):
         v = [*values[row, :n].tolist(), 0.0]
         for t in range(7):
-            deltas = [rewards[row, k].item() + v[k + 1] - v[k] for k in range(t, n)]
-            by_definition = sum(gae_lambda**power * delta for power, delta in enumerate(deltas))
+            deltas = [rewards[row, k].item() + gamma * v[k + 1] - v[k] for k in range(t, n)]
+            by_definition = sum((gamma * gae_lambda) ** power * delta for power, delta in enumerate(deltas))
             assert advantages[row, t].item() == pytest.approx(by_definition, abs=1e-5)
 
 
-def test_the_score_stands_at_the_last_token_and_divergence_costs_at_every_one(tmp_path, tokenizer, random_model):
+def test_the_score_stands_at_the_last_token_and_divergence_costs_at_every_one(tmp_path, tokenizer):
     """With λ = 1 a return is the sum of all rewards still to come; an answer without an end pays for it."""
-    loop = make_loop(tmp_path, tokenizer, random_model, gae_lambda=1.0, kl_coef=0.1, missing_eos_penalty=2.0)
+    loop = make_loop("ppo", tmp_path, tokenizer, gae_lambda=1.0, kl_coef=0.1, missing_eos_penalty=2.0)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
     kl = torch.tensor([[0.5, 0.25, 1.0, 0.0], [0.0, 2.0, 0.0, 1.0]])
     values = torch.randn(2, 4)
@@ -164,7 +126,7 @@ def test_the_loss_is_the_clipped_one_by_hand(loop):
         output = loop.model(**batch)
         new, _ = answer_log_probs(loop.model.policy, batch, 1.0)
         values = answer_values(loop.model.critic, batch)
-    policy_terms, value_terms, clipped = [], [], 0
+    policy_terms, value_terms, clipped, value_clipped = [], [], 0, 0
     for row, t in batch["answer_mask"].nonzero().tolist():
         ratio = math.exp(new[row, t] - batch["old_log_probs"][row, t])
         advantage = batch["advantages"][row, t].item()
@@ -173,13 +135,87 @@ def test_the_loss_is_the_clipped_one_by_hand(loop):
         value, old, goal = (x[row, t].item() for x in (values, batch["old_values"], batch["returns"]))
         near = min(max(value, old - 0.2), old + 0.2)
         value_terms.append(0.5 * max((value - goal) ** 2, (near - goal) ** 2))
+        value_clipped += (near - goal) ** 2 > (value - goal) ** 2
     n = len(policy_terms)
+    assert output["val/clipfrac_avg"].item() == pytest.approx(value_clipped / n)
+    assert 0 < value_clipped < n
     assert output["loss/policy_avg"].item() == pytest.approx(sum(policy_terms) / n, abs=1e-5)
     assert output["loss/value_avg"].item() == pytest.approx(sum(value_terms) / n, rel=1e-4)
     assert output["policy/clipfrac_avg"].item() == pytest.approx(clipped / n)
     expected = output["loss/policy_avg"] + 0.5 * output["loss/value_avg"]
     assert output["loss"].item() == pytest.approx(expected.item())
     assert 0 < clipped < n
+
+
+def test_every_step_is_told_in_figures_that_add_up(tmp_path, tokenizer):
+    """`objective/rlhf_reward` is the score less the penalty for a missing end and β times the divergence."""
+    loop = make_loop("ppo", tmp_path, tokenizer, kl_coef=0.3, missing_eos_penalty=2.0, lr=3e-3, max_steps=2)
+    loop.train()
+    first, second = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    for record in (first, second):
+        missing = 2.0 * (1 - record["objective/ended"])
+        assert record["objective/non_score_reward"] == pytest.approx(-0.3 * record["objective/kl"], abs=1e-6)
+        assert record["objective/rlhf_reward"] == pytest.approx(
+            record["objective/scores"] - missing + record["objective/non_score_reward"], abs=1e-5
+        )
+        assert record["objective/entropy"] > 0
+        assert record["val/explained_variance"] < 1
+        assert record["policy/updates"] == 4
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert second["objective/kl"] != pytest.approx(0.0, abs=1e-5)
+
+
+def test_explained_variance_says_how_much_the_critic_foresaw(tmp_path, tokenizer):
+    """1 − Var(returns − values) / Var(returns): 1 for a critic that is never wrong, 0 for one that says nothing."""
+    loop = make_loop("ppo", tmp_path, tokenizer, gae_lambda=1.0, kl_coef=0.0, missing_eos_penalty=0.0)
+    loop.update = lambda batch, n_epochs: {}
+    rollout = rollout_of(loop)
+    scores = rollout["scores"].unsqueeze(1).expand_as(rollout["old_values"])  # with λ = 1 the returns
+    for share in (0.0, 0.5, 1.0):
+        figures = loop.learn_from({**rollout, "old_values": share * scores})
+        assert figures["val/explained_variance"] == pytest.approx(1 - (1 - share) ** 2, abs=1e-4)
+
+
+# -- β -----------------------------------------------------------------------------------------------------------------
+
+
+def test_beta_adapts_by_zieglers_rule():
+    """β (1 + 0.1 clip(KL / target − 1, ± 0.2)), by hand."""
+    assert adapted_kl_coef(0.5, 6.0, 6.0) == 0.5
+    assert adapted_kl_coef(0.5, 6.6, 6.0) == pytest.approx(0.5 * 1.01)
+    assert adapted_kl_coef(0.5, 60.0, 6.0) == pytest.approx(0.5 * 1.02)
+    assert adapted_kl_coef(0.5, 0.0, 6.0) == pytest.approx(0.5 * 0.98)
+
+
+def test_an_adaptive_beta_is_part_of_what_a_run_resumes(tmp_path, tokenizer):
+    """It moves at every step, is logged, is the price that rewards are computed with, and survives a checkpoint."""
+    settings = dict(kl_target=5.0, kl_coef=0.2, max_steps=3, save_interval=1, eval_interval=3)
+    make_loop("ppo", tmp_path, tokenizer, **settings).train()
+    records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    assert [r["objective/kl_coef"] for r in records] == pytest.approx([0.2, 0.2 * 0.98, 0.2 * 0.98**2], rel=1e-5)
+    resumed = make_loop("ppo", tmp_path, tokenizer, **settings)
+    resumed.resume("auto")
+    assert resumed.model.kl_coef.item() == pytest.approx(0.2 * 0.98**3, rel=1e-5)
+    rollout = {**rollout_of(resumed), "ended": torch.ones(8, dtype=torch.bool)}
+    kl = torch.ones_like(rollout["kl"])
+    costs = rollout["scores"] - resumed.token_rewards({**rollout, "kl": kl}).sum(1)
+    assert torch.allclose(costs, 0.2 * 0.98**3 * rollout["answer_mask"].sum(1), atol=1e-4)
+
+
+def test_policy_and_critic_are_clipped_each_by_itself(loop):
+    """A critic whose gradient is a hundred times larger leaves the policy's as it is."""
+    for network, size in ((loop.model.policy, 0.5), (loop.model.critic, 50.0)):
+        parameters = list(network.parameters())
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        for parameter in parameters:
+            parameter.grad *= size / norm
+    norm = loop.updater.clip(loop.updater.parameters, 1.0)
+    assert norm.item() == pytest.approx(math.hypot(0.5, 50.0), rel=1e-4)
+    for network, size in ((loop.model.policy, 0.5), (loop.model.critic, 1.0)):
+        total = torch.nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
+        assert total.item() == pytest.approx(size, rel=1e-4)
 
 
 # -- the four networks -------------------------------------------------------------------------------------------------
@@ -202,9 +238,9 @@ def test_training_moves_policy_and_critic_and_leaves_reference_and_reward_model(
     assert changed == {"policy": True, "critic": True, "reference": False, "reward": False}
 
 
-def test_rewards_are_measured_in_standard_deviations_of_the_sft_models(tmp_path, tokenizer, random_model):
+def test_rewards_are_measured_in_standard_deviations_of_the_sft_models(tmp_path, tokenizer):
     """`val_reward` begins at 0 with spread 1; a reward model of another scale would give the same."""
-    loop = make_loop(tmp_path, tokenizer, random_model)
+    loop = make_loop("ppo", tmp_path, tokenizer)
     loop.before_first_step()
     rewards = torch.cat([rollout["scores"] for rollout in loop.validation_rollouts()])
     assert rewards.mean().item() == pytest.approx(0.0, abs=1e-4)
@@ -214,21 +250,10 @@ def test_rewards_are_measured_in_standard_deviations_of_the_sft_models(tmp_path,
     assert metrics["val_kl"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path, tokenizer, random_model):
-    """4 × 2 and 8 × 1: answers differ in length, and every token weighs the same."""
-    steps = []
-    for batch_size, accumulation in ((8, 1), (2, 4)):
-        loop = make_loop(tmp_path, tokenizer, random_model, batch_size=batch_size, grad_accum_steps=accumulation)
-        torch.manual_seed(5)
-        steps.append(loop.train_step())
-    for name in steps[0]:
-        assert steps[0][name] == pytest.approx(steps[1][name], rel=1e-4, abs=1e-5), name
-
-
 # -- that it learns, and goes on ---------------------------------------------------------------------------------------
 
 
-def test_the_reward_rises_and_the_price_of_divergence_holds_it_back(tmp_path, tokenizer, random_model):
+def test_the_reward_rises_and_the_price_of_divergence_holds_it_back(tmp_path, tokenizer):
     """A scripted reward likes a third of the tokens: within a few steps the policy writes hardly anything else.
 
     With a high β it stays near the reference instead.
@@ -236,7 +261,7 @@ def test_the_reward_rises_and_the_price_of_divergence_holds_it_back(tmp_path, to
     best, shares = [], []
     for kl_coef in (0.01, 5.0):
         loop = make_loop(
-            tmp_path, tokenizer, random_model, LikesSmallNumbers, max_steps=15, rollout_batch_size=32, batch_size=32,
+            "ppo", tmp_path, tokenizer, LikesSmallNumbers, max_steps=15, rollout_batch_size=32, batch_size=32,
             lr=1.5e-2, kl_coef=kl_coef, missing_eos_penalty=0.0, eval_interval=15, warmup_steps=0,
         )  # fmt: skip
         prompts = loop.train_data.collate([loop.train_data[index % len(PROMPTS)] for index in range(60)])
@@ -354,8 +379,8 @@ def test_settings_that_make_no_sense_are_refused():
         assert named in complaints
 
 
-def test_while_the_critic_warms_up_the_policy_stays_as_it_is(tmp_path, tokenizer, random_model):
-    loop = make_loop(tmp_path, tokenizer, random_model, critic_warmup_steps=1)
+def test_while_the_critic_warms_up_the_policy_stays_as_it_is(tmp_path, tokenizer):
+    loop = make_loop("ppo", tmp_path, tokenizer, critic_warmup_steps=1)
     policy = {name: value.clone() for name, value in loop.model.policy.state_dict().items()}
     critic = {name: value.clone() for name, value in loop.model.critic.state_dict().items()}
     loop.train_step()
@@ -365,8 +390,8 @@ def test_while_the_critic_warms_up_the_policy_stays_as_it_is(tmp_path, tokenizer
     assert any(not torch.equal(value, policy[name]) for name, value in loop.model.policy.state_dict().items())
 
 
-def test_the_critic_has_a_learning_rate_of_its_own_and_every_parameter_one_optimiser(tmp_path, tokenizer, random_model):
-    loop = make_loop(tmp_path, tokenizer, random_model, critic_lr_scale=5.0, lr=1e-4, schedule="constant")
+def test_the_critic_has_a_learning_rate_of_its_own_and_every_parameter_one_optimiser(tmp_path, tokenizer):
+    loop = make_loop("ppo", tmp_path, tokenizer, critic_lr_scale=5.0, lr=1e-4, schedule="constant")
     loop.warmup_steps = 0
     loop.train_step()
     rate = {id(p): group["lr"] for o in loop.optimizers for group in o.param_groups for p in group["params"]}
@@ -375,14 +400,14 @@ def test_the_critic_has_a_learning_rate_of_its_own_and_every_parameter_one_optim
     assert all(rate[id(parameter)] == pytest.approx(5e-4) for parameter in loop.model.critic.parameters())
 
 
-def test_mixed_in_instructions_keep_the_policy_from_forgetting_them(tmp_path, tokenizer, random_model):
+def test_mixed_in_instructions_keep_the_policy_from_forgetting_them(tmp_path, tokenizer):
     """With a reward that pulls elsewhere, the supervised loss of the mixed-in data falls only if it is mixed in."""
     talk = [[{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}] for text in PROMPTS]
     data = GPTSFTDataset(talk, tokenizer, 48)
     batch = data.collate([data[index] for index in range(len(data))])
     losses = {}
     for coefficient in (0.0, 2.0):
-        loop = make_loop(tmp_path / str(coefficient), tokenizer, random_model, sft_coef=coefficient, lr=3e-3)
+        loop = make_loop("ppo", tmp_path / str(coefficient), tokenizer, sft_coef=coefficient, lr=3e-3)
         loop.sft_data, loop.sft_order = data, BatchOrder(len(data), loop.global_batch(), 0, data.lengths)
         for _ in range(8):
             figures = loop.train_step()
