@@ -175,13 +175,13 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
     """Draw the curves of a run: one panel each for losses, learning rate, gradient norm and whatever else there is."""
     records = read_metrics(metrics_path)
     panels = [
-        ("loss", ["loss", "val_loss"]),
+        ("loss", ["loss", "val_loss", "loss/value_avg"]),
         ("accuracy", ["accuracy", "val_accuracy", "rewards/accuracies", "val_rewards/accuracies"]),
         ("reward", ["objective/scores", "objective/rlhf_reward", "val_reward"]),
         ("KL to the reference, nats an answer", ["objective/kl", "val_kl"]),
         ("share of answers that ended", ["objective/ended", "val_ended"]),
         ("rewards of pairs", ["rewards/chosen", "rewards/rejected", "rewards/margins"]),
-        ("policy and value loss", ["loss/policy_avg", "loss/value_avg"]),
+        ("policy loss", ["loss/policy_avg"]),
         ("entropy, nats a token", ["policy/entropy_avg"]),
         ("KL of a step's updates, nats a token", ["policy/approxkl_avg"]),
         ("share of ratios clipped", ["policy/clipfrac_avg", "val/clipfrac_avg"]),
