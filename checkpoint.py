@@ -12,6 +12,7 @@ A checkpoint is a dict that `torch.load(weights_only=True, mmap=True)` accepts:
     command, versions
     training_state  optimiser, random states, … ; only in the checkpoints that training continues from
     lora            with LoRA: its settings, where the base model is, and the fingerprint of its weights
+    made_from       of quantized weights, the fingerprint of the original
     …               what a stage adds, such as "quantization"
 
 PyTorch writes a zip archive with a CRC-32 of every tensor, so a damaged file is recognised without a second file.
@@ -190,7 +191,9 @@ def load_model(
     if content["stage"] == "reward":
         raise UserError(f"{path} is a reward model, which writes no text; give a pretrained, sft or ppo checkpoint")
     model = restore_model(content, path, base=base, load_base=load_base)
-    content.pop("lora", None)  # what is returned is a plain model
+    if "lora" in content:  # what is returned is a plain model
+        content |= {"made_from": weight_fingerprint(content), "model": model.state_dict()}
+        del content["lora"]
     return model.to(device).eval(), tokenizer_of(content), content
 
 
@@ -248,12 +251,12 @@ def find_base(content: dict[str, Any], path: str | Path, base: str | Path | None
 
 
 def weight_fingerprint(content: dict[str, Any]) -> str:
-    """SHA-256 of a checkpoint's weights; of adapters, together with their base's; quantized, of what they were before.
+    """SHA-256 of a checkpoint's weights; of adapters, together with their base's; of INT8 weights, the original's.
 
     Adapters recognise by it the model that they were trained with.
     """
-    if "quantized_from" in content:
-        return content["quantized_from"]
+    if "made_from" in content:
+        return content["made_from"]
     lora = content.get("lora", {})  # where the base is does not matter, but what it is
     settings = {name: value for name, value in lora.items() if name not in ("base", "base_relative")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

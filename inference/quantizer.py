@@ -37,7 +37,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import FORMAT, atomic_save, config_of, load_checkpoint, load_model, load_weights, tokenizer_of
+from checkpoint import (
+    FORMAT,
+    atomic_save,
+    config_of,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    tokenizer_of,
+    weight_fingerprint,
+)
 from command_line import UserError, option, parse_config, run_main
 from gpt_model import GPTModel
 
@@ -187,6 +196,8 @@ def save_quantized_model(model: GPTModel, path: str | Path, checkpoint: dict[str
     inherited = {name: value for name, value in (checkpoint or {}).items() if name != "training_state"}
     content = {"stage": "pretrain", "step": 0, "metrics": {}, **inherited}
     own = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "quantization": "int8"}
+    if checkpoint:
+        own["made_from"] = weight_fingerprint(checkpoint)  # adapters (LoRA) for the original fit this model, too
     return atomic_save({**content, **own, "command": " ".join(sys.argv)}, path)
 
 
@@ -208,16 +219,20 @@ def _quantized_model(content: dict[str, Any], path: str | Path, device: torch.de
 
 
 def load_any(
-    path: str | Path, device: torch.device | str = "cpu"
+    path: str | Path, device: torch.device | str = "cpu", base: str | Path | None = None
 ) -> tuple[GPTModel, ByteLevelBPETokenizer, dict[str, Any]]:
     """The model of a checkpoint, quantized or not, in eval mode; its tokenizer; and the checkpoint's dict.
+
+    Args:
+        base: of adapters (LoRA), the model that they belong to, in full precision or quantized; None takes the recorded
+            one. Into full precision they are merged, beside quantized layers they are attached.
 
     Raises:
         UserError: as `checkpoint.load_model`.
     """
     content = load_checkpoint(path)
     if not content.get("quantization"):
-        return load_model(path, device)
+        return load_model(path, device, base, load_any)
     if "tokenizer" not in content:
         raise UserError(f"{path} holds no tokenizer; quantize the model again with python -m inference.quantizer")
     return _quantized_model(content, path, device), tokenizer_of(content), content

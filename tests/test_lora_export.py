@@ -16,6 +16,8 @@ from alignment.lora_export import main
 from alignment.reward_model import RewardModel
 from checkpoint import load_checkpoint, load_model, restore_model, save_checkpoint, weight_fingerprint
 from command_line import UserError
+from inference import quantizer
+from inference.quantizer import load_any
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOSE = dict(atol=2e-5, rtol=2e-5)
@@ -152,6 +154,43 @@ def test_adapters_that_do_not_fit_are_refused(world, tokenizer):
         )
         with pytest.raises(UserError, match="another architecture than expected"):
             load_model("models/lora/best.pth")
+
+
+# -- beside a quantized base -------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_attached_to_the_quantized_base_and_to_no_other(world):
+    """Given the INT8 version of their base, adapters work beside it; exported so, their file alone says it all."""
+    model, ids = world(), random_ids(2, 9)
+    expected = logits(model, ids)
+    quantizer.main(["--model_path", "models/base/base.pth", "--output_path", "int8.pth", "--num_threads", "1"])
+    loaded, _, _ = load_any("models/lora/best.pth", base="int8.pth")
+    assert lora_layers(loaded)
+    assert isinstance(loaded.lm_head, quantizer.Int8Linear)
+    assert (logits(loaded, ids) - expected).norm() < 0.05 * expected.norm()
+    assert (logits(load_any("int8.pth")[0], ids) - expected).norm() > 0.1 * expected.norm()
+    with pytest.raises(UserError, match="int8.pth is quantized"):
+        load_model("models/lora/best.pth", base="int8.pth")
+
+    main(["--adapter", "models/lora/best.pth", "--base_model", "int8.pth", "--output_path", "models/lora/on_int8.pth"])
+    assert torch.equal(logits(load_any("models/lora/on_int8.pth")[0], ids), logits(loaded, ids))
+    quantizer.main(["--model_path", "models/lora/best.pth", "--output_path", "other.pth", "--num_threads", "1"])
+    with pytest.raises(UserError, match="for other.pth, whose weights are others now"):
+        load_any("models/lora/best.pth", base="other.pth")
+
+
+def test_adapters_are_merged_and_then_quantized(world):
+    """The quantizer takes a file of adapters like any model's; adapters upon adapters fit that result."""
+    model, ids = world(), random_ids(2, 9)
+    expected = logits(model, ids)
+    Path("models/lora/best.pth").rename("models/lora/sft.pth")
+    quantizer.main(["--model_path", "models/lora/sft.pth", "--output_path", "sft_int8.pth", "--num_threads", "1"])
+    quantized = load_any("sft_int8.pth")[0]
+    assert not lora_layers(quantized)
+    assert (logits(quantized, ids) - expected).norm() < 0.05 * expected.norm()
+    second = logits(world(base="models/lora/sft.pth"), ids)
+    loaded = load_any("models/lora/best.pth", base="sft_int8.pth")[0]
+    assert (logits(loaded, ids) - second).norm() < 0.05 * second.norm()
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------
