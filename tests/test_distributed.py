@@ -26,7 +26,7 @@ import distributed  # noqa: E402
 from alignment.ppo import PPOConfig, rlhf_ppo  # noqa: E402
 from alignment.sft import SFTConfig, sft_finetune  # noqa: E402
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
-from checkpoint import load_model, save_checkpoint  # noqa: E402
+from checkpoint import load_checkpoint, load_model, save_checkpoint  # noqa: E402
 from command_line import Interrupted, UserError  # noqa: E402
 from distributed import Layout, parse_layout  # noqa: E402
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel  # noqa: E402
@@ -230,6 +230,7 @@ def signal_to_one_rank(folder):
 def fine_tuning(folder):
     """SFT, then a reward model and PPO, on two ranks."""
     sft_finetune(sft_settings(folder, folder / "sft", batch_size=2))
+    sft_finetune(replace(sft_settings(folder, folder / "lora", batch_size=2), lora_rank=2))
     best = rlhf_ppo(
         PPOConfig(
             sft_model=str(folder / "one" / "sft" / "sft_best.pth"),
@@ -313,6 +314,7 @@ def folder(tmp_path_factory):
         stage="pretrain",
     )  # fmt: skip
     sft_finetune(sft_settings(path, path / "one" / "sft", batch_size=4))
+    sft_finetune(replace(sft_settings(path, path / "one" / "lora", batch_size=4), lora_rank=2))
     return path
 
 
@@ -407,9 +409,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(on_two, folder):
     assert (folder / "signal" / "checkpoints" / "step_00000003.pth").is_file()
 
 
-def test_fine_tuning_on_two_ranks_equals_one(on_two, folder):
-    """SFT under DDP."""
-    assert deviation(logged(folder / "sft"), logged(folder / "one" / "sft")) < TOLERANCE
+@pytest.mark.parametrize("run", ["sft", "lora"])
+def test_fine_tuning_on_two_ranks_equals_one(on_two, folder, run):
+    """SFT under DDP, of the whole model and of adapters, whose frozen base takes no part in the exchange."""
+    assert deviation(logged(folder / run), logged(folder / "one" / run)) < TOLERANCE
+    ours, theirs = (load_checkpoint(place / run / "sft_best.pth")["model"] for place in (folder, folder / "one"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
 
 
 def test_reward_model_and_ppo_run_on_two_ranks(on_two, folder):
