@@ -1,0 +1,118 @@
+"""Reward model, DPO and distillation on two ranks take the steps of one process.
+
+One pair of processes over gloo runs all three; what one process does is run here, in the test's own.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from conftest import CORPUS, randomize  # noqa: E402
+
+import distributed  # noqa: E402
+import finetune  # noqa: E402
+from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
+from checkpoint import load_model, save_checkpoint  # noqa: E402
+from command_line import parse_config  # noqa: E402
+from gpt_model import GPTConfig, GPTModel  # noqa: E402
+from run_log import read_metrics  # noqa: E402
+
+STEPS = 3
+COMMON = "--device cpu --precision fp32 --num_threads 1 --log_interval 1 --eval_interval 3 --val_fraction 0.3"
+RUNS = {
+    "reward": "--mode reward --pairwise_data pairs.json --sft_model sft.pth --center_rewards_coefficient 0.1",
+    "dpo": "--mode dpo --pairwise_data pairs.json --sft_model sft.pth --sft_data sft.json --rpo_alpha 0.5 --lr 3e-3",
+    "dpo with lora": "--mode dpo --pairwise_data pairs.json --sft_model sft.pth --lora_rank 2 --lr 3e-3",
+    "distill": "--mode distill --teacher_model sft.pth --data_path sft.json --n_layers 1",
+    "distill from text": "--mode distill --teacher_model sft.pth --data_path sft.json --n_layers 1 --from_text",
+}
+
+
+def run_all(n_ranks):
+    """All trainers in the current folder, with 4 samples a step on every number of ranks."""
+    torch.set_num_threads(1)
+    for name, options in RUNS.items():
+        batch = f"--batch_size {2 // n_ranks} --grad_accum_steps 2 --max_steps {STEPS}"
+        mode, arguments = finetune.split_mode(
+            [*f"{options} {batch} {COMMON}".split(), "--output_dir", f"{name} on {n_ranks}"]
+        )
+        config_class, train, _ = finetune.MODES[mode]
+        train(parse_config(config_class, arguments, description=""))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which one process and two ranks have trained."""
+    path = tmp_path_factory.mktemp("ranks")
+    tokenizer = ByteLevelBPETokenizer(vocab_size=320)
+    tokenizer.train(CORPUS)
+    config = GPTConfig.for_architecture("modern", vocab_size=320, d_model=32, n_layers=2, n_heads=4, max_seq_len=48)
+    model = GPTModel.from_config(config)
+    randomize(model, seed=4)
+    model.lm_head.weight.data[tokenizer.eos_token_id] += 1.0  # so that answers end
+    save_checkpoint(path / "sft.pth", model_state=model.state_dict(), config=config, tokenizer=tokenizer, stage="sft")
+    pairs = [
+        {"instruction": f"x{k}", "responses": ["yes, " * (1 + k % 3), "no", "maybe"][: 2 + k % 2]} for k in range(20)
+    ]
+    (path / "pairs.json").write_text(json.dumps(pairs))
+    conversations = [{"instruction": "q" * (1 + k), "response": "a " * (1 + k % 4)} for k in range(20)]
+    (path / "sft.json").write_text(json.dumps(conversations))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__], cwd=path, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    before = Path.cwd()
+    os.chdir(path)
+    try:
+        run_all(1)
+    finally:
+        os.chdir(before)
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors[-3000:]
+    return path
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_give_the_figures_of_one(name, folder):
+    """Losses, gradient norms, every figure of the step and of the evaluation."""
+    one, two = (read_metrics(folder / f"{name} on {n_ranks}" / "metrics.jsonl") for n_ranks in (1, 2))
+    assert len(one) == len(two) >= STEPS + 1
+    for ours, expected in zip(two, one, strict=True):
+        assert ours.keys() == expected.keys()
+        untold = {"tokens_per_second", "mfu", "memory_mib", "seconds"}
+        if ours["step"] == 1:
+            untold.add("rewards/accuracies")  # policy and reference are equal: which is ahead is rounding
+        for key in ours.keys() - untold:
+            assert ours[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "reward"])
+def test_two_ranks_leave_the_model_of_one(name, folder):
+    one, two = (next((folder / f"{name} on {n_ranks}").glob("*_best.pth")) for n_ranks in (1, 2))
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        logits = [load_model(path)[0](ids)["logits"] for path in (one, two)]
+    assert torch.allclose(*logits, atol=1e-3)
+
+
+if __name__ == "__main__":
+    run_all(2)
+    distributed.stop()
