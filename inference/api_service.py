@@ -5,21 +5,23 @@
     curl -X POST http://localhost:8000/generate -H "Content-Type: application/json" \\
          -d '{"prefix": "解释什么是机器学习", "max_gen_len": 100, "top_k": 50, "temperature": 0.8}'
 
-    POST /generate   prefix (required), max_gen_len, top_k, temperature, seed  →  prefix, generated_text
+    POST /generate   prefix (required), max_gen_len, top_k, temperature, and more (`GenerateRequest`, /docs)
+                     →  prefix, generated_text
     GET  /health     what is being served, on which device, how many requests run and wait
     GET  /docs       the same, as a page to try it on
 
 Every error is `{"error": {"message": …}}` with a sentence that says what was wrong.
 
-The model computes in one thread of its own, so the event loop stays free and `/health` is quick at any time. Requests
-wait for it in a bounded line; those that wait with the same sampling settings are generated together as one batch.
+The engine computes in a thread of its own, so the event loop stays free and `/health` is quick at any time. Requests
+join the running batch and leave it at every step, each with settings of its own; beyond MAX_BATCH they wait in a
+bounded line. When a client leaves, its request gives its place away within one step.
 
 Environment variables:
     MODEL_PATH    the checkpoint to serve; by default the best one that training has left under models/
     DEVICE        auto (default), cpu, cuda or mps
     NUM_THREADS   threads for one operation on the CPU; by default all cores but one, which is left to the event loop
     MAX_QUEUE     requests that may wait (64); beyond that the answer is 503 with Retry-After
-    MAX_BATCH     requests that are generated together (8)
+    MAX_BATCH     requests that are computed together (8)
 
 Run a single uvicorn worker, the default: every further worker would load a model of its own and compete for the same
 cores. Ctrl-C or SIGTERM lets the accepted requests finish first; uvicorn's `--timeout-graceful-shutdown` limits that.
@@ -36,6 +38,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from fastapi import FastAPI, HTTPException, Request
@@ -47,10 +50,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from command_line import UserError, require_file
 from gpt_model import GPTModel
+from inference.engine import Engine
 from inference.quantizer import load_any
-from inference.request_queue import QueueFull, RequestQueue, Sampling
+from inference.request import QueueFull, RequestFailed, encode_prompt
+from inference.sampling import SamplingParams
 from optimization import resolve_device
-from text_generation import encode_prompt, generate_texts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS_BEST_FIRST = (
@@ -63,9 +67,17 @@ MAX_BODY_BYTES = 1 << 20
 MAX_PREFIX_CHARACTERS = 32_768
 MAX_NEW_TOKENS = 4096
 RETRY_AFTER_SECONDS = 2
-SMALLEST_TEMPERATURE = 1e-3  # below it, dividing the logits overflows, and sampling is greedy in any case
+MAX_STOP_STRINGS = 16
+MAX_LISTED_TOKENS = 1024
 
 logger = logging.getLogger("uvicorn.error")  # the log that uvicorn shows
+
+
+TokenId = Annotated[int, Field(ge=0, le=2**31)]
+TokenIdAsKey = Annotated[str, Field(pattern=r"^\d{1,10}$")]  # JSON's keys are strings
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
 class GenerateRequest(BaseModel):
@@ -83,6 +95,36 @@ class GenerateRequest(BaseModel):
     top_k: int = Field(50, ge=0, le=2**31, description="Sample among the k likeliest tokens; 0 means all.")
     temperature: float = Field(0.8, ge=0, le=2, allow_inf_nan=False, description="0 takes the likeliest token.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Makes sampling repeatable.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that have this probability.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens less likely than this share of the likeliest one.")
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=10, description="Above 1, tokens of the prefix and the answer become less likely."
+    )
+    presence_penalty: Penalty = Field(0.0, description="Subtracted from the logit of a token that the answer has.")
+    frequency_penalty: Penalty = Field(0.0, description="Subtracted for each time that the answer has the token.")
+    logit_bias: dict[TokenIdAsKey, Bias] = Field(
+        {}, max_length=MAX_LISTED_TOKENS, description="Token id → what is added to its logit."
+    )
+    banned_tokens: list[TokenId] = Field([], max_length=MAX_LISTED_TOKENS, description="Ids that are never produced.")
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] = Field(
+        [], description="One or several strings at which the answer ends; they are not part of it."
+    )
+    stop_token_ids: list[TokenId] = Field([], max_length=MAX_LISTED_TOKENS, description="Ids that end the answer.")
+    ignore_eos: bool = Field(False, description="Go on after the token that ends an answer.")
+    overflow: Literal["error", "slide"] = Field(
+        "error", description="`slide` goes on beyond the model's context, forgetting the oldest tokens."
+    )
+
+    def params(self) -> SamplingParams:
+        """The fields but the prefix, as the engine takes them."""
+        fields = self.model_dump(exclude={"prefix"})
+        return SamplingParams(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+            | {
+                "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+                "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()},
+            }
+        )
 
 
 class GenerateResponse(BaseModel):
@@ -169,82 +211,74 @@ def model_to_serve(chosen: str | None, folder: Path = REPOSITORY) -> Path:
 
 
 class Service:
-    """A loaded model and the line of requests that leads to it."""
+    """A loaded model and the engine that answers requests with it."""
 
     def __init__(self, settings: ServiceSettings) -> None:
         self.settings = settings
         self.started = time.monotonic()
+        torch.set_num_threads(settings.num_threads)  # the engine's thread will have as many
         self.model, self.tokenizer, checkpoint = load_any(settings.model_path, settings.device)
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
         with torch.device("meta"):  # counted from the configuration, as quantized weights are no parameters
             self.parameters = GPTModel.from_config(self.model.config).num_parameters()
-        self.queue = RequestQueue(self.generate, settings.max_queue, settings.max_batch, settings.num_threads)
+        self.engine = Engine(self.model, self.tokenizer, max_running=settings.max_batch, max_waiting=settings.max_queue)
 
     @property
     def chat(self) -> bool:
         """Whether the model answers questions; one that was only pretrained continues texts."""
         return self.stage != "pretrain"
 
-    def generate(self, prompts: list[str], sampling: Sampling) -> list[str]:
-        """The texts that the model writes after `prompts`, generated as one batch."""
-        generations = generate_texts(
-            self.model,
-            self.tokenizer,
-            prompts,
-            chat=self.chat,
-            max_gen_len=sampling.max_gen_len,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            batch_size=len(prompts),
-            seed=sampling.seed,
-        )
-        return [generation.text for generation in generations]
-
     async def answer(self, request: GenerateRequest) -> str:
-        """What the model writes after the request's prefix.
+        """What the model writes after the request's prefix; cancelling this takes the request out of the engine.
 
         Raises:
-            HTTPException: 422 if the prefix cannot be a prompt of this model, 503 if too many requests wait already.
+            HTTPException: 422 if the request is not one for this model, 503 if too many requests wait already, 500 if
+                the computation failed.
         """
-        context = self.model.config.max_seq_len
-        try:  # in a thread, as a long prefix takes a while
-            prompt_ids = await asyncio.to_thread(encode_prompt, self.tokenizer, request.prefix, self.chat)
-        except UserError as error:  # the model's chat template rejects it
-            raise HTTPException(422, str(error)) from None
-        room = context - len(prompt_ids)
-        if room < 1:
-            message = f"the prefix makes a prompt of {len(prompt_ids)} tokens, too long for a context of {context}"
-            raise HTTPException(422, f"{message}: shorten it")
-        sampling = Sampling(
-            max_gen_len=min(request.max_gen_len, room),
-            top_k=request.top_k,
-            temperature=request.temperature if request.temperature >= SMALLEST_TEMPERATURE else 0.0,
-            seed=request.seed,
-        )
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def on_piece(piece: str | None) -> None:  # called in the engine's thread
+            if piece is None:
+                loop.call_soon_threadsafe(done.set)
+
         try:
-            return await self.queue.answer(request.prefix, sampling)
+            # In a thread, as a long prefix takes a while; what follows is quick
+            prompt_ids = await asyncio.to_thread(encode_prompt, self.tokenizer, request.prefix, self.chat)
+            running = self.engine.submit(prompt_ids, request.params(), on_piece=on_piece)
+        except UserError as error:
+            raise HTTPException(422, str(error)) from None
         except QueueFull:
-            message = f"the service is busy and {self.queue.max_waiting} requests wait already: try again later"
+            message = f"the service is busy and {self.settings.max_queue} requests wait already: try again later"
             raise HTTPException(503, message, {"Retry-After": str(RETRY_AFTER_SECONDS)}) from None
+        try:
+            await done.wait()
+        finally:
+            running.cancel()  # which does nothing to a finished one
+        try:
+            return running.result().text
+        except RequestFailed as failure:
+            raise HTTPException(500, str(failure)) from None
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Service]]:
-    """Load the model before the port is opened and hand it to the requests; at the end, let its thread finish."""
+    """Load the model before the port is opened and hand it to the requests; at the end, stop the engine."""
     settings = ServiceSettings.from_environment()
     logger.info("loading %s", settings.model_path)
     service = Service(settings)
     torch.seed()  # without it, every start would answer the same questions in the same words
-    with service.queue.thread:
-        runner = asyncio.create_task(service.queue.run())
-        try:
-            await service.answer(GenerateRequest(prefix="?", max_gen_len=2))  # a model that cannot generate fails here
-            size = f"{service.parameters / 1e6:.1f} million parameters"
-            logger.info("serving %s (stage %s, %s) on %s", settings.model_path, service.stage, size, settings.device)
-            yield {"service": service}
-        finally:
-            runner.cancel()
+    service.engine.start()
+    try:
+        try:  # a model that cannot generate fails here
+            await service.answer(GenerateRequest(prefix="?", max_gen_len=2))
+        except HTTPException as error:
+            raise UserError(f"{settings.model_path} cannot be served: {error.detail}") from None
+        size = f"{service.parameters / 1e6:.1f} million parameters"
+        logger.info("serving %s (stage %s, %s) on %s", settings.model_path, service.stage, size, settings.device)
+        yield {"service": service}
+    finally:
+        await asyncio.to_thread(service.engine.close)
 
 
 class StartupErrorInOneSentence:
@@ -358,6 +392,7 @@ async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
 async def health(request: Request) -> HealthResponse:
     """What is being served, on which device, and how many requests run and wait."""
     service: Service = request.state.service
+    statistics = service.engine.statistics()
     return HealthResponse(
         status="ok",
         model_path=str(service.settings.model_path),
@@ -367,7 +402,7 @@ async def health(request: Request) -> HealthResponse:
         max_seq_len=service.model.config.max_seq_len,
         device=str(service.settings.device),
         num_threads=service.settings.num_threads,
-        running=len(service.queue.running),
-        waiting=len(service.queue.waiting),
+        running=statistics.running,
+        waiting=statistics.waiting,
         uptime_seconds=round(time.monotonic() - service.started, 1),
     )

@@ -1,6 +1,5 @@
 """The generation service: its contract, what it refuses and how, and that a busy model blocks nobody."""
 
-import asyncio
 import json
 import os
 import signal
@@ -33,12 +32,11 @@ from inference.api_service import (
     model_to_serve,
 )
 from inference.quantizer import quantize_model_int8, save_quantized_model
-from inference.request_queue import QueueFull, RequestQueue, Sampling
+from inference.sampling import SamplingParams
 
 REPOSITORY = Path(__file__).parent.parent
 CONTEXT = 2048
 LONG_GENERATION = {"prefix": "解释", "max_gen_len": 1900, "temperature": 0}  # a second or two
-GREEDY = Sampling(max_gen_len=8, top_k=0, temperature=0.0, seed=None)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +91,8 @@ def running_server(model_path, **environment):
 
 @pytest.fixture(scope="module")
 def server(model_path):
-    """The URL of a running service in which two requests may wait."""
-    with running_server(model_path, MAX_QUEUE="2") as url:
+    """The URL of a running service that computes two requests together while two more wait."""
+    with running_server(model_path, MAX_BATCH="2", MAX_QUEUE="2") as url:
         yield url
 
 
@@ -229,6 +227,28 @@ def test_a_quantized_model_is_served_in_the_same_way(model_path, monkeypatch):
         (b'{"prefix": "a", "temperature": NaN}', 422, "temperature"),
         (b'{"prefix": "a", "temperature": Infinity}', 422, "temperature"),
         (b'{"prefix": "a", "temperature": 1' + b"0" * 400 + b"}", 422, "temperature"),
+        (
+            b'{"prefix": "a", "top_k": 400}',
+            422,
+            "the size of the vocabulary",
+        ),
+        (b'{"prefix": "a", "top_p": 0}', 422, "top_p"),
+        (b'{"prefix": "a", "top_p": NaN}', 422, "top_p"),
+        (b'{"prefix": "a", "min_p": 1.5}', 422, "min_p"),
+        (b'{"prefix": "a", "repetition_penalty": 0}', 422, "repetition_penalty"),
+        (b'{"prefix": "a", "presence_penalty": -3}', 422, "presence_penalty"),
+        (b'{"prefix": "a", "frequency_penalty": "1"}', 422, "frequency_penalty"),
+        (b'{"prefix": "a", "logit_bias": {"a": 1}}', 422, "logit_bias"),
+        (b'{"prefix": "a", "logit_bias": {"400": 1}}', 422, "logit_bias has 400"),
+        (b'{"prefix": "a", "logit_bias": {"5": NaN}}', 422, "logit_bias"),
+        (b'{"prefix": "a", "banned_tokens": [-1]}', 422, "banned_tokens"),
+        (b'{"prefix": "a", "banned_tokens": [400]}', 422, "banned_tokens has 400"),
+        (b'{"prefix": "a", "stop": ""}', 422, "stop"),
+        (b'{"prefix": "a", "stop": ["b", ""]}', 422, "stop"),
+        (b'{"prefix": "a", "stop": [1]}', 422, "stop"),
+        (b'{"prefix": "a", "stop_token_ids": [400]}', 422, "stop_token_ids has 400"),
+        (b'{"prefix": "a", "ignore_eos": 1}', 422, "ignore_eos"),
+        (b'{"prefix": "a", "overflow": "wrap"}', 422, "overflow"),
         (b'{"prefix": "a", "seed": -1}', 422, "seed"),
         (b'{"prefix": "a", "seed": 18446744073709551616}', 422, "seed"),
         (b'{"prefix": "' + b"x" * (CONTEXT + 1) + b'"}', 422, "context"),
@@ -257,92 +277,92 @@ def test_unknown_paths_and_methods_get_the_same_shape_of_error(client):
         assert "/docs" in response.json()["error"]["message"]
 
 
-# --- the line of requests -------------------------------------------------------------------------------------------
+# --- the engine behind it -------------------------------------------------------------------------------------------
 
 
-async def with_queue(generate, scenario, max_waiting=8, max_batch=4):
-    """Run a scenario against a running `RequestQueue`."""
-    queue = RequestQueue(generate, max_waiting, max_batch, num_threads=1)
-    with queue.thread:
-        runner = asyncio.create_task(queue.run())
-        try:
-            return await asyncio.wait_for(scenario(queue), timeout=30)
-        finally:
-            runner.cancel()
+SETTINGS = {
+    "top_p": 1e-6,
+    "min_p": 1,
+    "repetition_penalty": 5,
+    "presence_penalty": 2,
+    "frequency_penalty": 2,
+    "logit_bias": {"120": 100},
+    "overflow": "slide",
+    "ignore_eos": True,
+}
 
 
-class Recorder:
-    """Stands where the model stands; holds the first batch until `released`, so that others have to wait."""
-
-    def __init__(self):
-        self.batches = []
-        self.released = threading.Event()
-
-    def __call__(self, prompts, sampling):
-        self.batches.append(prompts)
-        self.released.wait(timeout=30)
-        if "broken" in prompts:
-            raise RuntimeError("the model failed")
-        return [prompt.upper() for prompt in prompts]
-
-
-async def line_up(queue, requests):
-    """Tasks of requests that stand in the queue, in this order."""
-    tasks = []
-    for prompt, sampling in requests:
-        tasks.append(asyncio.create_task(queue.answer(prompt, sampling)))
-        await asyncio.sleep(0)
-    return tasks
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_sampling_field_reaches_the_engine(client, monkeypatch, name):
+    """It reaches the engine as it was sent, and the answer comes as usual."""
+    engine, seen = client.app_state["service"].engine, []
+    submit = engine.submit
+    monkeypatch.setattr(
+        engine, "submit", lambda ids, params, **more: seen.append(params) or submit(ids, params, **more)
+    )
+    response = client.post("/generate", json={"prefix": "a", "max_gen_len": 4, name: SETTINGS[name]})
+    assert response.status_code == 200
+    sent = {120: 100} if name == "logit_bias" else SETTINGS[name]
+    assert getattr(seen[0], name) == sent != getattr(SamplingParams(), name)
 
 
-def test_waiting_requests_with_the_same_settings_share_a_batch_and_get_their_own_answers():
-    generate, warm, seeded = Recorder(), Sampling(8, 0, 1.0, None), Sampling(8, 0, 1.0, 5)
+def test_stop_strings_and_tokens_and_bans_shape_the_text(client):
+    def text(**settings):
+        body = {"prefix": "a", "max_gen_len": 24, "temperature": 1, "top_k": 0, "seed": 5, **settings}
+        return client.post("/generate", json=body).json()["generated_text"]
 
-    async def scenario(queue):
-        first = await line_up(queue, [("first", GREEDY)])
-        while not queue.running:
-            await asyncio.sleep(0)
-        settings = [GREEDY, warm, GREEDY, seeded, GREEDY, seeded, GREEDY, GREEDY]
-        tasks = await line_up(queue, [(f"p{index}", sampling) for index, sampling in enumerate(settings)])
-        generate.released.set()
-        return await asyncio.gather(*first, *tasks)
-
-    answers = asyncio.run(with_queue(generate, scenario))
-    assert answers == ["FIRST", *(f"P{index}" for index in range(8))]
-    assert generate.batches == [["first"], ["p0", "p2", "p4", "p6"], ["p1"], ["p3"], ["p5"], ["p7"]]
+    plain = text()
+    character = next(c for c in plain[1:] if c not in ("\ufffd", plain[0]))
+    assert text(stop=character) == text(stop=["never said", character]) == plain[: plain.index(character)]
+    tokenizer = client.app_state["service"].tokenizer
+    x = tokenizer.encode("x", add_special_tokens=False)["input_ids"][0]
+    others = [token for token in range(tokenizer.vocab_size) if token != x]
+    assert text(banned_tokens=others, max_gen_len=5) == "xxxxx"
+    assert text(banned_tokens=others, max_gen_len=5, stop_token_ids=[x]) == ""
 
 
-def test_a_full_line_refuses_and_a_request_that_leaves_the_line_is_never_computed():
-    generate = Recorder()
+def test_a_step_that_fails_is_reported_to_its_client_and_the_next_request_is_served(client, monkeypatch):
+    model, request = client.app_state["service"].model, {"prefix": "a", "max_gen_len": 4, "temperature": 0}
+    expected = client.post("/generate", json=request).json()
 
-    async def scenario(queue):
-        tasks = await line_up(queue, [("first", GREEDY)])
-        while not queue.running:
-            await asyncio.sleep(0)
-        tasks += await line_up(queue, [("leaves", GREEDY), ("stays", GREEDY)])
-        with pytest.raises(QueueFull):
-            await queue.answer("too many", GREEDY)
-        tasks[1].cancel()
-        await asyncio.wait([tasks[1]])
-        tasks += await line_up(queue, [("takes the place", GREEDY)])
-        generate.released.set()
-        return await asyncio.gather(*tasks, return_exceptions=True)
+    def broken(*args, **more):
+        raise RuntimeError("the model failed")
 
-    answers = asyncio.run(with_queue(generate, scenario, max_waiting=2))
-    assert isinstance(answers[1], asyncio.CancelledError)
-    assert generate.batches == [["first"], ["stays", "takes the place"]]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden_states_at", broken)
+        response = client.post("/generate", json=request)
+        assert response.status_code == 500
+        assert "the model failed" in response.json()["error"]["message"]
+    assert client.post("/generate", json=request).json() == expected
 
 
-def test_a_failing_generation_is_reported_to_its_client_and_the_next_one_works():
-    generate = Recorder()
-    generate.released.set()
+def test_numbers_that_are_not_finite_are_reported_and_the_next_request_is_served(client):
+    model, request = client.app_state["service"].model, {"prefix": "a", "max_gen_len": 4, "temperature": 0}
+    expected = client.post("/generate", json=request).json()
+    weight = model.final_norm.weight.data
+    sound = weight[0].item()
+    weight[0] = float("nan")
+    response = client.post("/generate", json={**request, "prefix": "b"})
+    weight[0] = sound
+    assert response.status_code == 500
+    assert "not finite" in response.json()["error"]["message"]
+    assert client.post("/generate", json=request).json() == expected
 
-    async def scenario(queue):
-        with pytest.raises(RuntimeError, match="the model failed"):
-            await queue.answer("broken", GREEDY)
-        return await queue.answer("next", GREEDY)
 
-    assert asyncio.run(with_queue(generate, scenario)) == "NEXT"
+def test_the_engine_computes_with_the_threads_that_were_asked_for(model_path, monkeypatch):
+    monkeypatch.setenv("MODEL_PATH", str(model_path))
+    monkeypatch.setenv("NUM_THREADS", "2")
+    with TestClient(app) as client:
+        model, seen = client.app_state["service"].model, []
+        compute = model.hidden_states_at
+
+        def recording(*args, **more):
+            seen.append((threading.current_thread().name, torch.get_num_threads()))
+            return compute(*args, **more)
+
+        monkeypatch.setattr(model, "hidden_states_at", recording)
+        client.post("/generate", json={"prefix": "a", "max_gen_len": 2})
+    assert set(seen) == {("engine", 2)}
 
 
 # --- a real server --------------------------------------------------------------------------------------------------
@@ -365,42 +385,58 @@ def test_health_is_quick_while_the_model_computes(server):
 
 
 def test_requests_that_meet_in_a_batch_get_the_answers_they_get_alone(server):
-    requests = [{"prefix": prefix, "max_gen_len": 24, "temperature": 0} for prefix in ("机器", "a longer question?")]
+    """With settings of their own each; the long one does not have to end first."""
+    requests = [
+        {"prefix": "机器", "max_gen_len": 24, "temperature": 0},
+        {"prefix": "a longer question?", "max_gen_len": 24, "temperature": 1, "seed": 3, "top_p": 0.9},
+    ]
     alone = [post(server, request)[2] for request in requests]
     with ThreadPoolExecutor(3) as pool:
-        blocker = pool.submit(post, server, LONG_GENERATION)
+        long = pool.submit(post, server, LONG_GENERATION)
         wait_for(server, running=1)
         together = list(pool.map(lambda request: post(server, request)[2], requests))
+        assert not long.done()
     assert together == alone
-    assert blocker.result()[0] == 200
+    assert long.result()[0] == 200
 
 
 def test_a_full_line_is_answered_at_once_with_503_and_a_time_to_come_back(server):
     short = {"prefix": "a", "max_gen_len": 1}
-    with ThreadPoolExecutor(3) as pool:
-        accepted = [pool.submit(post, server, LONG_GENERATION)]
-        wait_for(server, running=1)
+    with ThreadPoolExecutor(4) as pool:
+        accepted = [pool.submit(post, server, LONG_GENERATION) for _ in range(2)]
+        wait_for(server, running=2)
         accepted += [pool.submit(post, server, short) for _ in range(2)]
-        wait_for(server, running=1, waiting=2)
+        wait_for(server, running=2, waiting=2)
         status, headers, body = post(server, short)
         assert status == 503
         assert int(headers["Retry-After"]) >= 1
         assert "busy" in body["error"]["message"]
-        assert [future.result()[0] for future in accepted] == [200, 200, 200]
+        assert [future.result()[0] for future in accepted] == [200] * 4
 
 
-def test_a_client_that_leaves_while_it_waits_gives_its_place_back(server):
-    host, port = server.removeprefix("http://").split(":")
-    body = json.dumps(LONG_GENERATION).encode()
+@contextmanager
+def waiting_client(url, body):
+    """A client that has asked and does not wait for the answer to be complete."""
+    host, port = url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
     head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        yield
+
+
+def test_a_client_that_leaves_gives_its_place_to_others_whether_it_waits_or_runs(server):
     with ThreadPoolExecutor(1) as pool:
-        generation = pool.submit(post, server, LONG_GENERATION)
+        stays = pool.submit(post, server, LONG_GENERATION)
         wait_for(server, running=1)
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            wait_for(server, running=1, waiting=1)
-        wait_for(server, running=1, waiting=0)  # while the first one is still being generated
-        assert generation.result()[0] == 200
+        with waiting_client(server, LONG_GENERATION):
+            wait_for(server, running=2, waiting=0)
+            with waiting_client(server, LONG_GENERATION):
+                wait_for(server, running=2, waiting=1)
+            wait_for(server, running=2, waiting=0)
+        wait_for(server, running=1, waiting=0)
+        assert not stays.done(), "it was too short to show anything"
+        assert stays.result()[0] == 200
     assert get(server + "/health")["running"] == 0
 
 
