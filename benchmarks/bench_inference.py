@@ -10,6 +10,7 @@ tables are followed by one line of JSON; `--write benchmarks/RESULTS.md` puts th
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import statistics
@@ -28,8 +29,18 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.peers import Generator, LlamaCpp, Ours, Transformers, check_logits, write_gguf  # noqa: E402
-from benchmarks.tables import Table, about, write_section  # noqa: E402
+from benchmarks.gpu_decoding import StaticDecoder  # noqa: E402
+from benchmarks.peers import (  # noqa: E402
+    Generator,
+    LlamaCpp,
+    Ours,
+    Transformers,
+    check_logits,
+    synthetic_tokenizer,
+    write_gguf,
+)
+from benchmarks.serving import Load  # noqa: E402
+from benchmarks.tables import Table, about, in_a_sentence, write_section  # noqa: E402
 from command_line import option, parse_config, run_main  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
 from inference.quantizer import quantize_model_int8, weight_bytes  # noqa: E402
@@ -108,8 +119,10 @@ class Report:
 
     def __init__(self, facts: Result) -> None:
         self.figures: Result = {"benchmark": "inference", **facts}
+        self.setting = in_a_sentence(facts)
         self.tables: list[Table] = []
         self.goals: list[Result] = []
+        print(self.setting, flush=True)
 
     def add(self, name: str, table: Table, figures: object) -> None:
         """A table and the figures in it."""
@@ -122,8 +135,8 @@ class Report:
         met = None if measured is None else measured >= at_least
         self.goals.append({"goal": name, "measured": measured and round(measured, 3), "at_least": at_least, "met": met})
 
-    def finish(self) -> None:
-        """The table of goals."""
+    def finish(self, page: str) -> None:
+        """The table of goals; all tables into a Markdown page, if one is named; the line of JSON."""
         words = {True: "yes", False: "no", None: "left out"}
         rows = [
             [goal["goal"], "" if goal["met"] is None else f"{goal['measured']:.2f}", f"{goal['at_least']:.2f}"]
@@ -131,6 +144,10 @@ class Report:
             for goal in self.goals
         ]
         self.add("goals", Table("Goals", "Ratios of medians.", ["", "measured", "at least", "met"], rows), self.goals)
+        if page:
+            tables = "\n\n".join(table.markdown() for table in self.tables)
+            write_section(Path(page), "inference", f"## Inference\n\n{self.setting}\n\n{tables}")
+        print(json.dumps(self.figures))
 
 
 def ratio(speeds: Mapping[str, float], ours: str, theirs: str) -> float | None:
@@ -250,6 +267,88 @@ def measure_cache(report: Report, model: GPTModel, n_tokens: int, n_samples: int
     report.goal(f"cache ÷ no cache, {n_tokens} tokens", ratio(speeds, "with cache", "without cache"), 8.0)
 
 
+def measure_streams(report: Report, loads: Mapping[str, Load], n_streams: int, rounds: int) -> None:
+    """Tokens a second of many streams through the engine at once, against the same ones one after another."""
+    actions = {}
+    for precision, load in loads.items():
+        engine = load.engine(n_streams)
+        load.at_once(engine)  # warm up
+        actions[f"{precision}, one after another"] = lambda load=load, engine=engine: load.one_after_another(engine)
+        actions[f"{precision}, {n_streams} at once"] = lambda load=load, engine=engine: load.at_once(engine)
+    load = next(iter(loads.values()))
+    times = take_turns(actions, rounds)
+    speeds = {name: len(load.prompts) * load.n_tokens / time for name, time in times.items()}
+    rows = [[name, f"{speed:.1f}"] for name, speed in speeds.items()]
+    note = f"Through the engine: {n_streams} prompts of {len(load.prompts[0])} tokens, {load.n_tokens} new ones each."
+    report.add("streams", Table("Many streams", note, ["streams", "tokens/s"], rows), speeds)
+    for precision in loads:
+        gain = ratio(speeds, f"{precision}, {n_streams} at once", f"{precision}, one after another")
+        report.goal(f"{n_streams} streams ÷ one after another, {precision}", gain, 3.0)
+
+
+def measure_delays(report: Report, load: Load, counts: Sequence[int]) -> None:
+    """Time to the first token and between tokens, and the engine's own share of a step, by number of streams."""
+    delays = [load.delays(count) for count in counts]
+    kinds = ("first_token_median", "first_token_p99", "between_tokens_median", "between_tokens_p99")
+    rows = [
+        [
+            f"{figures['streams']}",
+            f"{figures['tokens_per_second']:.0f}",
+            *(f"{figures[kind] * 1e3:.1f}" for kind in kinds),
+        ]
+        for figures in delays
+    ]
+    header = ["streams", "tokens/s", "first token, ms", "99 %", "between tokens, ms", "99 %"]
+    note = (
+        f"INT8, {len(load.prompts)} requests in groups of so many streams, each a thread that reads it; prompts of "
+        f"{len(load.prompts[0])} tokens, {load.n_tokens} new ones. Medians and 99th percentiles; the first token is "
+        "counted from `submit`, the prompts of the whole group included."
+    )
+    report.add("latency", Table("Delays", note, header, rows), delays)
+
+    costs = [load.step_costs(count) for count in counts]
+    rows = [
+        [f"{figures['streams']}", *(f"{figures[part] * 1e3:.3f}" for part in ("model", "sampling", "engine"))]
+        + [f"{figures['engine'] / sum(figures[part] for part in ('model', 'sampling', 'engine')):.1%}"]
+        for figures in costs
+    ]
+    header = ["streams", "model, ms", "sampling, ms", "engine itself, ms", "its share"]
+    note = "A step of the same requests, on average; the engine's own time is all that is neither model nor sampling."
+    report.add("overhead", Table("A step of the engine", note, header, rows), costs)
+
+
+def measure_gpu(report: Report, model: GPTModel, quick: bool, n_tokens: int, rounds: int) -> None:
+    """Decoding on a GPU: steps started from Python, recorded as a CUDA graph, compiled and recorded."""
+    device = torch.device("cuda")
+    bandwidth = read_bandwidth(device, quick)
+    figures: dict[str, Result] = {}
+    precisions = {
+        "FP32": copy.deepcopy(model),
+        "BF16": copy.deepcopy(model).bfloat16(),
+        "INT8": quantize_model_int8(model),
+    }
+    for precision, candidate in precisions.items():
+        n_bytes = weight_bytes(candidate) - candidate.position_embedding.weight.nbytes
+        candidate.to(device)
+        ways = {
+            "from Python": Ours(candidate),
+            "CUDA graph": StaticDecoder(candidate, n_tokens, recorded=True),
+            "compiled, CUDA graph": StaticDecoder(candidate, n_tokens, compiled=True, recorded=True),
+        }
+        actions = {name: lambda way=way: way.generate([FIRST_WORD], n_tokens) for name, way in ways.items()}
+        take_turns(actions, 1)  # warm up
+        for way, duration in take_turns(actions, rounds).items():
+            speed = n_tokens / duration
+            share = n_bytes * speed / bandwidth
+            figures[f"{precision}, {way}"] = {"tokens_per_second": speed, "share_of_bandwidth": share}
+    rows = [
+        [name, f"{row['tokens_per_second']:.1f}", f"{row['share_of_bandwidth']:.0%}"] for name, row in figures.items()
+    ]
+    note = f"Batch 1, greedy, {n_tokens} tokens; the limit is reading at {bandwidth / 1e9:.0f} GB/s, measured as above."
+    title = f"Decoding on {torch.cuda.get_device_name()}"
+    report.add("gpu", Table(title, note, ["GPU, batch 1", "tokens/s", "of the limit"], rows), figures)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     config = parse_config(BenchmarkConfig, argv, description="Speed of generation, beside transformers and llama.cpp.")
@@ -263,12 +362,19 @@ def main(argv: list[str] | None = None) -> None:
         found = contestants(model, config, prompt[:64], Path(folder), cleanup)
         measure_decoding(report, found, bandwidth, 16 if config.quick else 128, rounds)
         measure_prefill(report, found, prompt[: 64 if config.quick else 256], rounds)
-        measure_cache(report, found["ours FP32"].generator.model, *((64, 4) if config.quick else (512, 16)), rounds)
-    report.finish()
-    if config.write:
-        page = "\n\n".join(table.markdown() for table in report.tables)
-        write_section(Path(config.write), "inference", page)
-    print(json.dumps(report.figures))
+        models = {name[5:]: found[name].generator.model for name in found if name.startswith("ours ")}
+    measure_cache(report, models["FP32"], *((64, 4) if config.quick else (512, 16)), min(rounds, 3))
+    tokenizer, n_streams = synthetic_tokenizer(config.vocab_size), 4 if config.quick else 16
+    texts = torch.randint(FIRST_WORD, config.vocab_size, (8 if config.quick else 64, 32)).tolist()
+    loads = {
+        name: Load(models[name], tokenizer, texts[:n_streams], 4 if config.quick else 64) for name in ("FP32", "INT8")
+    }
+    measure_streams(report, loads, n_streams, min(rounds, 3))
+    load = Load(models["INT8"], tokenizer, texts, 4 if config.quick else 32)
+    measure_delays(report, load, (1, 8) if config.quick else (1, 4, 16, 64))
+    if torch.cuda.is_available():
+        measure_gpu(report, model, config.quick, 16 if config.quick else 256, rounds)
+    report.finish(config.write)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,13 @@ def about(*packages: str) -> dict[str, object]:
     }
 
 
+def in_a_sentence(facts: dict[str, object]) -> str:
+    """What `about` found, for people."""
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["versions"].items())
+    where = f"{facts['processor']} with {facts['capability']}, {facts['cores']} cores, {facts['gpu'] or 'no GPU'}"
+    return f"{facts['date']}, {where}; {facts['threads']} threads, load {facts['load']} at the start; {versions}."
+
+
 def write_section(path: Path, name: str, markdown: str) -> None:
     """Put a section into a Markdown file, in place of the one of that name that an earlier run left there."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"

@@ -1,0 +1,117 @@
+"""The benchmarks run from end to end, compare like with like, and leave out what is not installed."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bench_inference
+from benchmarks.gpu_decoding import StaticDecoder
+from benchmarks.peers import LlamaCpp, Ours, Transformers, check_logits, synthetic_tokenizer, write_gguf
+from benchmarks.tables import Table, write_section
+from command_line import UserError
+
+PROMPT = [5, 17, 3, 44, 21, 60, 2, 9]
+
+
+def figures_of_a_quick_run(capsys, *options):
+    bench_inference.main(["--preset", "tiny", "--quick", *options])
+    lines = capsys.readouterr().out.splitlines()
+    return json.loads(lines[-1]), "\n".join(lines[:-1])
+
+
+def test_a_quick_run_measures_everything_and_ends_with_one_line_of_json(capsys, tmp_path):
+    page = tmp_path / "RESULTS.md"
+    figures, text = figures_of_a_quick_run(capsys, "--num_threads", "1", "--write", str(page))
+    assert {"decoding", "prefill", "cache", "streams", "latency", "overhead"} <= set(figures)
+    assert figures["threads"] == 1 and figures["versions"]["torch"] == torch.__version__
+    assert figures["decoding"]["ours INT8"]["tokens_per_second"] > 0
+    assert all(goal["met"] == (goal["measured"] >= goal["at_least"]) for goal in figures["goals"] if goal["measured"])
+    assert "ours INT8" in text and "| ours INT8 |" in page.read_text()
+
+
+def test_peers_that_are_not_installed_are_left_out(capsys, monkeypatch):
+    monkeypatch.setattr(bench_inference, "find_spec", lambda name: None)
+    figures, text = figures_of_a_quick_run(capsys)
+    assert not any(name.startswith(("transformers", "llama.cpp")) for name in figures["decoding"])
+    goal = next(goal for goal in figures["goals"] if goal["goal"] == "decoding FP32 ÷ llama.cpp F32")
+    assert goal["measured"] is None and goal["met"] is None and "left out" in text
+
+
+def test_transformers_gets_our_weights(random_model):
+    pytest.importorskip("transformers")
+    for tied in (True, False):
+        model = random_model("gpt2", tie_embeddings=tied)
+        ours, theirs = Ours(model), Transformers(model)
+        assert check_logits("transformers", theirs, ours.prefill(PROMPT), PROMPT, 1e-5) < 1e-5
+        assert theirs.generate(PROMPT, 12) == ours.generate(PROMPT, 12)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("F32", 2e-3), ("Q8_0", 5e-2)])
+def test_llama_cpp_gets_our_weights(random_model, tmp_path, precision, limit):
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    sizes = dict(vocab_size=300, d_model=64, max_seq_len=256)  # Q8_0 wants rows of a multiple of 32
+    model = random_model("gpt2", tie_embeddings=precision == "F32", **sizes)
+    expected = Ours(model).prefill(PROMPT)
+    theirs = LlamaCpp(write_gguf(model, tmp_path / "model.gguf", precision), context=256, n_threads=1)
+    assert check_logits("llama.cpp", theirs, expected, PROMPT, limit) <= limit
+    assert theirs.generate(PROMPT, 6)[0] == expected.argmax()
+    theirs.close()
+
+
+def test_a_contestant_with_other_weights_is_refused(random_model):
+    model, other = random_model("gpt2"), random_model("gpt2", seed=1)
+    expected = Ours(model).prefill(PROMPT)
+    with pytest.raises(AssertionError, match="the other computes another model"):
+        check_logits("the other", Ours(other), expected, PROMPT, 0.05)
+    with pytest.raises(AssertionError, match="nan"):
+        check_logits("broken", Ours(model), np.full_like(expected, np.nan), PROMPT, 0.05)
+
+
+@pytest.mark.parametrize("size", [300, 2000, 50257])
+def test_the_synthetic_tokenizer_has_a_text_for_every_id(size):
+    tokenizer = synthetic_tokenizer(size)
+    assert len(tokenizer) == size
+    letters = [tokenizer.decode([index]) for index in range(257, size)]
+    assert len(set(letters)) == size - 257 and all(letter.isascii() and letter for letter in letters)
+
+
+def test_a_section_of_a_page_is_replaced_and_the_rest_stays(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Results\n")
+    write_section(page, "speed", "old \\1")
+    write_section(page, "other", "stays")
+    write_section(page, "speed", "new")
+    text = page.read_text()
+    assert text.startswith("# Results\n") and "old" not in text and text.index("new") < text.index("stays")
+
+
+def test_a_table_reads_the_same_in_the_terminal_and_in_markdown():
+    table = Table("Title", "Note.", ["row", "tokens/s"], [["ours", "12"], ["theirs", "3"]])
+    assert table.plain().splitlines()[-2:] == ["ours          12", "theirs         3"]
+    assert table.markdown().splitlines()[-2:] == ["| ours | 12 |", "| theirs | 3 |"]
+
+
+def test_impossible_settings_are_refused_before_any_work():
+    with pytest.raises(UserError, match="rounds must be at least 1; max_seq_len must be at least 256"):
+        bench_inference.main(["--rounds", "0", "--max_seq_len", "8"])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_a_decoder_with_fixed_memory_gives_the_tokens_of_the_model(random_model, architecture):
+    """What a CUDA graph records is right: a step that finds its position in a tensor, over a masked cache."""
+    model = random_model(architecture)
+    decoder = StaticDecoder(model, max_len=20)
+    for _ in range(2):  # what the first text left in the cache does not show in the second
+        assert decoder.generate(PROMPT, 12) == Ours(model).generate(PROMPT, 12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recorded_step_gives_the_tokens_of_the_model(random_model, compiled):
+    model = copy.deepcopy(random_model("gpt2")).cuda()
+    decoder = StaticDecoder(model, max_len=20, compiled=compiled, recorded=True)
+    assert decoder.generate(PROMPT, 12) == Ours(model).generate(PROMPT, 12)
