@@ -22,6 +22,9 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from data_loader import Batch, GPTPPODataset
 from gpt_model import GPTModel
+from inference.engine import Engine
+from inference.request import RequestFailed
+from inference.sampling import SamplingParams
 from run_log import read_metrics
 from training_config import TrainingConfig
 from training_loop import TrainingLoop
@@ -78,30 +81,36 @@ def write_answers(
 
     Args:
         prompts: {"input_ids", "attention_mask"}, (B, P), padded on the left.
+        generator: on the CPU; where the seed of each answer comes from. None: torch's own.
 
     Returns:
         "input_ids", "attention_mask": (B, T), the answers behind their prompts, cut at the stop token.
         "answer_mask": (B, R) bool, the tokens that the policy wrote, the stop token included.
         "ended": (B,) bool, whether there is a stop token.
+
+    Raises:
+        UserError: the policy's output is not finite.
     """
-    n_prompt = prompts["input_ids"].size(1)
-    input_ids = policy.generate(
-        **prompts, max_gen_len=max_gen_len, temperature=temperature, eos_token_id=eos_token_id, generator=generator
-    )  # (B, T)
-    answers = input_ids[:, n_prompt:]  # (B, R)
-    answer_mask = mask_after_end(answers, eos_token_id)  # (B, R)
+    rows = [ids[seen.bool()].tolist() for ids, seen in zip(*prompts.values(), strict=True)]
+    seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist()  # an answer does not depend on its batch
+    settings = [SamplingParams(max_gen_len, temperature, stop_token_ids=(eos_token_id,), seed=seed) for seed in seeds]
+    try:
+        # A new engine each time: what it remembers of prompts belongs to the weights of this moment
+        written = Engine(policy, None, max_running=len(rows)).run(rows, settings)
+    except RequestFailed as failure:
+        raise UserError(f"the policy cannot write answers: {failure}; lower --lr") from failure
+    device, pad = prompts["input_ids"].device, torch.nn.utils.rnn.pad_sequence
+    answers = [torch.tensor(generation.token_ids) for generation in written]
+    answer_mask = pad([torch.ones_like(ids, dtype=torch.bool) for ids in answers], batch_first=True).to(
+        device
+    )  # (B, R)
+    answer_ids = pad(answers, batch_first=True, padding_value=policy.config.pad_token_id).to(device)  # (B, R)
     return {
-        "input_ids": input_ids,
+        "input_ids": torch.cat((prompts["input_ids"], answer_ids), dim=1),
         "attention_mask": torch.cat((prompts["attention_mask"], answer_mask.long()), dim=1),
         "answer_mask": answer_mask,
-        "ended": (answers.eq(eos_token_id) & answer_mask).any(dim=1),
+        "ended": torch.tensor([generation.ended for generation in written], device=device),
     }
-
-
-def mask_after_end(answers: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """Which tokens of (B, R) answers were written: all up to and including the first `</s>`; (B, R) bool."""
-    is_end = answers.eq(eos_token_id)
-    return (is_end.cumsum(dim=1) - is_end.int()).eq(0)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -247,7 +256,7 @@ class RolloutLoop(TrainingLoop):
     def validation_rollouts(self) -> list[Batch]:
         """Answers to this rank's share of the held-out prompts, with the same random numbers every time."""
         self.parallel_model.eval()
-        generator = torch.Generator(self.device).manual_seed(self.config.seed + 1)
+        generator = torch.Generator().manual_seed(self.config.seed + 1)
         indices, size = range(distributed.rank(), len(self.val_data), self.ranks), self.config.rollout_batch_size
         parts = [indices[start : start + size] for start in range(0, len(indices), size)]
         return [self.rollout(self.val_data, part, generator) for part in parts]

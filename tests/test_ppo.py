@@ -11,7 +11,7 @@ from policy_loops import COMMON, PROMPTS, make_loop
 import finetune
 from alignment.ppo import PPOConfig, adapted_kl_coef, answer_values, generalized_advantages, rlhf_ppo
 from alignment.reward_model import RewardModel
-from alignment.rollouts import answer_log_probs, mask_after_end
+from alignment.rollouts import answer_log_probs
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
@@ -73,11 +73,6 @@ def test_probabilities_are_taken_at_the_temperature_of_sampling(tmp_path, tokeni
 
 
 # -- answers and advantages --------------------------------------------------------------------------------------------
-
-
-def test_what_stands_after_the_end_of_an_answer_counts_for_nothing():
-    answers = torch.tensor([[5, 2, 1, 1], [5, 6, 7, 8], [2, 2, 1, 2], [5, 6, 7, 2]])
-    assert mask_after_end(answers, 2).int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])

@@ -15,6 +15,7 @@ from alignment.lora import lora_layers
 from alignment.reward_model import RewardModel
 from alignment.rollouts import kl_terms, masked_mean, select, write_answers
 from checkpoint import load_checkpoint, load_model
+from command_line import UserError
 from run_log import read_metrics
 
 HERE = Path(__file__).resolve().parent
@@ -38,20 +39,42 @@ def batch_of(loop):
 
 
 def test_answers_stand_behind_their_prompts_and_are_cut_at_the_stop_token(tokenizer, random_model):
-    """Masks and ends are those that a plain loop over tokens finds."""
+    """Masks and ends are those that a plain look at the tokens finds; what follows an end is padding."""
     model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=48)
     prompts = {"input_ids": torch.tensor([[1, 5, 6], [7, 8, 9]] * 20), "attention_mask": torch.ones(40, 3).long()}
     prompts["attention_mask"][::2, 0] = 0
-    model.lm_head.weight.data[2] += model.lm_head.weight.data.mean(0) * 3  # some rows end early, some do not
+    model.lm_head.weight.data[2] *= 3  # some rows end early, some do not
     torch.manual_seed(0)
-    answers = write_answers(model, prompts, eos_token_id=2, max_gen_len=12)
+    answers = write_answers(model, prompts, eos_token_id=2, max_gen_len=6)
     assert torch.equal(answers["input_ids"][:, :3], prompts["input_ids"])
     assert torch.equal(answers["attention_mask"][:, :3], prompts["attention_mask"])
+    assert 0 < answers["ended"].float().mean() < 1
     for row, written in enumerate(answers["input_ids"][:, 3:].tolist()):
         length = written.index(2) + 1 if 2 in written else len(written)
         assert answers["answer_mask"][row].tolist() == [True] * length + [False] * (len(written) - length)
         assert answers["attention_mask"][row, 3:].tolist() == answers["answer_mask"][row].int().tolist()
+        assert set(written[length:]) <= {1}
         assert bool(answers["ended"][row]) == (2 in written)
+
+
+def test_answers_are_drawn_from_the_policys_whole_distribution(tokenizer, random_model):
+    """First tokens of many answers, at a temperature of 0.5, are as frequent as the policy finds them likely."""
+    model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=48)
+    prompts = {"input_ids": torch.tensor([[5, 6, 7]] * 4000), "attention_mask": torch.ones(4000, 3).long()}
+    torch.manual_seed(0)
+    first = write_answers(model, prompts, eos_token_id=2, max_gen_len=1, temperature=0.5)["input_ids"][:, 3]
+    expected = (model(prompts["input_ids"][:1])["logits"][0, -1] / 0.5).softmax(-1)
+    frequencies = torch.bincount(first, minlength=len(tokenizer)) / 4000
+    assert (frequencies - expected).abs().sum() < 0.15, "total variation of chance alone is about 0.1"
+    assert (frequencies - expected).abs().max() < 4 * (expected.max() / 4000) ** 0.5
+
+
+def test_weights_that_are_not_finite_are_reported(tokenizer, random_model):
+    model = random_model("gpt2", vocab_size=len(tokenizer), max_seq_len=48, seed=7)
+    model.final_norm.weight.data.fill_(float("nan"))
+    prompts = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
+    with pytest.raises(UserError, match="the policy cannot write answers: .*not finite.*; lower --lr"):
+        write_answers(model, prompts, eos_token_id=2, max_gen_len=3)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
