@@ -181,6 +181,8 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
         ("KL to the reference, nats an answer", ["objective/kl", "val_kl"]),
         ("share of answers that ended", ["objective/ended", "val_ended"]),
         ("rewards of pairs", ["rewards/chosen", "rewards/rejected", "rewards/margins"]),
+        ("log-probability of answers, nats", ["logps/chosen", "logps/rejected"]),
+        ("KL to the teacher, nats a token", ["teacher_kl", "val_teacher_kl"]),
         ("policy loss", ["loss/policy_avg"]),
         ("entropy, nats a token", ["policy/entropy_avg"]),
         ("KL of a step's updates, nats a token", ["policy/approxkl_avg"]),

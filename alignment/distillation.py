@@ -115,7 +115,7 @@ class DistillationModel(nn.Module):
             input_ids, labels, attention_mask: (B, T), as `GPTModel.forward` takes them.
 
         Returns:
-            {"loss": (1 − α) CE + α T² KL, "cross_entropy": of the labels, "kl": KL(teacher ‖ student) at temperature T}
+            {"loss": (1 − α) CE + α T² KL, "cross_entropy": of the labels, "teacher_kl": KL(teacher ‖ student) at T}
 
             Soft targets have gradients that are smaller by 1/T², hence T² (arXiv:1503.02531, section 2).
         """
@@ -137,7 +137,7 @@ class DistillationModel(nn.Module):
         if self.teacher is None:
             return {"loss": cross_entropy}
         loss = (1 - self.alpha) * cross_entropy + self.alpha * self.temperature**2 * kl
-        return {"loss": loss, "cross_entropy": cross_entropy, "kl": kl}
+        return {"loss": loss, "cross_entropy": cross_entropy, "teacher_kl": kl}
 
     def _losses_of_chunk(
         self, hidden: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor

@@ -146,11 +146,10 @@ class DPOModel(nn.Module):
             better, worse = ratios[pairs].unbind(1)  # (P,), (P,)
             losses = dpo_loss(better - worse, self.dpo.beta, self.dpo.label_smoothing)  # (P,)
         chosen, rejected = pairs.unbind(1)  # (P,), (P,)
-        if self.dpo.rpo_alpha:  # RPO, arXiv:2404.19733, equation 1: keeps the better answers likely themselves
-            losses = losses - self.dpo.rpo_alpha * (log_probs / n_tokens)[chosen]
         with torch.no_grad():
             rewards = self.dpo.beta * ratios  # (N,)
             figures = {
+                "loss/dpo_avg": losses.detach(),
                 "rewards/chosen": rewards[chosen],
                 "rewards/rejected": rewards[rejected],
                 "rewards/accuracies": (rewards[chosen] > rewards[rejected]).float(),
@@ -158,6 +157,8 @@ class DPOModel(nn.Module):
                 "logps/chosen": log_probs[chosen],
                 "logps/rejected": log_probs[rejected],
             }
+        if self.dpo.rpo_alpha:  # RPO, arXiv:2404.19733, equation 1: keeps the better answers likely themselves
+            losses = losses - self.dpo.rpo_alpha * (log_probs / n_tokens)[chosen]
         means = {name: (x * weights).sum() / weights.sum() for name, x in {"loss": losses, **figures}.items()}
         if sft_input_ids is not None:
             log_probs, n_tokens = answer_log_probs(self.policy, sft_input_ids, sft_labels)  # (B,), (B,)
