@@ -127,12 +127,7 @@ class GPTModel(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model)
-        elif config.position == "sinusoidal":
-            table = sinusoidal_positions(config.max_seq_len, config.d_model)
-            self.register_buffer("position_table", table, persistent=False)
-        else:
-            angles = rotary_angles(config.max_seq_len, config.head_dim, config.rope_theta)
-            self.register_buffer("rotary_table", angles, persistent=False)
+        self.make_position_tables()
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
             TransformerDecoderLayer(
@@ -160,6 +155,27 @@ class GPTModel(nn.Module):
     def from_config(cls, config: GPTConfig) -> GPTModel:
         """A model with freshly initialised weights."""
         return cls(**asdict(config))
+
+    def make_position_tables(self) -> None:
+        """(Re)compute what is no weight but follows from the configuration; a model without memory, on PyTorch's meta
+        device, needs it once its weights have been given to it."""
+        config = self.config
+        if config.position == "sinusoidal":
+            table = sinusoidal_positions(config.max_seq_len, config.d_model)
+            self.register_buffer("position_table", table, persistent=False)
+        elif config.position == "rotary":
+            angles = rotary_angles(config.max_seq_len, config.head_dim, config.rope_theta)
+            self.register_buffer("rotary_table", angles, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.final_norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the activations; weight matrices may be of another, quantized one."""
+        return self.final_norm.weight.dtype
 
     def initialize_weights(self) -> None:
         """GPT-2's initialisation: N(0, 0.02²), branches into the residual stream smaller by √(2 · n_layers)."""
@@ -239,7 +255,7 @@ class GPTModel(nn.Module):
         x = self.embed(input_ids, positions, start)  # (B, T, D)
         rotary = self.rotary(n_tokens, positions, start)
         for index, layer in enumerate(self.layers):
-            if self.recompute_activations and self.training and cache is None:
+            if self.recompute_activations and torch.is_grad_enabled() and cache is None:
                 x = recompute_in_backward(layer, x, mask, rotary, use_reentrant=False)
             else:
                 x = layer(x, mask, rotary, cache, index)  # (B, T, D)

@@ -154,6 +154,8 @@ class RolloutLoop(TrainingLoop):
         self.reference = None  # with LoRA it is the policy without its adapters
         if needs_reference and not lora_layers(model.policy):
             self.reference = copy.deepcopy(model.policy).to(device).eval().requires_grad_(False)
+        for network in (module for module in model.modules() if isinstance(module, GPTModel)):
+            network.recompute_activations = config.recompute_activations
         super().__init__(config, model, model.policy.config, tokenizer, stage, prompts, val_prompts, device)
         self.needs_reference = needs_reference
         if len(val_prompts) < self.ranks:

@@ -156,6 +156,24 @@ def test_micro_batches_of_1_2_and_4_give_the_same_step(algorithm, tmp_path, toke
 
 
 @both
+def test_recomputed_activations_give_the_same_step(algorithm, tmp_path, tokenizer):
+    """Every layer runs once more in the backward pass, of policy and critic, and nothing else changes."""
+    outcomes, passes = [], {True: 0, False: 0}
+    for recompute in (False, True):
+        loop = make_loop(algorithm, tmp_path, tokenizer, recompute_activations=recompute, batch_size=8)
+        rollout = fixed_rollout(loop)
+        for network in (getattr(loop.model, "critic", None), loop.model.policy):
+            backbone = getattr(network, "backbone", network)
+            for layer in backbone.layers if backbone else ():
+                layer.register_forward_pre_hook(lambda *_, kind=recompute: passes.update({kind: passes[kind] + 1}))
+        torch.manual_seed(5)
+        outcomes.append(loop.learn_from(rollout))
+    assert passes[True] == 2 * passes[False]
+    for name in outcomes[0]:
+        assert outcomes[1][name] == pytest.approx(outcomes[0][name], rel=1e-4, abs=1e-6), name
+
+
+@both
 def test_two_ranks_make_the_steps_of_one(algorithm, tmp_path, tokenizer, on_two_ranks):
     """Half of the answers on each: advantages, losses, gradient norms and what follows in a second step."""
     alone = two_steps(algorithm, tmp_path, tokenizer, 1)
