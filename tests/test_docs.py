@@ -1,0 +1,224 @@
+"""The pages in docs/ tell of the code that is there: commands, options, metrics and lines, in both languages alike."""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import finetune
+import run_log
+from alignment.grpo import call_reward, load_reward
+from checkpoint import save_checkpoint
+from command_line import parse_config
+from gpt_model import GPTConfig, GPTModel
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+ENGLISH = sorted(page for page in DOCS.glob("*.md") if not page.name.endswith(".zh-CN.md"))
+ALL_PAGES = sorted(DOCS.glob("*.md"))
+
+# Options of programs that are not ours
+TORCHRUN = ["standalone", "nnodes", "nproc_per_node", "rdzv_id", "rdzv_backend", "rdzv_endpoint"]
+SBATCH = ["nodes", "ntasks", "gpus", "cpus", "signal", "requeue"]  # those with hyphens by their first word
+
+sys.path.append(str(DOCS))
+import line_links  # noqa: E402
+
+
+def by_name(pages):
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
+
+
+def chinese(page):
+    return page.with_name(page.name.replace(".md", ".zh-CN.md"))
+
+
+def blocks(page, language):
+    """The contents of a page's fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+FIRST_CELL = r"^\|([^|]*)\|"  # of a table's row
+
+
+def names_in(text):
+    """What stands between backticks, in order."""
+    return re.findall(r"`([^`]+)`", text)
+
+
+def settings_of(script):
+    """The class of settings that a script's command line is made from."""
+    script = script.replace("alignment/lora.py", "alignment/lora_export.py")  # which takes its command line over
+    (name,) = re.findall(r"= parse_config\((\w+),", (ROOT / script).read_text(encoding="utf-8"))
+    return getattr(importlib.import_module(script.removesuffix(".py").replace("/", ".")), name)
+
+
+def scripts():
+    """Every script that reads its options by `parse_config`, but for finetune.py, which has several sets of them."""
+    folders = (ROOT, ROOT / "alignment", ROOT / "inference", ROOT / "benchmarks")
+    there = [path for folder in folders for path in folder.glob("*.py")]
+    found = [path for path in there if " = parse_config(" in path.read_text(encoding="utf-8")]
+    return {str(path.relative_to(ROOT)) for path in found} - {"command_line.py", "finetune.py"}
+
+
+def python_commands(page):
+    """(script, arguments) of each command in the ```bash blocks that runs a script of this project."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    for words in (shlex.split(line, comments=True) for line in lines):
+        for place, word in enumerate(words):
+            script = words[place + 1].replace(".", "/") + ".py" if word == "-m" else word
+            if script.endswith(".py"):
+                yield script, words[place + (2 if word == "-m" else 1) :]
+                break
+
+
+# -- commands and options ----------------------------------------------------------------------------------------------
+
+
+@by_name(ENGLISH)
+def test_commands_are_understood(page, monkeypatch):
+    """Every command of a page is one that bash can read and whose arguments the script accepts."""
+    monkeypatch.setenv("WORLD_SIZE", "16")  # --parallel is compared with it: as many ranks as the largest launch has
+    for block in blocks(page, "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    for script, arguments in python_commands(page):
+        if script == "finetune.py":
+            mode, arguments = finetune.split_mode(arguments)
+            parse_config(finetune.MODES[mode][0], arguments, description="")
+        else:
+            parse_config(settings_of(script), arguments, description="")
+
+
+def test_reward_function_shown_is_one_that_grpo_takes(tmp_path):
+    """The example of a reward function loads by its path, and pays for the right answer."""
+    (code,) = blocks(DOCS / "grpo.md", "python")
+    (tmp_path / "my_rewards.py").write_text(code, encoding="utf-8")
+    reward = load_reward(f"{tmp_path}/my_rewards.py:reward")
+    right, wrong = call_reward(reward, ["2 + 3?"] * 2, ["2 + 3 = 5.", "I am not sure."], [{"answer": "5"}] * 2)
+    assert right > 0.9 > 0 > wrong
+
+
+@by_name(ALL_PAGES)
+def test_options_exist(page):
+    """Every --option that a page names is one of some script, or of a program that starts ours."""
+    settings = [config for config, _, _ in finetune.MODES.values()] + [settings_of(script) for script in scripts()]
+    known = {field.name for config in settings for field in fields(config)} | {"mode", "preset", "help"}
+    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", page.read_text(encoding="utf-8")))
+    assert named - known - {*TORCHRUN, *SBATCH} == set()
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+@by_name(ALL_PAGES)
+def test_links_to_lines_are_right(page):
+    """Each link to a line leads to the line it names; `python docs/line_links.py` mends what has drifted."""
+    text, complaints = line_links.mended(page)
+    assert complaints == []
+    assert text == page.read_text(encoding="utf-8"), "run python docs/line_links.py"
+
+
+@by_name(ALL_PAGES)
+def test_links_lead_somewhere(page):
+    """Every other link inside the repository names a file that is there."""
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).is_file(), target
+
+
+def test_lines_are_found_and_wrong_links_named(tmp_path):
+    """A definition wins over mentions; methods go by `Class.name`; what is not there, or twice, is named."""
+    (tmp_path / "a.py").write_text(
+        "x = 1  # beta\nclass A:\n    def f(self): ...\nclass B:\n    beta: int = x\n    def f(self): ...\n"
+    )
+    page = tmp_path / "page.md"
+    links = "[`B.f`](a.py#L1) [`--beta`](a.py#L1) [`# beta`](a.py#L7)"
+    page.write_text(links)
+    assert line_links.mended(page) == ("[`B.f`](a.py#L6) [`--beta`](a.py#L5) [`# beta`](a.py#L1)", [])
+    page.write_text("[`f`](a.py#L1) [`gone`](a.py#L1) [`f`](b.py#L1)")
+    complaints = line_links.mended(page)[1]
+    assert [complaint.split(": ", 2)[2] for complaint in complaints] == [
+        "stands in several lines (3, 6) in a.py; give one piece of code, or Class.name",
+        "stands nowhere in a.py; give one piece of code, or Class.name",
+        "b.py does not exist",
+    ]
+    assert complaints[1].startswith("page.md: [`gone`](a.py#L1)")
+
+
+# -- two languages -----------------------------------------------------------------------------------------------------
+
+
+@by_name(ENGLISH)
+def test_both_languages_say_the_same(page):
+    """Headings, commands, formulas, links, names in tables and options agree; only the words around them differ."""
+    english, other = (p.read_text(encoding="utf-8") for p in (page, chinese(page)))
+
+    def skeleton(text):
+        links = re.findall(r"(`[^`]+`)?\]\(([^)\s]+)\)", text)
+        return {
+            "headings": re.findall(r"^(#+) ", text, re.MULTILINE),
+            "blocks": re.findall(r"^```\w+\n.*?^```$", text, re.MULTILINE | re.DOTALL),
+            "tables": [names_in(cell) for cell in re.findall(FIRST_CELL, text, re.MULTILINE)],
+            "options": sorted(set(re.findall(r"(?<![\w-])--[a-z]\w*", text))),
+            "links": sorted((symbol, target.replace(".zh-CN.md", ".md")) for symbol, target in links),
+        }
+
+    assert skeleton(english) == skeleton(other)
+    assert english.count(f"]({chinese(page).name})") == 1
+    assert other.count(f"]({page.name})") == 1
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+TINY = "--num_threads 1 --device cpu --precision fp32 --max_steps 1 --log_interval 1 --batch_size 2 --output_dir out"
+PAIRS = "--pairwise_data pairs.json --val_pairwise_data pairs.json --sft_model base.pth"
+SFT = "--sft_data data.json"
+RUNS = {
+    "sft": "--mode sft --pretrained_model base.pth --data_path data.json --val_data_path data.json",
+    "reward_model": f"--mode reward {PAIRS}",
+    "ppo": f"--mode rlhf {PAIRS} {SFT} --rollout_batch_size 2 --max_gen_len 4",
+    "grpo": "--mode grpo --sft_model base.pth --data_path data.json --rollout_batch_size 2 --group_size 2",
+    "dpo": f"--mode dpo {PAIRS} {SFT}",
+    "distillation": "--mode distill --teacher_model base.pth --data_path data.json --val_data_path data.json",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tokenizer):
+    """A working folder with a small model, some instructions and some preferences."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_log, "plot_metrics", lambda *_: None)  # the curves of these runs interest no one
+    config = GPTConfig.for_architecture(
+        "modern", vocab_size=len(tokenizer), d_model=32, n_layers=2, n_heads=2, max_seq_len=64
+    )
+    torch.manual_seed(0)
+    weights = GPTModel.from_config(config).state_dict()
+    save_checkpoint("base.pth", model_state=weights, config=config, tokenizer=tokenizer, stage="sft")
+    records = [{"instruction": f"{n} + 1", "response": f"{n + 1}", "answer": f"{n + 1}"} for n in range(4)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    pairs = [{"instruction": f"{n} + 1", "chosen": f"{n + 1}", "rejected": "?"} for n in range(4)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    return tmp_path
+
+
+def metrics_of(page):
+    """The names in the first column of the table under the heading "Metrics"."""
+    text = page.read_text(encoding="utf-8")
+    section = re.search(r"^## (?:Metrics|metrics.jsonl)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
+    return {name for cell in re.findall(FIRST_CELL, section, re.MULTILINE) for name in names_in(cell)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_metrics_are_those_of_a_run(folder, name):
+    """A page tells of every figure that its algorithm records, or training.md does; and of none that it does not."""
+    finetune.main(f"{RUNS[name]} {TINY}".split())
+    recorded = {key for record in run_log.read_metrics("out/metrics.jsonl") for key in record}
+    told = metrics_of(DOCS / f"{name}.md")
+    assert told - recorded == set()
+    assert recorded - told - metrics_of(DOCS / "training.md") == set()
