@@ -141,7 +141,7 @@ class GPTEvaluator:
 
     def _sum_of_losses(self, windows: Sequence[tuple[list[int], list[int]]]) -> float:
         """Total −log p, in nats, of the targets of some windows."""
-        device, width = self.model.token_embedding.weight.device, max(len(inputs) for inputs, _ in windows)
+        device, width = self.model.device, max(len(inputs) for inputs, _ in windows)
         # Padding stands on the right, where a causal model cannot see it: it needs no mask
         pad, ignored = [self.tokenizer.pad_token_id], [IGNORED_LABEL]
         inputs = torch.tensor([ids + pad * (width - len(ids)) for ids, _ in windows], device=device)  # (B, T)

@@ -193,9 +193,9 @@ class GPTModel(nn.Module):
 
     def new_cache(self, batch_size: int, max_len: int) -> KVCache:
         """An empty KV cache for `batch_size` rows of at most `max_len` tokens, where the model's weights are."""
-        config, weight = self.config, self.token_embedding.weight
+        config = self.config
         return KVCache(
-            config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim, weight.device, weight.dtype
+            config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim, self.device, self.dtype
         )
 
     def embed(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:

@@ -121,7 +121,7 @@ def beam_search(
     groups = [Group() for _ in range(settings.num_groups)]
     active = list(groups)
     cache = model.new_cache(1, len(prompt_ids) + max_gen_len)
-    new_ids = torch.tensor([list(prompt_ids)], device=model.token_embedding.weight.device)  # (1, T)
+    new_ids = torch.tensor([list(prompt_ids)], device=model.device)  # (1, T)
     was_training = model.training
     model.eval()
     try:
