@@ -46,14 +46,14 @@ class DPOConfig(LoRAOptions, TrainingConfig):
     sft_coef: float = option(1.0, "weight of the supervised loss on --sft_data")
     max_seq_len: int = option(0, "longest conversation, in tokens; 0 means the model's context")
     batch_size: int = option(32, "preferences of one forward pass on one rank")
-    lr: float = option(1e-4, "peak learning rate")
+    lr: float = option(5e-5, "peak learning rate")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
     compile: str = option("false", "torch.compile; new lengths are compiled anew", choices=("auto", "true", "false"))
     epochs: float = option(1.0, "passes over the preferences, if --max_steps is 0")
     loss: str = option("sigmoid", "sigmoid (DPO) or ipo", choices=("sigmoid", "ipo"))
     beta: float = option(0.1, "β: how dear it is to move away from the reference")
     label_smoothing: float = option(0.0, "the share of preferences that are taken to be the wrong way round")
-    rpo_alpha: float = option(0.0, "weight of the supervised loss on the better answers")
+    rpo_alpha: float = option(1.0, "weight of the supervised loss on the better answers")
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""

@@ -30,7 +30,7 @@ STEPS = 3
 COMMON = "--device cpu --precision fp32 --num_threads 1 --log_interval 1 --eval_interval 3 --val_fraction 0.3"
 RUNS = {
     "reward": "--mode reward --pairwise_data pairs.json --sft_model sft.pth --center_rewards_coefficient 0.1",
-    "dpo": "--mode dpo --pairwise_data pairs.json --sft_model sft.pth --sft_data sft.json --rpo_alpha 0.5 --lr 3e-3",
+    "dpo": "--mode dpo --pairwise_data pairs.json --sft_model sft.pth --sft_data sft.json --lr 3e-3",
     "dpo with lora": "--mode dpo --pairwise_data pairs.json --sft_model sft.pth --lora_rank 2 --lr 3e-3",
     "distill": "--mode distill --teacher_model sft.pth --data_path sft.json --n_layers 1",
     "distill from text": "--mode distill --teacher_model sft.pth --data_path sft.json --n_layers 1 --from_text",
