@@ -41,6 +41,8 @@ SCRIPTS = {
         "--mode ppo --pairwise_data pairs.json --sft_model base.pth --reward_model reward.pth --max_gen_len 4 "
         "--rollout_batch_size 4 --batch_size 4" + QUICK,
     ),
+    "dpo": (finetune.main, "--mode dpo --pairwise_data pairs.json --sft_model base.pth" + QUICK),
+    "distill": (finetune.main, "--mode distill --data_path sft.json --teacher_model base.pth" + QUICK),
     "finetune": (finetune.main, ""),
     "evaluate": (evaluator.main, "--test_data_path sft.json --device cpu --output_path out/report.json --model_path"),
     "quantize": (quantizer.main, "--output_path out/int8.pth --model_path"),
@@ -116,8 +118,8 @@ pretrain | --d_model 32 --max_seq_len 48 --resume base.pth | base.pth holds; no 
 pretrain | --d_model 32 --max_seq_len 48 --resume reward.pth | reward.pth is a reward checkpoint; --resume needs one of
 pretrain | --d_model 32 --max_seq_len 48 --resume other.pth | other.pth was trained with another tokenizer; use that one
 
-finetune | --data_path sft.json | --mode is missing; it must be one of sft, reward, ppo, rlhf
-finetune | --mode rlfh | --mode rlfh is not known; it must be one of sft, reward, ppo, rlhf
+finetune | --data_path sft.json | --mode is missing; it must be one of sft, reward, ppo
+finetune | --mode rlfh | --mode rlfh is not known; it must be one of sft, reward, ppo
 finetune | --mode | --mode (empty) is not known
 finetune | --mode ppo --sft_model base.pth | --mode ppo needs --reward_model PATH; --mode rlhf trains one first
 finetune | --mode sft --nonsense 1 | unrecognized arguments: --nonsense 1
@@ -167,6 +169,20 @@ ppo | --max_gen_len 100 | no prompt fits into -52 tokens; raise --max_seq_len or
 ppo | --rollout_batch_size 6 | --rollout_batch_size 6 must be a multiple of --batch_size
 ppo | --pairwise_data one_pair.json | one_pair.json has too few pairs to set some aside
 ppo | --temperature 0 | --temperature must be positive, not 0.0
+
+dpo | --pairwise_data sft.json | record 1 of sft.json: the field "chosen" is missing
+dpo | --sft_model reward.pth | reward.pth is a reward model, which writes no text
+dpo | --sft_data missing.json | there is no data at missing.json
+dpo | --beta 0 --label_smoothing 0.6 | --beta must be positive; --label_smoothing must be at least 0 and below 0.5
+dpo | --lora_rank 2 --lora_targets nothing | --lora_targets nothing is no linear layer of the model
+
+distill | --teacher_model reward.pth | reward.pth is a reward model, which writes no text
+distill | --teacher_model missing.pth | the teacher missing.pth does not exist; train it first
+distill | --student_model other.pth | other.pth and base.pth have different tokenizers
+distill | --student_model base.pth --d_model 16 | --student_model brings its own size; leave out --n_layers
+distill | --n_heads 3 | no student has these sizes; must be a multiple of n_heads 3
+distill | --text_data gbk.txt --shard_dir shards | gbk.txt is not UTF-8 text
+distill | --alpha 2 --temperature 0 | --alpha must be between 0 and 1; --temperature must be positive
 
 evaluate | missing.pth | missing.pth does not exist
 evaluate | damaged.pth | damaged.pth is damaged
@@ -310,7 +326,7 @@ def test_bad_input_gives_one_sentence_and_status_2(world, monkeypatch, capsys, s
     assert not list(world.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("script", ["pretrain", "sft", "reward", "ppo"])
+@pytest.mark.parametrize("script", ["pretrain", "sft", "reward", "ppo", "dpo", "distill"])
 def test_too_little_disk_is_noticed_before_any_work(world, monkeypatch, capsys, script):
     """The sentence says how much there is, how much is needed, and what to lower."""
     monkeypatch.chdir(world)
@@ -324,7 +340,7 @@ def test_too_little_disk_is_noticed_before_any_work(world, monkeypatch, capsys, 
     assert files_in(world) == before
 
 
-@pytest.mark.parametrize("script", ["pretrain", "sft", "reward", "ppo"])
+@pytest.mark.parametrize("script", ["pretrain", "sft", "reward", "ppo", "dpo", "distill"])
 def test_the_same_calls_with_sound_input_work(world, tmp_path, monkeypatch, capsys, script):
     """So that it is the bad input which the cases above are refused for."""
     monkeypatch.chdir(world)
