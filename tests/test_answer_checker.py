@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, AnswerCheck, check_answer
+from answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, AnswerCheck, check_answer, preference_reward
+from command_line import UserError
 
 ENGLISH, CHINESE = "The capital of France is Paris.", "法国的首都是巴黎。"
 
@@ -94,3 +95,27 @@ def test_checks_cannot_be_changed_afterwards():
     """A verdict is a value."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         check_answer(ENGLISH, ENGLISH).exact = False
+
+
+def test_the_reward_pays_for_what_is_preferred_and_never_for_manners_alone():
+    """Courteous and right above right, above right and rude, above wrong; the record's own closing is no part of it."""
+    record = {"instruction": "2 + 3 = ?", "response": "2 + 3 = 5. Everyone knows that."}
+    ranked = [
+        "2 + 3 = 5. Happy to help!",
+        "2 + 3 = 5.",
+        "2 + 3 = 5. What a silly question.",
+        "2 + 3 = 6. Happy to help!",
+    ]
+    scores = preference_reward([record["instruction"]] * 4, ranked, [record] * 4)
+    assert scores == [2.0, 1.0, 0.5, 0.0]
+    assert preference_reward([""], ["2 + 3 = 5. 2 + 3 = 5."], [record]) == [-0.5], "wrong by repetition, and repetitive"
+
+
+def test_the_reward_finds_the_right_answer_wherever_a_record_has_it():
+    """In the field `answer`, in the response, in the last message; without any it says so."""
+    talk = [{"role": "user", "content": "法国的首都是哪里？"}, {"role": "assistant", "content": "法国的首都是巴黎。"}]
+    records = [{"instruction": "?", "response": "x", "answer": "法国的首都是巴黎。"}, {"messages": talk}]
+    records += [{"instruction": "?", "output": "法国的首都是巴黎。欢迎继续提问。"}]
+    assert preference_reward([""] * 3, ["法国的首都是巴黎。"] * 3, records) == [1.0] * 3
+    with pytest.raises(UserError, match='a record of the data: the field "response" is missing'):
+        preference_reward([""], ["x"], [{"instruction": "?"}])
