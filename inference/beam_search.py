@@ -35,20 +35,20 @@ class BeamSettings:
         length_penalty: exponent of the length in the score.
         early_stopping: True ends as soon as there are `num_beams` finished answers; False when no beam's score at its
             present length beats the worst of them; "never" when none can beat it at any length.
-        num_groups: groups of beams, a divisor of `num_beams`.
+        num_beam_groups: groups of beams, a divisor of `num_beams`.
         diversity_penalty: the price of a token that an earlier group has chosen in the same step.
     """
 
     num_beams: int = 4
     length_penalty: float = 1.0
     early_stopping: bool | str = False
-    num_groups: int = 1
+    num_beam_groups: int = 1
     diversity_penalty: float = 0.0
 
     @property
     def width(self) -> int:
         """The beams of one group."""
-        return self.num_beams // self.num_groups
+        return self.num_beams // self.num_beam_groups
 
     def complaints(self, n: int = 1) -> list[str]:
         """What is wrong with these settings for a search that is to return n answers, a sentence each."""
@@ -57,8 +57,8 @@ class BeamSettings:
             found.append(f"num_beams must be at least 1, not {self.num_beams}")
         if not 1 <= n <= max(1, self.num_beams):
             found.append(f"n must be from 1 to num_beams, {self.num_beams}, not {n}")
-        if self.num_groups < 1 or self.num_beams % self.num_groups:
-            found.append(f"num_beams {self.num_beams} must be a multiple of num_groups {self.num_groups}")
+        if self.num_beam_groups < 1 or self.num_beams % self.num_beam_groups:
+            found.append(f"num_beams {self.num_beams} must be a multiple of num_beam_groups {self.num_beam_groups}")
         if not abs(self.length_penalty) < float("inf"):
             found.append(f"length_penalty must be a finite number, not {self.length_penalty}")
         if not 0 <= self.diversity_penalty < float("inf"):
@@ -118,7 +118,7 @@ def beam_search(
     if not 1 <= len(prompt_ids) < context:
         raise UserError(f"the prompt has {len(prompt_ids)} tokens; a context of {context} takes 1 to {context - 1}")
     max_gen_len = min(max_gen_len, context - len(prompt_ids))
-    groups = [Group() for _ in range(settings.num_groups)]
+    groups = [Group() for _ in range(settings.num_beam_groups)]
     active = list(groups)
     cache = model.new_cache(1, len(prompt_ids) + max_gen_len)
     new_ids = torch.tensor([list(prompt_ids)], device=model.device)  # (1, T)

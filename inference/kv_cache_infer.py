@@ -196,7 +196,7 @@ class GenerationConfig:
         return BeamSettings(
             self.num_beams,
             self.length_penalty,
-            num_groups=self.num_beam_groups,
+            num_beam_groups=self.num_beam_groups,
             diversity_penalty=self.diversity_penalty,
         )
 

@@ -22,7 +22,7 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import save_checkpoint
 from command_line import run_main
 from gpt_model import GPTConfig, GPTModel
-from inference import quantizer
+from inference import kv_cache_infer, quantizer
 
 LINES = [f"{number} 的平方是 {number * number}；the cube is {number**3}." for number in range(20)]
 TALKS = [{"instruction": f"问题 {number}", "response": f"答案 {number}"} for number in range(12)]
@@ -45,6 +45,7 @@ SCRIPTS = {
     "distill": (finetune.main, "--mode distill --data_path sft.json --teacher_model base.pth" + QUICK),
     "finetune": (finetune.main, ""),
     "evaluate": (evaluator.main, "--test_data_path sft.json --device cpu --output_path out/report.json --model_path"),
+    "generate": (kv_cache_infer.main, "--prompt 问题 --device cpu --num_threads 1 --model_path"),
     "quantize": (quantizer.main, "--output_path out/int8.pth --model_path"),
     "ngram": (ngram_baseline.main, "--tokenizer_dir tokenizer --train_data_dir good.txt --sft_data_path sft.json "
                                    "--test_data_path sft.json --output_path out/ngram.json"),
@@ -199,6 +200,26 @@ evaluate | base.pth --model_type sft --max_samples 0 | --max_samples must be at 
 evaluate | base.pth --model_type sft --temperature -1 | --temperature must
 evaluate | base.pth --model_type sft --top_k -1 | --top_k must
 
+evaluate | nan.pth --model_type sft | the model's output is not finite; its weights may be damaged
+evaluate | nan.pth --model_type pretrain --test_data_path good.txt | the model's loss is not a finite number
+
+generate | missing.pth | missing.pth does not exist
+generate | damaged.pth | damaged.pth is damaged
+generate | reward.pth | reward.pth is a reward model
+generate | nan.pth | nan.pth: the model's output is not finite; use another checkpoint
+generate | nan.pth --num_beams 2 | the model's logits are not finite; use another checkpoint
+generate | base.pth --prompt | --prompt is missing; give a text
+generate | base.pth --prompt '' | --prompt is empty; give at least one character
+generate | base.pth --prompt LONG | tokens and the model's context only 48; shorten it
+generate | base.pth --prompt LONG --num_beams 2 | tokens; a context of 48 takes 1 to 47
+generate | base.pth --max_gen_len 0 | --max_gen_len must be a whole number of at least 1, not 0
+generate | base.pth --top_k 321 | top_k must be a whole number from 0 to 320, the size of the vocabulary, not 321
+generate | base.pth --temperature nan --top_p 2 | --temperature must be a number of at least 0, not nan; --top_p must be
+generate | base.pth --stop . '' | --stop must be a tuple of strings of at least one character
+generate | base.pth --overflow wrap | --overflow: invalid choice: 'wrap'; slide
+generate | base.pth --num_beams 3 --num_beam_groups 2 | --num_beams 3 must be a multiple of num_beam_groups 2
+generate | base.pth --num_beams 2 --repetition_penalty 2 | --num_beams and repetition_penalty do not go together
+
 quantize | missing.pth | missing.pth does not exist
 quantize | damaged.pth | damaged.pth is damaged
 quantize | reward.pth | reward.pth is a reward model
@@ -284,6 +305,10 @@ def write_checkpoints(folder, tokenizer):
     save("other.pth", model, tokenizer=other)
     save("reward.pth", RewardModel(model), "reward")
     save("other_reward.pth", RewardModel(model), "reward", other)
+    damaged = GPTModel.from_config(config)
+    with torch.no_grad():
+        damaged.final_norm.weight[0] = float("nan")
+    save("nan.pth", damaged)
     save("mislabelled.pth", RewardModel(model), "pretrain")
     content = (folder / "base.pth").read_bytes()
     (folder / "cut.pth").write_bytes(content[: len(content) // 2])
@@ -315,7 +340,7 @@ def call(script, options, capsys):
 def test_bad_input_gives_one_sentence_and_status_2(world, monkeypatch, capsys, script, options, words):
     monkeypatch.chdir(world)
     before = files_in(world)
-    status, err = call(script, options, capsys)
+    status, err = call(script, options.replace("LONG", "x" * 100), capsys)
     assert status == 2, err
     (sentence,) = err
     assert sentence.startswith("error: ")

@@ -91,12 +91,12 @@ def test_a_beam_as_wide_as_all_beginnings_finds_the_best_answer_of_all(random_mo
     assert [hypothesis.score for hypothesis in found] == pytest.approx([score(answer) for answer in best], rel=1e-4)
 
 
-def diverse_search_without_cache(model, prompt, num_beams, num_groups, penalty, max_gen_len):
+def diverse_search_without_cache(model, prompt, num_beams, num_beam_groups, penalty, max_gen_len):
     """Algorithm 1 of arXiv:1610.02424 as plainly as can be, over an endless vocabulary: nothing ends before the limit.
 
     Returns the beams of each group, (log-probability, tokens), best first."""
-    width = num_beams // num_groups
-    groups = [[(0.0, [])] for _ in range(num_groups)]
+    width = num_beams // num_beam_groups
+    groups = [[(0.0, [])] for _ in range(num_beam_groups)]
     for _ in range(max_gen_len):
         taken = []
         for g, beams in enumerate(groups):
@@ -111,14 +111,16 @@ def diverse_search_without_cache(model, prompt, num_beams, num_groups, penalty, 
     return groups
 
 
-@pytest.mark.parametrize(("num_beams", "num_groups", "penalty"), [(6, 3, 1.5), (4, 4, 0.7), (4, 2, 0.0), (3, 1, 5.0)])
+@pytest.mark.parametrize(
+    ("num_beams", "num_beam_groups", "penalty"), [(6, 3, 1.5), (4, 4, 0.7), (4, 2, 0.0), (3, 1, 5.0)]
+)
 def test_diverse_groups_follow_the_paper_and_the_cache_changes_nothing(
-    random_model, architecture, num_beams, num_groups, penalty
+    random_model, architecture, num_beams, num_beam_groups, penalty
 ):
     model, prompt = random_model(architecture), [5, 9, 30]
-    settings = BeamSettings(num_beams, 0.0, num_groups=num_groups, diversity_penalty=penalty)
+    settings = BeamSettings(num_beams, 0.0, num_beam_groups=num_beam_groups, diversity_penalty=penalty)
     found = beam_search(model, prompt, settings, max_gen_len=6, n=num_beams)
-    groups = diverse_search_without_cache(model, prompt, num_beams, num_groups, penalty, 6)
+    groups = diverse_search_without_cache(model, prompt, num_beams, num_beam_groups, penalty, 6)
     expected = sorted((beam for group in groups for beam in group), key=lambda beam: -beam[0])
     assert [hypothesis.score for hypothesis in found] == pytest.approx([total for total, _ in expected], abs=1e-3)
     assert sorted(hypothesis.token_ids for hypothesis in found) == sorted(answer for _, answer in expected)
@@ -128,7 +130,7 @@ def test_a_diversity_penalty_makes_the_groups_differ(random_model):
     """Without it all groups find the same; with it, answers differ from the first token on."""
 
     def first_tokens(penalty):
-        settings = BeamSettings(num_beams=4, num_groups=4, diversity_penalty=penalty)
+        settings = BeamSettings(num_beams=4, num_beam_groups=4, diversity_penalty=penalty)
         return {found.token_ids[0] for found in beam_search(random_model(), [5, 6], settings, max_gen_len=4, n=4)}
 
     assert len(first_tokens(0.0)) == 1
@@ -171,7 +173,7 @@ def test_the_model_is_left_in_the_mode_it_was_in(random_model):
     ("settings", "words"),
     [
         (dict(num_beams=0), "num_beams must be at least 1, not 0"),
-        (dict(num_beams=4, num_groups=3), "num_beams 4 must be a multiple of num_groups 3"),
+        (dict(num_beams=4, num_beam_groups=3), "num_beams 4 must be a multiple of num_beam_groups 3"),
         (dict(num_beams=1), "n must be from 1 to num_beams, 1, not 2"),
         (dict(length_penalty=float("nan")), "length_penalty must be a finite number"),
         (dict(diversity_penalty=-1.0), "diversity_penalty must be a number of at least 0"),
