@@ -44,7 +44,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -76,6 +76,11 @@ logger = logging.getLogger("uvicorn.error")  # the log that uvicorn shows
 TokenId = Annotated[int, Field(ge=0, le=2**31)]
 TokenIdAsKey = Annotated[str, Field(pattern=r"^\d{1,10}$")]  # JSON's keys are strings
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(max_length=MAX_STOP_STRINGS),
+    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop, json_schema_input_type=str | list[str]),
+]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
@@ -106,9 +111,7 @@ class GenerateRequest(BaseModel):
         {}, max_length=MAX_LISTED_TOKENS, description="Token id → what is added to its logit."
     )
     banned_tokens: list[TokenId] = Field([], max_length=MAX_LISTED_TOKENS, description="Ids that are never produced.")
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] = Field(
-        [], description="One or several strings at which the answer ends; they are not part of it."
-    )
+    stop: StopStrings = Field([], description="One or several strings that end the answer and are not part of it.")
     stop_token_ids: list[TokenId] = Field([], max_length=MAX_LISTED_TOKENS, description="Ids that end the answer.")
     ignore_eos: bool = Field(False, description="Go on after the token that ends an answer.")
     overflow: Literal["error", "slide"] = Field(
@@ -118,12 +121,9 @@ class GenerateRequest(BaseModel):
     def params(self) -> SamplingParams:
         """The fields but the prefix, as the engine takes them."""
         fields = self.model_dump(exclude={"prefix"})
+        fields["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return SamplingParams(
             **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-            | {
-                "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-                "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()},
-            }
         )
 
 
