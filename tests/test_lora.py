@@ -25,6 +25,7 @@ from alignment.lora import (
 from alignment.reward_model import RewardModel
 from command_line import UserError, parse_config
 from inference.quantizer import quantize_model_int8
+from optimization import Updater, build_optimizers
 
 RANK_4 = LoRAOptions(lora_rank=4)
 
@@ -172,6 +173,27 @@ def test_the_base_is_frozen_bit_for_bit_while_adapters_learn(architecture, rando
     assert set(trained_state(model, model.state_dict())) == set(lora_state(model))
     detach_lora(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_adapters_have_adamw_without_decay_and_their_own_learning_rate(optimizer, random_model):
+    """Beside them, a reward head keeps the rate and the decay of full training."""
+    backbone = copy.deepcopy(random_model("modern"))
+    apply_lora(backbone, LoRAOptions(lora_rank=4, lora_lr_scale=7.0), "base.pth")
+    model = RewardModel(backbone)
+    [adamw] = optimizers = build_optimizers(model, optimizer, lr=1e-3, weight_decay=0.1)
+    assert isinstance(adamw, torch.optim.AdamW)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {
+        frozenset(names[id(parameter)].rpartition(".")[2] for parameter in group["params"]): group
+        for group in adamw.param_groups
+    }
+    assert groups.keys() == {frozenset({"lora_A", "lora_B"}), frozenset({"weight"}), frozenset({"bias"})}
+    adapters = groups[frozenset({"lora_A", "lora_B"})]
+    assert len(adapters["params"]) == len(lora_state(model))
+    assert (adapters["weight_decay"], groups[frozenset({"weight"})]["weight_decay"]) == (0.0, 0.1)
+    Updater(model, optimizers, torch.float32, torch.device("cpu")).step(lr=1e-3)
+    assert [groups[key]["lr"] for key in groups] == pytest.approx([1e-3, 1e-3, 7e-3])
 
 
 def test_rank_zero_is_full_training(random_model):
