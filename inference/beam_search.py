@@ -110,11 +110,13 @@ def beam_search(
         end_token_ids: tokens that end an answer.
 
     Raises:
-        UserError: settings that cannot be, or a prompt that leaves no room for an answer.
+        UserError: settings that cannot be, a prompt that leaves no room for an answer, or weights that are damaged.
     """
     context = model.config.max_seq_len
     if complaints := settings.complaints(n):
         raise UserError("; ".join(complaints))
+    if max_gen_len < 1:
+        raise UserError(f"max_gen_len must be at least 1, not {max_gen_len}")
     if not 1 <= len(prompt_ids) < context:
         raise UserError(f"the prompt has {len(prompt_ids)} tokens; a context of {context} takes 1 to {context - 1}")
     max_gen_len = min(max_gen_len, context - len(prompt_ids))

@@ -190,6 +190,8 @@ def test_bad_prompts_and_damaged_weights_are_named_in_one_sentence(random_model)
     for prompt in ([], [5] * 32, [5] * 40):
         with pytest.raises(UserError, match=f"the prompt has {len(prompt)} tokens; a context of 32 takes 1 to 31"):
             beam_search(random_model(), prompt, BeamSettings())
+    with pytest.raises(UserError, match="max_gen_len must be at least 1, not 0"):
+        beam_search(random_model(), [5, 6], BeamSettings(), max_gen_len=0)
     model = random_model()
     with torch.no_grad():
         model.final_norm.weight[0] = float("nan")
