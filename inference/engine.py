@@ -38,7 +38,7 @@ from gpt_model import GPTModel
 from inference.cache_blocks import BLOCK
 from inference.engine_statistics import EngineStatistics
 from inference.paged_attention import PagedCache
-from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, encode_prompt
+from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, checked_ids
 from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, sample_batch
 from inference.text_stream import TextStream
 
@@ -85,11 +85,8 @@ class Engine:
         self.eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
         self.max_running, self.max_waiting, self.prefill_chunk = max_running, max_waiting, prefill_chunk
         config, context = model.config, model.config.max_seq_len
-        weight = next(model.parameters(), next(model.buffers(), None))
-        self.device = weight.device
-        with torch.no_grad():
-            activations = model.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
-        dtype = cache_dtype or activations.dtype
+        self.device = model.device
+        dtype = cache_dtype or model.dtype
         if cache_tokens is None:
             token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
             cache_tokens = max(context, min(max_running * context, CACHE_BYTES // token_bytes))
@@ -133,7 +130,7 @@ class Engine:
             RequestFailed: the engine is closed.
         """
         params = params or SamplingParams()
-        ids = self._checked_ids(prompt, params, chat)
+        ids = checked_ids(prompt, params, chat, self.tokenizer, self.model.config)
         return self._enter(self._requests(ids, params, deadline_s, on_piece, streamed=True), bounded=True)[0]
 
     def run(
@@ -158,7 +155,7 @@ class Engine:
         listener = None if on_finished is None else lambda piece: piece is None and on_finished()
         requests: list[Request] = []
         for prompt, setting in zip(prompts, settings, strict=True):
-            ids = self._checked_ids(prompt, setting, chat)
+            ids = checked_ids(prompt, setting, chat, self.tokenizer, self.model.config)
             requests += self._requests(ids, setting, None, listener, streamed=False)
         was_training = self.model.training
         self.model.eval()
@@ -181,29 +178,6 @@ class Engine:
             else:
                 self._cancelled.append(request)
                 self._changed.notify_all()
-
-    def _checked_ids(self, prompt: Prompt | list[int], params: SamplingParams, chat: bool) -> list[int]:
-        """The prompt's ids, if the model can go on from there with these parameters."""
-        config = self.model.config
-        complaints = params.complaints(config.vocab_size)
-        if complaints:
-            raise UserError("; ".join(complaints))
-        if len(prompt) == 0:
-            raise UserError("the prompt is empty; give at least one token to go on from")
-        if isinstance(prompt, str) or isinstance(prompt[0], dict):
-            if self.tokenizer is None:
-                raise UserError("an engine without a tokenizer takes token ids only")
-            ids = encode_prompt(self.tokenizer, prompt, chat)
-        else:
-            ids = list(prompt)
-        if min(ids) < 0 or max(ids) >= config.vocab_size:
-            raise UserError(f"the prompt has a token id outside the model's vocabulary of {config.vocab_size}")
-        if len(ids) >= config.max_seq_len and params.overflow != "slide":
-            raise UserError(
-                f"the prompt has {len(ids)} tokens and the model's context only {config.max_seq_len}, which leaves no "
-                'room for an answer; shorten it, or choose overflow "slide"'
-            )
-        return ids
 
     def _requests(
         self,

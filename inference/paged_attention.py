@@ -29,15 +29,14 @@ from transformer_components import attend
 
 SOURCE = Path(__file__).with_suffix(".c")
 FEW_TOKENS = 32  # of one request in one step: up to here gathering costs more than it brings
-MAX_HEAD_DIM, MAX_GROUP = 256, 64  # as in paged_attention.c
 
-Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows (n, T), cells (n, S), visible (n, 1, T, S)
+Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows (n, T), blocks (n, S / BLOCK), visible (n, 1, T, S)
 
 
 class _Cache(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales", "table")),
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "cells", "head_dim", "blocks_per_slot")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "blocks", "head_dim", "blocks_per_slot")),
     ]
 
 
@@ -61,8 +60,9 @@ class PagedCache:
         reuse_prefixes: whether sequences that begin alike share blocks.
 
     Attributes:
-        keys, values: (n_layers, G, cells, K), zeros at first: what is masked must still be finite.
-        key_scales, value_scales: (n_layers, G, cells) fp32 for INT8 cells, otherwise None.
+        keys: (n_layers, G, blocks, K, BLOCK), transposed for the C function.
+        values: (n_layers, G, blocks, BLOCK, K). Both are zeros at first: what is masked must still be finite.
+        key_scales, value_scales: (n_layers, G, blocks, BLOCK) fp32 for INT8 cells, otherwise None.
         table: (n_slots, blocks of the longest sequence) int32, on the CPU: the blocks of each sequence.
     """
 
@@ -78,23 +78,23 @@ class PagedCache:
         self.config, self.device, self.reuse_prefixes = config, torch.device(device), reuse_prefixes
         n_blocks, blocks_per_slot = -(-n_tokens // BLOCK), -(-config.max_seq_len // BLOCK)
         self.pool = BlockPool(n_blocks)
-        shape = (config.n_layers, config.n_kv_heads, n_blocks * BLOCK, config.head_dim)
-        self.keys, self.values = _zeros(shape, dtype, self.device), _zeros(shape, dtype, self.device)
+        shape = (config.n_layers, config.n_kv_heads, n_blocks)
+        self.keys = _zeros((*shape, config.head_dim, BLOCK), dtype, self.device)
+        self.values = _zeros((*shape, BLOCK, config.head_dim), dtype, self.device)
         self.key_scales = self.value_scales = None
         if dtype == torch.int8:
-            self.key_scales = _zeros(shape[:3], torch.float32, self.device)
-            self.value_scales = _zeros(shape[:3], torch.float32, self.device)
+            self.key_scales = _zeros((*shape, BLOCK), torch.float32, self.device)
+            self.value_scales = _zeros((*shape, BLOCK), torch.float32, self.device)
         self.table = torch.zeros(n_slots, blocks_per_slot, dtype=torch.int32)
         self.free_slots = list(reversed(range(n_slots)))
         self.native = None
-        fits = config.head_dim <= MAX_HEAD_DIM and config.n_heads // config.n_kv_heads <= MAX_GROUP
-        if self.device.type == "cpu" and dtype in (torch.float32, torch.int8) and fits:
+        if self.device.type == "cpu" and dtype in (torch.float32, torch.int8):
             self.native = load_native(SOURCE)
         if self.native is not None:
             tensors = (self.keys, self.values, self.key_scales, self.value_scales, self.table)
             self._cache = _Cache(
                 *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-                *(config.n_heads, config.n_kv_heads, shape[2], config.head_dim, blocks_per_slot),
+                *(config.n_heads, config.n_kv_heads, n_blocks, config.head_dim, blocks_per_slot),
             )
             self._function = self.native.paged_attention
             pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -107,7 +107,7 @@ class PagedCache:
     @property
     def n_tokens(self) -> int:
         """How many cells there are."""
-        return self.keys.size(2)
+        return self.keys.size(2) * BLOCK
 
     @property
     def n_used(self) -> int:
@@ -165,9 +165,7 @@ class PagedCache:
 
     def scrub(self, sequence: Sequence) -> None:
         """Write zeros over what is not known to be good: NaN in a cell would leak through a mask."""
-        suspect = [
-            block * BLOCK + cell for block in sequence.blocks[sequence.length // BLOCK :] for cell in range(BLOCK)
-        ]
+        suspect = sequence.blocks[sequence.length // BLOCK :]
         for cells in (self.keys, self.values, self.key_scales, self.value_scales):
             if cells is not None:
                 cells[:, :, suspect] = 0
@@ -195,18 +193,17 @@ class PagedCache:
         self._slots, self._positions = torch.tensor(slots), torch.tensor(positions)
         self._gathered = [self._gather(n_new, rows) for (n_new, _), rows in gathered.items()]
         if self.native is None:
-            blocks = self.table[self._slots, self._positions // BLOCK]  # (N,)
-            self._cells = (blocks * BLOCK + self._positions % BLOCK).to(self.device)  # (N,)
+            self._blocks = self.table[self._slots, self._positions // BLOCK].to(self.device)  # (N,)
+            self._offsets = (self._positions % BLOCK).to(self.device)  # (N,)
         return self._positions.to(self.device)
 
     def _gather(self, n_new: int, first_rows: list[int]) -> Gathered:
         rows = torch.tensor(first_rows).unsqueeze(1) + torch.arange(n_new)  # (n, T)
         positions = self._positions[rows].unsqueeze(2)  # (n, T, 1)
-        longest = int(positions.max()) + 1
-        cell = torch.arange(longest)  # (S,)
-        blocks = self.table[self._slots[rows[:, 0]]][:, cell // BLOCK].long()  # (n, S)
-        visible = (cell <= positions).unsqueeze(1)  # (n, 1, T, S)
-        return rows.to(self.device), (blocks * BLOCK + cell % BLOCK).to(self.device), visible.to(self.device)
+        n_blocks = int(positions.max()) // BLOCK + 1
+        blocks = self.table[self._slots[rows[:, 0]], :n_blocks]  # (n, S / BLOCK)
+        visible = (torch.arange(n_blocks * BLOCK) <= positions).unsqueeze(1)  # (n, 1, T, S)
+        return rows.to(self.device), blocks.to(self.device), visible.to(self.device)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -224,33 +221,38 @@ class PagedCache:
                 *(self._slots.data_ptr(), self._positions.data_ptr(), n_tokens, self._n_native),
                 torch.get_num_threads(),
             )
-        for rows, cells, visible in self._gathered:
+        for rows, blocks, visible in self._gathered:
             queries = query[0][:, rows].transpose(0, 1)  # (n, H, T, K)
-            keys = self._load(self.keys, self.key_scales, layer, cells, query.dtype)  # (n, G, S, K)
-            values = self._load(self.values, self.value_scales, layer, cells, query.dtype)
+            keys, values = (  # (n, G, S, K)
+                _load(cells, scales, blocks, query.dtype) for cells, scales in self._cells_of(layer)
+            )
             attended[rows] = attend(queries, keys, values, visible).transpose(1, 2)  # (n, T, H, K)
         return attended.transpose(0, 1).unsqueeze(0)  # (1, H, N, K)
 
     def advance(self, n_tokens: int) -> None:
         """Nothing: the engine counts the tokens of a sequence when it knows that the step has succeeded."""
 
+    def _cells_of(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The keys' and the values' cells (G, blocks, BLOCK, K) of a layer, each with its scales (G, blocks, BLOCK)."""
+        pairs = ((self.keys[layer].transpose(-1, -2), self.key_scales), (self.values[layer], self.value_scales))
+        return [(cells, None if scales is None else scales[layer]) for cells, scales in pairs]
+
     def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write keys and values (G, N, K) into the cells of the step."""
-        for new, cells, scales in ((key, self.keys, self.key_scales), (value, self.values, self.value_scales)):
+        for new, (cells, scales) in zip((key, value), self._cells_of(layer), strict=True):
             if scales is not None:
-                scale = new.float().abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127  # (G, N, 1)
-                scales[layer][:, self._cells] = scale.squeeze(-1)
+                scale = new.float().abs().amax(dim=-1, keepdim=True).clamp_min(1e-30 * 127) / 127  # (G, N, 1)
+                scales[:, self._blocks, self._offsets] = scale.squeeze(-1)
                 new = (new / scale).round()
-            cells[layer][:, self._cells] = new.to(cells.dtype)
+            cells[:, self._blocks, self._offsets] = new.to(cells.dtype)
 
-    def _load(
-        self, cells: torch.Tensor, scales: torch.Tensor | None, layer: int, index: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The contents of cells (n, S) as (n, G, S, K)."""
-        found = cells[layer][:, index].to(dtype)  # (G, n, S, K)
-        if scales is not None:
-            found = found * scales[layer][:, index].unsqueeze(-1).to(dtype)
-        return found.transpose(0, 1)
+
+def _load(cells: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The contents (n, G, S, K) of blocks (n, S / BLOCK)."""
+    found = cells[:, blocks].to(dtype)  # (G, n, S / BLOCK, BLOCK, K)
+    if scales is not None:
+        found = found * scales[:, blocks].unsqueeze(-1).to(dtype)
+    return found.flatten(2, 3).transpose(0, 1)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

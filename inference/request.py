@@ -11,6 +11,8 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from byte_level_bpe import ByteLevelBPETokenizer
+from command_line import UserError
+from gpt_model import GPTConfig
 from inference.cache_blocks import Sequence as CacheSequence
 from inference.sampling import SamplingParams, TokenLogProb, TokenSampler
 from inference.text_stream import TextStream
@@ -57,6 +59,39 @@ def encode_prompt(tokenizer: ByteLevelBPETokenizer, prompt: Prompt, chat: bool) 
         return tokenizer.encode(prompt, add_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer.encode_chat(messages, add_generation_prompt=True)["input_ids"]
+
+
+def checked_ids(
+    prompt: Prompt | list[int],
+    params: SamplingParams,
+    chat: bool,
+    tokenizer: ByteLevelBPETokenizer | None,
+    config: GPTConfig,
+) -> list[int]:
+    """The ids of a prompt, if a model of this configuration can go on from there with these parameters.
+
+    Raises:
+        UserError: it cannot, and why.
+    """
+    complaints = params.complaints(config.vocab_size)
+    if complaints:
+        raise UserError("; ".join(complaints))
+    if len(prompt) == 0:
+        raise UserError("the prompt is empty; give at least one token to go on from")
+    if isinstance(prompt, str) or isinstance(prompt[0], dict):
+        if tokenizer is None:
+            raise UserError("an engine without a tokenizer takes token ids only")
+        ids = encode_prompt(tokenizer, prompt, chat)
+    else:
+        ids = list(prompt)
+    if min(ids) < 0 or max(ids) >= config.vocab_size:
+        raise UserError(f"the prompt has a token id outside the model's vocabulary of {config.vocab_size}")
+    if len(ids) >= config.max_seq_len and params.overflow != "slide":
+        raise UserError(
+            f"the prompt has {len(ids)} tokens and the model's context only {config.max_seq_len}, which leaves no "
+            'room for an answer; shorten it, or choose overflow "slide"'
+        )
+    return ids
 
 
 class Request:
