@@ -30,7 +30,7 @@ import torch.nn as nn
 
 import distributed
 from alignment.lora import apply_lora
-from alignment.reward_model import RewardConfig, RewardModel, load_reward_model, split_pairs, train_reward_model
+from alignment.reward_model import RewardConfig, RewardModel, load_reward_model, split_preferences, train_reward_model
 from alignment.rollouts import RolloutConfig, RolloutLoop, answer_log_probs, kl_terms, masked_mean
 from alignment.sft import fit_context
 from checkpoint import load_model
@@ -348,7 +348,7 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
     if not config.reward_model:
         config.reward_model = train_reward_for(config)
     device = prepare_machine(config)
-    pairs, val_pairs = split_pairs(config.pairwise_data, config.val_pairwise_data, config.val_fraction)
+    pairs, val_pairs = split_preferences(config.pairwise_data, config.val_pairwise_data, config.val_fraction)
     policy, tokenizer, _ = load_model(config.sft_model)
     apply_lora(policy, config, config.sft_model)
     reward_model, reward_tokenizer = load_reward_model(config.reward_model)

@@ -128,9 +128,6 @@ def split_preferences(path: str, val_path: str, val_fraction: float) -> tuple[li
     return train_part, val_part
 
 
-split_pairs = split_preferences
-
-
 @torch.no_grad()
 def compare(
     model: RewardModel, data: PreferenceDataset, indices: Sequence[int], batch_size: int = 64
