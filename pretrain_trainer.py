@@ -16,7 +16,7 @@ import numpy as np
 
 import distributed
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import load_checkpoint, require_same_model
+from checkpoint import load_model, require_same_model
 from command_line import UserError, option, parse_config, run_main
 from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
@@ -247,9 +247,9 @@ class GPTTrainer:
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Take the weights of a checkpoint of the same architecture and tokenizer; training starts from them."""
-        content = load_checkpoint(path)
+        model, _, content = load_model(path)
         require_same_model(content, self.loop.gpt_config, self.tokenizer, Path(path))
-        self.loop.parallel_model.load_model_state(content["model"])
+        self.loop.parallel_model.load_model_state(model.state_dict())
 
 
 def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
