@@ -157,6 +157,20 @@ def test_chat_uses_the_template_and_plain_text_does_not(model, tokenizer):
     assert generate_with_kv_cache(model, tokenizer, "hi", chat=False, **settings) != answer
 
 
+def test_a_conversation_is_one_prompt_and_several_are_several(model, tokenizer):
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "?"},
+    ]
+    settings = dict(max_gen_len=8, temperature=0, chat=True)
+    question = tokenizer.encode_chat(talk, add_generation_prompt=True)["input_ids"]
+    answer = tokenizer.decode(greedy_without_cache(model, question, 8, tokenizer.eos_token_id))
+    assert generate_with_kv_cache(model, tokenizer, talk, **settings) == answer
+    alone = generate_with_kv_cache(model, tokenizer, "hi", **settings)
+    assert generate_with_kv_cache(model, tokenizer, [talk, talk[:1], "hi"], **settings) == [answer, alone, alone]
+
+
 def test_sampling_is_repeatable_and_heeds_top_k(model, tokenizer):
     """A seed gives the same text again, another seed another; top_k = 1 is greedy at any temperature."""
     first, again, other = (generate_with_kv_cache(model, tokenizer, "seed", 30, seed=seed) for seed in (1, 1, 2))
