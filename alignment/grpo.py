@@ -55,7 +55,8 @@ class GRPOConfig(RolloutConfig):
     val_fraction: float = option(0.05, "share of the records set aside, if there are no held-out ones")
     reward: str = option("answer_checker.py:preference_reward", "PATH.py:FUNCTION(prompts, responses, records)")
     output_dir: str = option("models/grpo", "folder for checkpoints, metrics and curves")
-    epochs: float = option(0.1, "passes over the prompts, if --max_steps is 0")
+    lr: float = option(5e-5, "peak learning rate")
+    epochs: float = option(0.05, "passes over the prompts, if --max_steps is 0")
     group_size: int = option(8, "G: answers to each prompt")
     grpo_epochs: int = option(2, "passes over the answers of a step")
     advantage_scale: str = option(
@@ -66,7 +67,7 @@ class GRPOConfig(RolloutConfig):
         "each token weighs the same (tokens), or each answer (answers), or a token 1 / --max_gen_len (constant)",
         choices=("tokens", "answers", "constant"),
     )
-    kl_coef: float = option(0.04, "β: the weight of the divergence from the SFT model in the loss; 0: no reference")
+    kl_coef: float = option(0.2, "β: the weight of the divergence from the SFT model in the loss; 0: no reference")
     clip_low: float = option(0.2, "the probability ratio is clipped to at least 1 − this")
     clip_high: float = option(0.28, "the probability ratio is clipped to at most 1 + this")
 
