@@ -282,10 +282,10 @@ def tokenizer_of(content: dict[str, Any]) -> ByteLevelBPETokenizer:
     return ByteLevelBPETokenizer.from_files(content["tokenizer"]["files"])
 
 
-def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Copy a state dict into a model; every name and shape has to match."""
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path, assign: bool = False) -> None:
+    """Copy a state dict into a model of the same names and shapes; `assign` takes the very tensors instead."""
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True, assign=assign)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(

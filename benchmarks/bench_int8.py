@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from command_line import option, parse_config, run_main
 from gpt_model import GPTConfig, GPTModel
-from inference.quantizer import compare_logits, decode_speed, integer_kernel_works, quantize_model_int8, weight_bytes
+from inference.linear_kernels import native_function
+from inference.quantizer import compare_logits, decode_speed, quantize_model_int8, weight_bytes
 
 SHAPES = {
     "gpt2-124m": GPTConfig.for_architecture("gpt2", vocab_size=50304, d_model=768, n_layers=12, n_heads=12),
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         "date": date.today().isoformat(),
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "integer_kernel": integer_kernel_works(),
+        "native_kernel": native_function(torch.int8) is not None,
         "num_threads": torch.get_num_threads(),
         "n_tokens": config.n_tokens,
         "python": platform.python_version(),

@@ -1,40 +1,32 @@
-"""INT8 weights: a quarter of the file, and faster on a CPU.
+"""Models for inference: the fastest kernels, and weights that are a quarter or half of the size.
 
     python -m inference.quantizer --model_path models/sft/sft_best.pth --output_path models/sft/sft_best_int8.pth
 
-Every linear layer becomes an `Int8Linear`: W ≈ scale · Q with Q in −127 … 127 and one scale for each output channel.
-The token embedding becomes an `Int8Embedding`; where it is tied to the output layer, both read the same integers.
-Norms, biases, scales and learned positions stay in FP32.
+`prepare_for_inference` makes a copy of a model whose linear layers are `InferenceLinear` and whose token embedding is
+an `InferenceEmbedding` (tied to the output layer, both read the same numbers). Kinds of weights:
 
-How a layer computes x Wᵀ is decided at its first call:
+    fp32           as they are, shared with the model
+    fp16, bf16     half the size
+    int8           a quarter; one scale for each output channel; activations keep full precision
+    int8_dynamic   the same weights, and activations rounded to 8 bits, too: faster with many rows, less exact
 
-    tiny layers   on a CPU, a layer that a core's cache can hold is expanded once: reading it costs nothing anyway
-    x86 CPUs      integer arithmetic (fbgemm), tried once on the hardest case; the weights are packed for it
-    elsewhere     Q is converted to x's type for the product (CUDA fuses this under `torch.compile`)
-
-Integer arithmetic needs integer activations, too. One 8-bit number for an activation loses more than the weights do,
-far more where one feature is an outlier; and on processors without VNNI the sum of two products of 8-bit numbers
-overflows 16 bits and is silently cut off. So an activation is written with two 7-bit digits, which pass the kernel as
-two rows: nothing can overflow, the rounding of the weights is the only error left, and the second row is cheap, for it
-is reading the weights that takes the time. Every row has a scale of its own: a batch gives what its rows give alone.
+Norms, biases and scales stay in FP32; learned positions become FP16, so that the file is a quarter in all.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
+import json
 import math
 import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import (
@@ -48,137 +40,72 @@ from checkpoint import (
     weight_fingerprint,
 )
 from command_line import UserError, option, parse_config, run_main
-from gpt_model import GPTModel
+from conversation_data import load_conversations
+from data_loader import GPTSFTDataset
+from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
+from inference.linear_kernels import DTYPES, InferenceEmbedding, InferenceLinear, quantize_rows
+from text_files import iter_documents
 
-DIGIT = 63  # a 7-bit digit is −63 … 63; two products of it, made unsigned, with INT8 weights sum up within 16 bits
-ZERO_POINT = 64  # makes a digit unsigned, as the kernel wants it
-TINY_LAYER = 1 << 18  # so many weights take 1 MiB when expanded; writing a row in digits takes as long as their product
-
-
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric INT8 with one scale a row: (N, K) float → integers (N, K) int8 in −127 … 127 and scales (N,) fp32."""
-    weight = weight.detach().float()
-    scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127  # (N,)
-    return (weight / scale.unsqueeze(1)).round().clamp_(-127, 127).to(torch.int8), scale
+QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
+MAX_PERPLEXITY_RISE = 0.005
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with INT8 weights, (…, K) → (…, N), for inference.
+# -- models ------------------------------------------------------------------------------------------------------------
 
-    Attributes:
-        weight: (N, K) int8.
-        scale: (N,) fp32, one for each output channel.
-        bias: (N,) fp32 or None.
+
+def prepare_for_inference(model: GPTModel, weights: str = "fp32") -> GPTModel:
+    """A copy of a model for inference only, in eval mode; the model itself stays as it is.
+
+    Args:
+        weights: "fp32" shares all weights with the model and costs no memory; the others are explained above.
+
+    Raises:
+        UserError: the model is quantized already, or its weights are not finite numbers.
     """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = quantize_rows(linear.weight)
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float().clone())
-        self._product: Callable[[torch.Tensor], torch.Tensor] | None = None  # on a CPU, the kernel with its weights
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, K) → (…, N), in the type of x."""
-        if x.device.type == "cpu":
-            if self._product is None:
-                self._product = choose_product(self.weight, self.scale)
-            product = self._product(x.float())  # (…, N)
-        else:
-            product = expanding_linear(x, self.weight, self.scale)
-        return (product if self.bias is None else product + self.bias).to(x.dtype)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._product = None  # other weights are coming
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+    if quantization_of(model):
+        raise UserError("the model is quantized already; give the model in full precision")
+    memo: dict[int, Any] = {}  # deepcopy takes what its memo holds in place of copying
+    if weights == "fp32":
+        memo = {
+            id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in model.parameters()
+        }
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear | InferenceLinear):
+            _require_finite(part.weight, name, "is damaged; use another checkpoint")
+            memo[id(part)] = InferenceLinear.from_linear(part, weights)
+            _require_finite(memo[id(part)].weight, name, f"is too large for {weights}; use another kind of weights")
+    head, embedding = memo[id(model.lm_head)], model.token_embedding
+    if embedding.weight is model.lm_head.weight:
+        table = head.weight, head.scale
+    elif DTYPES[weights] == torch.int8:
+        table = quantize_rows(embedding.weight)
+    else:
+        table = (embedding.weight.to(DTYPES[weights]),)
+    memo[id(embedding)] = InferenceEmbedding(*table)
+    prepared = copy.deepcopy(model, memo).eval().requires_grad_(False)
+    if weights != "fp32" and prepared.config.position == "learned":
+        prepared.position_embedding.half()
+    return prepared
 
 
-class Int8Embedding(nn.Module):
-    """An embedding table (V, D) in INT8 rows with an fp32 scale each; only the rows looked up are expanded."""
-
-    def __init__(self, rows: torch.Tensor, scale: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("rows", rows)  # (V, D) int8
-        self.register_buffer("scale", scale)  # (V,) fp32
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Tells the model on which device and in which type embeddings come out; the table itself is `rows`."""
-        return self.scale
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) int64 → (B, T, D) fp32."""
-        return self.rows[input_ids] * self.scale[input_ids].unsqueeze(-1)
-
-
-def choose_product(weight: torch.Tensor, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function x (…, K) fp32 → (…, N) that is right and fast on this CPU, for weight (N, K) int8 and scale (N,)."""
-    if weight.numel() <= TINY_LAYER:
-        return functools.partial(F.linear, weight=weight * scale.unsqueeze(1))
-    if integer_kernel_works():
-        return functools.partial(integer_linear, packed=pack_weights(weight, scale))
-    return functools.partial(expanding_linear, weight=weight, scale=scale)
-
-
-def expanding_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The product that works everywhere: x (…, K) times int8 weights (N, K), expanded at each call, as (…, N)."""
-    return F.linear(x, weight.to(x.dtype)) * scale
-
-
-def pack_weights(weight: torch.Tensor, scale: torch.Tensor) -> torch.ScriptObject:
-    """Weights (N, K) int8 and scales (N,) in the memory order of the integer kernel, about N · K bytes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch deprecates this way of making a quantized tensor and has no other yet
-        zero_points = torch.zeros(len(scale), dtype=torch.int64)
-        quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0)
-    return torch.ops.quantized.linear_prepack(quantized, None)
-
-
-def integer_linear(x: torch.Tensor, packed: torch.ScriptObject) -> torch.Tensor:
-    """x (…, K) fp32 times packed weights, as (…, N) fp32; each row of x as if it were alone."""
-    rows = x.reshape(-1, x.size(-1))  # (M, K)
-    scale = rows.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / DIGIT  # (M, 1)
-    rows = rows / scale  # −63 … 63
-    high = rows.round()
-    low = (rows - high) * (2 * DIGIT)  # −63 … 63; the kernel rounds it
-    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    high, low = multiply(torch.cat((high, low)), 1.0, ZERO_POINT, packed).chunk(2)  # (M, N) each
-    return torch.add(high, low, alpha=1 / (2 * DIGIT)).mul_(scale).view(*x.shape[:-1], -1)
-
-
-@functools.cache
-def integer_kernel_works() -> bool:
-    """Whether this PyTorch, on this processor, multiplies integers exactly; tried on the largest sums there can be."""
-    weight = torch.full((32, 256), 127, dtype=torch.int8)
-    weight[1::2] = -127
-    x = torch.ones(3, 256) * torch.tensor([[1.0], [-1.0], [0.5]])
-    try:
-        product = integer_linear(x, pack_weights(weight, torch.ones(32)))
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False  # another kind of processor, or a PyTorch that no longer has these operators
-    return torch.allclose(product, x @ weight.float().T, rtol=1e-3)
+def _require_finite(weight: torch.Tensor, name: str, verdict: str) -> None:
+    # A sum is not finite if one number is not, and needs no memory
+    if weight.is_floating_point() and not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite():
+        raise UserError(f"a weight of {name} {verdict}")
 
 
 def quantize_model_int8(model: GPTModel) -> GPTModel:
-    """An INT8 copy of a model, in eval mode; the model itself stays as it is.
+    """An INT8 copy of a model, see `prepare_for_inference`."""
+    return prepare_for_inference(model, "int8")
 
-    Raises:
-        UserError: the model is quantized already.
-    """
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise UserError("the model is quantized already; give the model in full precision")
-    # deepcopy takes what its memo holds in place of copying: the float weights are never copied
-    memo: dict[int, Any] = {id(part): Int8Linear(part) for part in model.modules() if isinstance(part, nn.Linear)}
-    head, embedding = memo[id(model.lm_head)], model.token_embedding
-    tied = embedding.weight is model.lm_head.weight
-    rows, scale = (head.weight, head.scale) if tied else quantize_rows(embedding.weight)
-    memo[id(embedding)] = Int8Embedding(rows, scale)
-    return copy.deepcopy(model, memo).eval().requires_grad_(False)
+
+def quantization_of(model: nn.Module) -> str | None:
+    """A model's kind of weights, one of `QUANTIZED`; None in full precision."""
+    kinds = (module.weights for module in model.modules() if isinstance(module, InferenceLinear))
+    return next((kind for kind in kinds if kind in QUANTIZED), None)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def save_quantized_model(model: GPTModel, path: str | Path, checkpoint: dict[str, Any] | None = None) -> Path:
@@ -191,18 +118,29 @@ def save_quantized_model(model: GPTModel, path: str | Path, checkpoint: dict[str
     Raises:
         UserError: the model is not quantized, or the file cannot be written.
     """
-    if not any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise UserError("the model is not quantized; pass it through quantize_model_int8 first")
+    kind = quantization_of(model)
+    if kind is None:
+        raise UserError("the model is not quantized; pass it through prepare_for_inference with int8 weights first")
     inherited = {name: value for name, value in (checkpoint or {}).items() if name != "training_state"}
     content = {"stage": "pretrain", "step": 0, "metrics": {}, **inherited}
-    own = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "quantization": "int8"}
+    own = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "quantization": kind}
     if checkpoint:
         own["made_from"] = weight_fingerprint(checkpoint)  # adapters (LoRA) for the original fit this model, too
+        own["tokenizer"] = _compact(checkpoint["tokenizer"])
     return atomic_save({**content, **own, "command": " ".join(sys.argv)}, path)
 
 
+def _compact(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's tokenizer without what its other files repeat: beside a small model that is a twentieth."""
+    files = {name: tokenizer["files"][name] for name in ("tokenizer_config.json", "tokenizer.json")}
+    whole = json.loads(files["tokenizer.json"])
+    files["tokenizer.json"] = json.dumps(whole, ensure_ascii=False, separators=(",", ":"))
+    return {**tokenizer, "files": files}
+
+
 def load_quantized_model(path: str | Path, device: torch.device | str = "cpu") -> GPTModel:
-    """The quantized model in a checkpoint, in eval mode.
+    """The quantized model in a checkpoint, in eval mode. On a CPU its weights stay in the file and are mapped into
+    memory as they are used; there is never a model in full precision.
 
     Raises:
         UserError: no such file, damaged, not quantized, or of another architecture.
@@ -211,17 +149,24 @@ def load_quantized_model(path: str | Path, device: torch.device | str = "cpu") -
 
 
 def _quantized_model(content: dict[str, Any], path: str | Path, device: torch.device | str) -> GPTModel:
-    if content.get("quantization") != "int8":
+    kind = content.get("quantization")
+    if kind not in QUANTIZED:
         raise UserError(f"{path} is not quantized; run python -m inference.quantizer --model_path {path} first")
-    model = quantize_model_int8(GPTModel.from_config(config_of(content, path)))
-    load_weights(model, content["model"], path)
+    with torch.device("meta"):  # shapes without memory
+        model = prepare_for_inference(GPTModel.from_config(config_of(content, path)), kind)
+    load_weights(model, content["model"], path, assign=True)
+    for name, tensor in model.state_dict().items():
+        _require_finite(tensor, name, f"in {path} is damaged; quantize the model again")
+    if model.config.tie_embeddings:
+        model.token_embedding = InferenceEmbedding(model.lm_head.weight, model.lm_head.scale)
+    model.make_position_tables()
     return model.to(device)
 
 
 def load_any(
     path: str | Path, device: torch.device | str = "cpu", base: str | Path | None = None
 ) -> tuple[GPTModel, ByteLevelBPETokenizer, dict[str, Any]]:
-    """The model of a checkpoint, quantized or not, in eval mode; its tokenizer; and the checkpoint's dict.
+    """The model of a checkpoint, quantized or not, prepared for inference; its tokenizer; and the checkpoint's dict.
 
     Args:
         base: of adapters (LoRA), the model that they belong to, in full precision or quantized; None takes the recorded
@@ -232,27 +177,15 @@ def load_any(
     """
     content = load_checkpoint(path)
     if not content.get("quantization"):
-        return load_model(path, device, base, load_any)
+        model, tokenizer, content = load_model(path, device, base, load_any)
+        beside_quantized = quantization_of(model) is not None
+        return model if beside_quantized else prepare_for_inference(model), tokenizer, content
     if "tokenizer" not in content:
         raise UserError(f"{path} holds no tokenizer; quantize the model again with python -m inference.quantizer")
     return _quantized_model(content, path, device), tokenizer_of(content), content
 
 
-@dataclass
-class QuantizerConfig:
-    """The command line of the quantizer."""
-
-    model_path: str = option("models/sft/sft_best.pth", "the checkpoint to quantize")
-    output_path: str | None = option(None, "where to write; default beside it, with _int8 added to the name")
-    num_threads: int = option(0, "CPU threads of the speed measurement; 0 means as many as torch takes")
-
-    def validate(self) -> list[str]:
-        output = Path(self.output_path or "x_int8.pth")
-        same = output.resolve() == Path(self.model_path).resolve()
-        return [
-            *(["num_threads must be 0 or more"] if self.num_threads < 0 else []),
-            *([f"output_path {output} is the model itself; choose another name"] if same else []),
-        ]
+# -- what it costs and what it brings ----------------------------------------------------------------------------------
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -286,28 +219,111 @@ def compare_logits(model: GPTModel, quantized: GPTModel, input_ids: torch.Tensor
     return error.item(), (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
 
 
+def held_out_samples(
+    path: str | Path, tokenizer: ByteLevelBPETokenizer, max_seq_len: int, max_tokens: int
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of about `max_tokens` held-out tokens, in samples of at most `max_seq_len`.
+
+    `.json` holds conversations, of which the answers are scored; everything else is text, a document a sample.
+    """
+    if Path(path).name.endswith((".json", ".json.gz")):
+        samples: Iterable = GPTSFTDataset(load_conversations(path), tokenizer, max_seq_len).samples
+    else:
+        documents = (tokenizer.encode(text, max_seq_len)["input_ids"] for text in iter_documents(path))
+        samples = ((ids, ids) for ids in documents)
+    chosen, n_tokens = [], 0
+    for ids, labels in samples:
+        if n_tokens >= max_tokens:
+            break
+        chosen.append((ids, labels))
+        n_tokens += len(ids)
+    return chosen
+
+
+@torch.inference_mode()
+def perplexity_and_choices(
+    model: GPTModel, samples: Iterable[tuple[list[int], list[int]]]
+) -> tuple[float, torch.Tensor]:
+    """A model's perplexity on samples of token ids and labels, and the token it holds likeliest at each position."""
+    nats, n_labels, choices = 0.0, 0, []
+    for ids, labels in samples:
+        logits = model(torch.tensor([ids]))["logits"]  # (1, T, V)
+        count = sum(label != IGNORED_LABEL for label in labels[1:])
+        nats += next_token_loss(logits, torch.tensor([labels])).item() * count
+        n_labels += count
+        choices.append(logits.argmax(dim=-1).flatten())
+    return math.exp(min(nats / max(1, n_labels), 700.0)), torch.cat(choices)
+
+
+@dataclass
+class QuantizerConfig:
+    """The command line of the quantizer."""
+
+    model_path: str = option("models/sft/sft_best.pth", "the checkpoint to quantize")
+    output_path: str | None = option(None, "where to write; default beside it, with the kind of weights in the name")
+    weights: str = option("int8", "the kind of weights; int8_dynamic rounds activations, too", choices=QUANTIZED)
+    text: str | None = option(
+        None,
+        "held-out text or conversations (.json); default data/sft/sft_test.json, for pretraining data/pretrain/val",
+    )
+    text_tokens: int = option(16384, "held-out tokens that are scored")
+    num_threads: int = option(0, "CPU threads of the speed measurement; 0 means as many as torch takes")
+
+    def validate(self) -> list[str]:
+        output = Path(self.output_path or "x_int8.pth")
+        same = output.resolve() == Path(self.model_path).resolve()
+        return [
+            *(["num_threads must be 0 or more"] if self.num_threads < 0 else []),
+            *([f"text_tokens must be at least 2, not {self.text_tokens}"] if self.text_tokens < 2 else []),
+            *([f"output_path {output} is the model itself; choose another name"] if same else []),
+        ]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Quantize a checkpoint, and say what it cost and what it brought."""
-    config = parse_config(QuantizerConfig, argv, description="Make an INT8 version of a model.")
+    config = parse_config(QuantizerConfig, argv, description="Make a smaller version of a model, for inference.")
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
-    source = Path(config.model_path)
-    output = Path(config.output_path or source.with_name(f"{source.stem}_int8{source.suffix}"))
-    model, tokenizer, checkpoint = load_model(source)
-    save_quantized_model(quantize_model_int8(model), output, checkpoint)
+    kind, source = config.weights, Path(config.model_path)
+    output = Path(config.output_path or source.with_name(f"{source.stem}_{kind}{source.suffix}"))
+    plain, tokenizer, checkpoint = load_model(source)
+    model = prepare_for_inference(plain)
+    text = config.text or ("data/pretrain/val" if checkpoint["stage"] == "pretrain" else "data/sft/sft_test.json")
+    try:
+        samples = held_out_samples(text, tokenizer, model.config.max_seq_len, config.text_tokens)
+    except UserError:
+        if config.text:
+            raise
+        samples = []  # the sample data is not here
+    save_quantized_model(prepare_for_inference(plain, kind), output, checkpoint)
     quantized = load_quantized_model(output)
 
-    start, generator = torch.full((8, 1), tokenizer.bos_token_id), torch.Generator().manual_seed(0)
-    sample = model.generate(start, max_gen_len=64, generator=generator)  # (8, T), what the model itself writes
-    error, agreement = compare_logits(model, quantized, sample)
-    speed, int8_speed = decode_speed(model), decode_speed(quantized)
-    for what, before, after in (
-        ("weights", weight_bytes(model), weight_bytes(quantized)),
-        ("file", source.stat().st_size, output.stat().st_size),
-    ):
-        print(f"{what:<10} {before / 2**20:.2f} → {after / 2**20:.2f} MiB ({after / before:.0%})")
-    print(f"logits     relative error {error:.2%}, same likeliest token at {agreement:.1%} of the positions")
-    print(f"decoding   {speed:.0f} → {int8_speed:.0f} tokens/s ({int8_speed / speed:.2f}×, batch 1, CPU)")
-    print(f"INT8 model {output}")
+    print_change("weights", "MiB", weight_bytes(model) / 2**20, weight_bytes(quantized) / 2**20)
+    print_change("file", "MiB", source.stat().st_size / 2**20, output.stat().st_size / 2**20)
+    speed = new_speed = 0.0
+    for _ in range(3):  # in turn, so that other work on the machine disturbs both alike
+        speed = max(speed, decode_speed(model, seconds=0.3))
+        new_speed = max(new_speed, decode_speed(quantized, seconds=0.3))
+    print_change("decoding", "tokens/s", speed, new_speed, note="batch 1, CPU")
+    if samples:
+        before, choices = perplexity_and_choices(model, samples)
+        after, new_choices = perplexity_and_choices(quantized, samples)
+        print(f"perplexity {before:.4f} → {after:.4f} ({after / before - 1:+.2%}) on {len(choices)} tokens of {text}")
+        if kind == "int8_dynamic":
+            weights_only, _ = perplexity_and_choices(prepare_for_inference(plain, "int8"), samples)
+            print(f"           of which {after / weights_only - 1:+.2%} for INT8 activations")
+        print(f"greedy     the same likeliest token at {(choices == new_choices).float().mean():.1%} of the positions")
+        if after > before * (1 + MAX_PERPLEXITY_RISE):
+            print(f"warning: perplexity rises by more than {MAX_PERPLEXITY_RISE:.1%}; consider --weights fp16 or bf16")
+    else:
+        print(f"perplexity not measured: there is no {text}; give held-out text with --text")
+    if new_speed < 1.05 * speed:
+        print(f"warning: {kind} brings a smaller file here and no speed; full precision decodes as fast")
+    print(f"{kind} model {output}")
+
+
+def print_change(what: str, unit: str, before: float, after: float, note: str = "") -> None:
+    """One line: a figure before and after."""
+    print(f"{what:<10} {before:.2f} → {after:.2f} {unit} ({after / before:.1%}{note and f'; {note}'})")
 
 
 if __name__ == "__main__":

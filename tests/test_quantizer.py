@@ -1,37 +1,37 @@
-"""INT8 weights: close to the model they came from, small, the same in a batch as alone, and safely stored."""
+"""Models for inference: close to the model they came from, small, the same in a batch as alone, and safely stored."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
 from gpt_model import GPTConfig, GPTModel
-from inference import quantizer
+from inference import linear_kernels, quantizer
 from inference.kv_cache_infer import generate_texts
+from inference.linear_kernels import InferenceEmbedding, InferenceLinear
 from inference.quantizer import (
-    TINY_LAYER,
-    Int8Embedding,
-    Int8Linear,
+    QUANTIZED,
     compare_logits,
-    expanding_linear,
-    integer_kernel_works,
-    integer_linear,
+    held_out_samples,
     load_any,
     load_quantized_model,
-    pack_weights,
+    perplexity_and_choices,
+    prepare_for_inference,
+    quantization_of,
     quantize_model_int8,
-    quantize_rows,
     save_quantized_model,
     weight_bytes,
 )
 
 PROMPTS = ["hello", "你好", "a", "The quick brown fox jumps"]
-needs_integer_kernel = pytest.mark.skipif(not integer_kernel_works(), reason="this CPU has no exact integer kernel")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def tokenizer():
 
 
 def random_model(architecture="modern", **switches):
-    """With some layers above the size from which the integer kernel computes, and weights that make logits differ."""
+    """With some layers above the size that counts as tiny, and weights that make logits differ."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=2048, d_model=192, n_layers=2, n_heads=4, d_ff=1536, max_seq_len=64)
     model = GPTModel.from_config(GPTConfig.for_architecture(architecture, **{**sizes, **switches})).eval()
@@ -69,76 +69,6 @@ def checkpoint_path(model, tokenizer, tmp_path):
     )
 
 
-# -- the numbers -------------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_rounded_to_the_nearest_of_255_steps():
-    """No weight is off by more than half a step of its own row, and rows of very different size do not disturb each
-    other; a row of zeros stays zero."""
-    weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 16).unsqueeze(1)
-    weight[3] = 0
-    rows, scale = quantize_rows(weight)
-    assert (rows.dtype, scale.dtype) == (torch.int8, torch.float32)
-    assert rows.abs().max() == 127
-    error = (rows * scale.unsqueeze(1) - weight).abs()
-    assert (error <= 0.5001 * scale.unsqueeze(1)).all()
-    assert (rows[3] * scale[3]).eq(0).all()
-
-
-@needs_integer_kernel
-@pytest.mark.parametrize("n_rows", [1, 4, 33])
-def test_integer_kernel_is_the_exact_product_of_the_quantized_weights(n_rows):
-    """Activations lose next to nothing to the integers, even where one feature is a hundred times the others."""
-    generator = torch.Generator().manual_seed(0)
-    weight, scale = quantize_rows(torch.randn(96, 256, generator=generator))
-    x = torch.randn(n_rows, 256, generator=generator) * torch.logspace(-6, 6, n_rows).unsqueeze(1)
-    x[:, 5] *= 100
-    expected = x.double() @ (weight.double() * scale.double().unsqueeze(1)).T
-    error = (integer_linear(x, pack_weights(weight, scale)) - expected).norm(dim=1) / expected.norm(dim=1)
-    assert error.max() < 1e-3
-
-
-@needs_integer_kernel
-def test_integer_kernel_does_not_saturate():
-    """The largest sums there can be, of either sign, are exact; on processors without VNNI they overflow easily."""
-    weight = torch.full((64, 1024), 127, dtype=torch.int8)
-    weight[1::2] = -127
-    x = torch.tensor([[1.0], [-1.0]]).expand(2, 1024)
-    product = integer_linear(x, pack_weights(weight, torch.ones(64)))
-    torch.testing.assert_close(product, x @ weight.float().T, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("shape", [(32, 48), (1024, 320)], ids=["tiny", "large"])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("integers", [False, True], ids=["expanding", "integers"])
-def test_every_kernel_is_near_the_float_layer(shape, bias, integers, monkeypatch):
-    """Each way to compute is within 1 % of the float layer, for any shape of input, zeros included."""
-    monkeypatch.setattr(quantizer, "integer_kernel_works", lambda: integers and integer_kernel_works())
-    torch.manual_seed(0)
-    linear = nn.Linear(shape[1], shape[0], bias=bias)
-    layer = Int8Linear(linear)
-    with torch.no_grad():
-        for batch in [(), (1,), (5,), (2, 3)]:
-            x = torch.randn(*batch, shape[1])
-            expected = linear(x)
-            assert layer(x).shape == expected.shape
-            assert (layer(x) - expected).norm() < 0.01 * expected.norm()
-        assert torch.equal(layer(torch.zeros(2, shape[1])), linear(torch.zeros(2, shape[1])))
-
-
-@needs_integer_kernel
-def test_rows_are_independent():
-    """What a row gives does not depend on its neighbours, to the last bit, though one of them is enormous."""
-    torch.manual_seed(0)
-    layer = Int8Linear(nn.Linear(640, 1000))
-    assert layer.weight.numel() > TINY_LAYER
-    x = torch.randn(40, 640)
-    x[7] *= 1e6
-    together = layer(x)
-    for start, end in [(0, 1), (6, 7), (8, 9), (3, 12), (30, 40)]:
-        assert torch.equal(layer(x[start:end]), together[start:end])
-
-
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
@@ -155,30 +85,66 @@ def test_logits_are_near_those_of_the_float_model(architecture, tie_embeddings):
     assert agreement > 0.8  # random logits have many near ties
     with torch.no_grad():
         for name, module in quantized.named_modules():
-            if isinstance(module, Int8Linear):
+            if isinstance(module, InferenceLinear):
                 model.get_submodule(name).weight.copy_(module.weight * module.scale.unsqueeze(1))
         table = quantized.token_embedding
-        model.token_embedding.weight.copy_(table.rows * table.scale.unsqueeze(1))
+        model.token_embedding.weight.copy_(table.weight * table.scale.unsqueeze(1))
+    if model.config.position == "learned":
+        model.position_embedding.weight.data = quantized.position_embedding.weight.data.float()
     error, _ = compare_logits(model, quantized, ids)
-    assert error < 1e-3
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize(("weights", "limit"), [("fp32", 1e-5), ("fp16", 2e-3), ("bf16", 0.02), ("int8_dynamic", 0.06)])
+def test_other_kinds_of_weights(model, weights, limit, tie_embeddings):
+    """Each stays as near to the model as its rounding lets it, and says what it is."""
+    model = random_model("gpt2" if model.config.bias else "modern", tie_embeddings=tie_embeddings)
+    prepared = prepare_for_inference(model, weights)
+    ids = torch.randint(0, 2048, (4, 48), generator=torch.Generator().manual_seed(1))
+    error, _ = compare_logits(model, prepared, ids)
+    assert error < limit
+    assert quantization_of(prepared) == (None if weights == "fp32" else weights)
+
+
+def test_full_precision_shares_every_weight(model):
+    """Preparing costs no memory, what training changes later is seen, and training goes on undisturbed."""
+    prepared = prepare_for_inference(model)
+    shared = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert {tensor.data_ptr() for tensor in prepared.state_dict().values()} == shared
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in prepared.parameters())
+
+
+def test_the_compiler_is_not_needed(model, monkeypatch):
+    """Without native kernels every kind of weights gives nearly the same logits."""
+    ids = torch.randint(0, 2048, (2, 20), generator=torch.Generator().manual_seed(1))
+    for weights in ("fp32", "fp16", "bf16", "int8"):
+        prepared = prepare_for_inference(model, weights)
+        with torch.no_grad():
+            expected = prepared(ids)["logits"]
+            with monkeypatch.context() as patched:
+                patched.setattr(linear_kernels, "native_function", lambda dtype: None)
+                logits = prepare_for_inference(model, weights)(ids)["logits"]
+        assert (logits - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_every_matrix_is_int8_in_memory(model):
     """No linear layer and no token embedding keeps floating-point weights: the model is a quarter of its size."""
     quantized = quantize_model_int8(model)
     assert not any(isinstance(module, nn.Linear) for module in quantized.modules())
-    assert isinstance(quantized.token_embedding, Int8Embedding)
+    assert isinstance(quantized.token_embedding, InferenceEmbedding)
     matrices = {name: tensor.dtype for name, tensor in quantized.state_dict().items() if tensor.dim() > 1}
-    matrices.pop("position_embedding.weight", None)
+    assert matrices.pop("position_embedding.weight", torch.float16) == torch.float16
     assert set(matrices.values()) == {torch.int8}
-    assert weight_bytes(quantized) < 0.28 * weight_bytes(model)
+    assert weight_bytes(quantized) < 0.265 * weight_bytes(model)
 
 
 def test_a_tied_head_shares_the_integers_of_the_embedding(model):
     """With tied embeddings there is one table, not two; the looked-up rows are the head's rows times their scales."""
     quantized = quantize_model_int8(model)
     head, embedding = quantized.lm_head, quantized.token_embedding
-    assert embedding.rows.data_ptr() == head.weight.data_ptr()
+    assert embedding.weight.data_ptr() == head.weight.data_ptr()
     ids = torch.tensor([[0, 5, 2047]])
     assert torch.equal(embedding(ids), F.embedding(ids, head.weight * head.scale.unsqueeze(1)))
     error = (embedding(ids) - model.token_embedding(ids)).norm() / model.token_embedding(ids).norm()
@@ -234,7 +200,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_last_bit(model, checkpoint_path,
     assert not loaded.training
     assert loaded.state_dict().keys() == quantized.state_dict().keys()
     assert all(torch.equal(tensor, quantized.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    assert loaded.token_embedding.rows.data_ptr() == loaded.lm_head.weight.data_ptr()
+    assert loaded.token_embedding.weight.data_ptr() == loaded.lm_head.weight.data_ptr()
     ids = torch.randint(0, 2048, (2, 20))
     assert torch.equal(loaded(ids)["logits"], quantized(ids)["logits"])
     assert path.stat().st_size < 0.3 * weight_bytes(model)
@@ -248,8 +214,75 @@ def test_the_file_is_a_safe_and_self_describing_checkpoint(model, checkpoint_pat
     content = torch.load(path, weights_only=True, mmap=True)
     assert content["quantization"] == "int8"
     assert (content["stage"], content["step"], content["metrics"]) == ("sft", 7, {"val_loss": 1.5})
-    assert content["tokenizer"] == source["tokenizer"]
+    assert content["tokenizer"]["fingerprint"] == source["tokenizer"]["fingerprint"]
     assert "training_state" not in content
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_every_kind_is_saved_and_loaded(model, kind, tmp_path):
+    """The file says of which kind it is, and gives the same logits."""
+    prepared = prepare_for_inference(model, kind)
+    path = save_quantized_model(prepared, tmp_path / "q.pth")
+    loaded = load_quantized_model(path)
+    ids = torch.randint(0, 2048, (2, 20))
+    assert quantization_of(loaded) == load_checkpoint(path)["quantization"] == kind
+    assert torch.equal(loaded(ids)["logits"], prepared(ids)["logits"])
+
+
+class LargestFloat(TorchDispatchMode):
+    """Notes the size of the largest tensor of floating-point numbers that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and result.is_floating_point() and not result.is_meta:
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8_dynamic"])
+def test_loading_never_builds_the_model_in_full_precision(model, kind, tmp_path):
+    """While it loads, no tensor of floating-point numbers is made that is as large as a weight matrix."""
+    path = save_quantized_model(prepare_for_inference(model, kind), tmp_path / "q.pth")
+    with LargestFloat() as largest:
+        load_quantized_model(path)
+    assert 0 < largest.numel <= max(2048, 2 * 64 * 192)  # scales; tables of positions
+    with LargestFloat() as largest:
+        prepare_for_inference(model, kind)
+    assert largest.numel >= 1536 * 192, "the way through full precision is noticed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_stay_in_the_file(model, tmp_path):
+    """They are mapped into memory, not read: two processes that serve one file hold it once."""
+    path = save_quantized_model(quantize_model_int8(model), tmp_path / "q.pth")
+    loaded = load_quantized_model(path)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    places = [[int(address, 16) for address in line[0].split("-")] for line in lines]
+    address = loaded.layers[0].feed_forward.up_proj.weight.data_ptr()
+    assert any(start <= address < end for start, end in places)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_the_file_is_at_most_26_5_per_cent(architecture, tmp_path):
+    """Tokenizer, names and scales included, of a model of the size that is trained on the sample data."""
+    tokenizer = ByteLevelBPETokenizer(512)
+    tokenizer.train([f"{a}{b} {a * b} " for a in "abcdefgh" for b in range(200)])
+    model = random_model(architecture, n_layers=4, d_ff=512 if architecture == "modern" else 768, max_seq_len=128)
+    state = model.state_dict()
+    settings = dict(model_state=state, config=model.config, tokenizer=tokenizer, stage="sft")
+    path = save_checkpoint(tmp_path / "sft.pth", **settings)
+    small = save_quantized_model(quantize_model_int8(model), tmp_path / "int8.pth", load_checkpoint(path))
+    assert small.stat().st_size <= 0.265 * path.stat().st_size
+
+
+def test_tied_tables_stay_one_when_the_model_moves(model, tmp_path):
+    """Also after loading, and after a change of device or type."""
+    path = save_quantized_model(quantize_model_int8(model), tmp_path / "int8.pth")
+    loaded = load_quantized_model(path).to("cpu", torch.float32)
+    assert loaded.token_embedding.weight is loaded.lm_head.weight
+    assert str(loaded.device) == "cpu" and loaded.dtype == torch.float32
 
 
 def test_load_any_takes_float_and_quantized_checkpoints(model, checkpoint_path, tokenizer, tmp_path):
@@ -259,7 +292,8 @@ def test_load_any_takes_float_and_quantized_checkpoints(model, checkpoint_path, 
     for path, quantization in ((checkpoint_path, None), (int8_path, "int8")):
         loaded, its_tokenizer, content = load_any(path)
         assert content.get("quantization") == quantization
-        assert any(isinstance(module, Int8Linear) for module in loaded.modules()) == bool(quantization)
+        assert quantization_of(loaded) == quantization
+        assert isinstance(loaded.lm_head, InferenceLinear)
         assert its_tokenizer.fingerprint == tokenizer.fingerprint
         generate_texts(loaded, its_tokenizer, PROMPTS, chat=True, max_gen_len=4)
 
@@ -274,16 +308,62 @@ def test_a_model_alone_can_be_saved_and_loaded(model, tmp_path):
         load_any(path)
 
 
-def test_command_line_writes_the_file_and_says_what_it_brought(checkpoint_path, capsys):
-    """The default output stands beside the input with `_int8` in its name; size, error and speed are printed."""
-    quantizer.main(["--model_path", str(checkpoint_path)])
-    path = checkpoint_path.with_name("sft_best_int8.pth")
-    output = capsys.readouterr().out
-    assert load_any(path)[2]["stage"] == "sft"
-    assert str(path) in output
-    assert re.search(r"weights +[\d.]+ → [\d.]+ MiB \(2\d%\)", output)
-    assert re.search(r"relative error [\d.]+%", output)
-    assert re.search(r"\d+ → \d+ tokens/s", output)
+def test_command_line_writes_the_file_and_says_what_it_brought(checkpoint_path, tmp_path, capsys):
+    """The default output stands beside the input with the kind in its name; size, speed, perplexity and agreement are
+    printed, and for INT8 activations what they cost."""
+    (tmp_path / "text.txt").write_text("One line.\nAnother one.\n" * 20)
+    options = ["--model_path", str(checkpoint_path), "--text", str(tmp_path / "text"), "--text_tokens", "200"]
+    for kind in ("int8", "int8_dynamic"):
+        quantizer.main([*options, "--weights", kind])
+        path = checkpoint_path.with_name(f"sft_best_{kind}.pth")
+        output = capsys.readouterr().out
+        assert load_any(path)[2]["stage"] == "sft"
+        assert str(path) in output
+        assert re.search(r"weights +[\d.]+ → [\d.]+ MiB \(2\d\.\d%\)", output)
+        assert re.search(r"decoding +[\d.]+ → [\d.]+ tokens/s", output)
+        assert re.search(r"perplexity [\d.]+ → [\d.]+ \([+-][\d.]+%\) on 2\d\d tokens", output)
+        assert re.search(r"same likeliest token at [\d.]+%", output)
+        assert ("INT8 activations" in output) == (kind == "int8_dynamic")
+
+
+def test_it_warns_where_it_does_not_pay(checkpoint_path, tmp_path, monkeypatch, capsys):
+    """No speed, or a perplexity that rises by more than 0.5 %: each is said; where it pays, there is no warning."""
+    (tmp_path / "text.txt").write_text("One line.\n")
+    options = ["--model_path", str(checkpoint_path), "--text", str(tmp_path / "text.txt")]
+    agreeing = torch.zeros(9)
+    for speeds, perplexities, warnings in [((100, 90), (5.0, 5.1), 2), ((100, 300), (5.0, 5.001), 0)]:
+        found = {None: (speeds[0], perplexities[0]), "int8": (speeds[1], perplexities[1])}
+        with monkeypatch.context() as patched:
+            patched.setattr(quantizer, "decode_speed", lambda model, seconds, f=found: f[quantization_of(model)][0])
+            patched.setattr(
+                quantizer, "perplexity_and_choices", lambda model, _, f=found: (f[quantization_of(model)][1], agreeing)
+            )
+            quantizer.main(options)
+        assert capsys.readouterr().out.count("warning: ") == warnings
+
+
+def test_perplexity_is_that_of_the_evaluator(model, tokenizer, tmp_path):
+    """On texts that fit into the context the two, written independently, agree."""
+    from evaluator import GPTEvaluator
+
+    texts = ["One line.", "Another line, which is longer.", "短"]
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+    samples = held_out_samples(tmp_path / "text", tokenizer, 64, 1000)
+    assert len(samples) == 3
+    expected = GPTEvaluator(model, tokenizer).compute_perplexity(texts)
+    found, choices = perplexity_and_choices(model, samples)
+    assert found == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert len(choices) == expected["tokens"] + 3  # the token after the last is not known
+
+
+def test_conversations_are_scored_on_their_answers(tokenizer, tmp_path):
+    """A .json file is read like the data of fine-tuning, and no more of it than asked for."""
+    path = tmp_path / "test.json"
+    path.write_text('[{"instruction": "2 + 3 = ?", "response": "5"}, {"instruction": "1 + 1 = ?", "response": "2"}]')
+    samples = held_out_samples(path, tokenizer, 64, 10)
+    assert len(samples) == 1
+    scored = [label for label in samples[0][1] if label != -100]
+    assert tokenizer.decode(scored).strip() == "5"
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -298,6 +378,44 @@ def test_quantizing_twice_is_refused(model, checkpoint_path):
     with pytest.raises(UserError, match="is quantized"):
         quantizer.main(["--model_path", str(path)])
     assert not path.with_name("q_int8.pth").exists()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(number, checkpoint_path, tokenizer):
+    """In a checkpoint to be quantized, to be served, or quantized already: one sentence that says where."""
+    content = load_checkpoint(checkpoint_path)
+    state = {name: tensor.clone() for name, tensor in content["model"].items()}
+    state["layers.1.feed_forward.up_proj.weight"][3, 5] = number
+    path = checkpoint_path.with_name("damaged.pth")
+    config = GPTConfig(**content["config"])
+    save_checkpoint(path, model_state=state, config=config, tokenizer=tokenizer, stage="sft")
+    for read in (lambda: quantizer.main(["--model_path", str(path)]), lambda: load_any(path)):
+        with pytest.raises(UserError, match=r"a weight of layers.1.feed_forward.up_proj is damaged"):
+            read()
+    quantized = quantize_model_int8(load_model(checkpoint_path)[0])
+    quantized.layers[1].feed_forward.up_proj.scale[3] = number
+    path = save_quantized_model(quantized, path)
+    with pytest.raises(UserError, match=r"a weight of layers.1.feed_forward.up_proj.scale in .*damaged.pth is damaged"):
+        load_quantized_model(path)
+
+
+def test_weights_beyond_fp16_are_named(model):
+    """They would become infinite; the sentence names another kind of weights as the remedy."""
+    large = random_model("gpt2" if model.config.bias else "modern")
+    with torch.no_grad():
+        large.layers[0].feed_forward.up_proj.weight[0, 0] = 1e6
+    with pytest.raises(UserError, match="up_proj is too large for fp16; use another kind"):
+        prepare_for_inference(large, "fp16")
+    prepare_for_inference(large, "bf16")
+
+
+def test_held_out_text_that_is_not_there_is_named_if_it_was_asked_for(checkpoint_path, tmp_path, monkeypatch, capsys):
+    """A missing default is no reason to stop, a missing file that the user named is."""
+    monkeypatch.chdir(tmp_path)
+    quantizer.main(["--model_path", str(checkpoint_path)])
+    assert "give held-out text with --text" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no data at nowhere"):
+        quantizer.main(["--model_path", str(checkpoint_path), "--text", "nowhere"])
 
 
 def test_wrong_files_are_named(model, checkpoint_path, tokenizer, tmp_path):
@@ -329,10 +447,3 @@ def test_the_model_itself_is_not_overwritten(checkpoint_path):
     """An output path that is the input is refused before any work."""
     with pytest.raises(UserError, match="choose another name"):
         quantizer.main(["--model_path", str(checkpoint_path), "--output_path", str(checkpoint_path)])
-
-
-def test_the_fallback_needs_no_special_operator():
-    """Where no integer kernel is exact, the product with expanded weights takes its place, in the type of x."""
-    weight, scale = quantize_rows(torch.randn(8, 16))
-    x = torch.randn(3, 16)
-    torch.testing.assert_close(expanding_linear(x, weight, scale), x @ (weight * scale.unsqueeze(1)).T)

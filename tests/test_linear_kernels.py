@@ -1,0 +1,323 @@
+"""Linear layers for inference: every way to compute them is right, and the choice between the ways is sound."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from inference import linear_kernels
+from inference.linear_kernels import (
+    DTYPES,
+    TINY_LAYER,
+    InferenceEmbedding,
+    InferenceLinear,
+    integer_kernel_limit,
+    integer_product,
+    native_function,
+    plain_linear,
+    quantize_rows,
+    round_inputs,
+)
+
+WEIGHT_ONLY = [name for name in DTYPES if name != "int8_dynamic"]
+needs_native = pytest.mark.skipif(native_function(torch.int8) is None, reason="no compiler")
+needs_integer_kernel = pytest.mark.skipif(not integer_kernel_limit(), reason="no exact integer kernel")
+
+
+@pytest.fixture(autouse=True)
+def own_memory(tmp_path, monkeypatch):
+    """Measurements of the tests are not those of the user."""
+    monkeypatch.setattr(linear_kernels, "_memory", lambda: tmp_path / "cache" / "linear_kernels.json")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A machine where nothing can be compiled."""
+    monkeypatch.setattr(linear_kernels, "native_function", lambda dtype: None)
+
+
+def layer_and_twin(weights, n_in=96, n_out=130, bias=True):
+    """A layer with some kind of weights, and the exact (fp64) layer with the same, rounded, weights."""
+    torch.manual_seed(0)
+    layer = InferenceLinear.from_linear(nn.Linear(n_in, n_out, bias=bias), weights)
+    twin = nn.Linear(n_in, n_out, bias=bias).double()
+    twin.weight.data = layer.weight.double() * (1 if layer.scale is None else layer.scale.double().unsqueeze(1))
+    if bias:
+        twin.bias.data = layer.bias.double()
+    return layer, twin
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+# -- the numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_rounded_to_the_nearest_of_255_steps():
+    """No weight is off by more than half a step of its own row, and rows of very different size do not disturb each
+    other; a row of zeros stays zero."""
+    weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 16).unsqueeze(1)
+    weight[3] = 0
+    rows, scale = quantize_rows(weight)
+    assert (rows.dtype, scale.dtype) == (torch.int8, torch.float32)
+    assert rows.abs().max() == 127
+    error = (rows * scale.unsqueeze(1) - weight).abs()
+    assert (error <= 0.5001 * scale.unsqueeze(1)).all()
+    assert (rows[3] * scale[3]).eq(0).all()
+
+
+@pytest.mark.parametrize("compiler", [True, False], ids=["native", "no compiler"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("weights", WEIGHT_ONLY)
+def test_a_layer_is_the_exact_product_with_its_rounded_weights(weights, bias, compiler, request):
+    """Every kind of weights, every bucket of rows, widths that fill no vector and no tile; also without a compiler. The
+    inputs lose nothing, even where one is a hundred times the others."""
+    if not compiler:
+        request.getfixturevalue("no_compiler")
+    for n_in, n_out in [(96, 130), (7, 3), (1, 1), (259, 1031)]:
+        layer, twin = layer_and_twin(weights, n_in, n_out, bias)
+        for batch in [(), (1,), (3,), (2, 3), (17,), (70,)]:
+            x = torch.randn(*batch, n_in)
+            x[..., 0] *= 100
+            y = layer(x)
+            assert (y.shape, y.dtype) == ((*batch, n_out), torch.float32)
+            assert relative_error(y, twin(x.double())) < (1e-6 if compiler or weights == "fp32" else 5e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+def test_native_kernels_read_every_number_of_their_type(dtype):
+    """Subnormal and negative numbers, the largest and the smallest: one weight each, expanded exactly."""
+    if dtype == torch.int8:
+        weight = torch.arange(-128, 128).to(torch.int8)
+    else:
+        bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+        weight = bits.view(dtype) if dtype != torch.float32 else bits.view(torch.bfloat16).float()
+        weight = weight[weight.isfinite()]
+    weight = weight.repeat(20, 1).T.contiguous()[:, :16]  # 16 equal numbers a row
+    x = torch.zeros(1, 16)
+    x[0, 5] = 1
+    y = linear_kernels.native_product(weight, None, None)(x)
+    assert torch.equal(y[0], weight[:, 0].float())
+
+
+@needs_native
+@pytest.mark.parametrize("weights", WEIGHT_ONLY)
+def test_native_rows_are_independent_to_the_last_bit(weights):
+    """What a row gives depends neither on its neighbours, one of which is enormous, nor on the number of threads."""
+    layer, _ = layer_and_twin(weights, 643, 517)
+    product = linear_kernels.native_product(layer.weight, layer.scale, layer.bias)
+    x = torch.randn(40, 643)
+    x[7] *= 1e6
+    together = product(x)
+    for start, end in [(0, 1), (6, 7), (8, 9), (3, 12), (30, 40)]:
+        assert torch.equal(product(x[start:end].contiguous()), together[start:end])
+    torch.set_num_threads(3)
+    assert torch.equal(product(x), together)
+
+
+def test_inputs_of_any_kind():
+    """No rows at all, views that are not contiguous, and half precision, which comes back as half precision."""
+    layer, twin = layer_and_twin("int8")
+    assert layer(torch.zeros(0, 96)).shape == (0, 130)
+    x = torch.randn(96, 6).T
+    assert relative_error(layer(x), twin(x.double())) < 1e-6
+    half = layer(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert relative_error(half.double(), twin(x.double())) < 0.01
+
+
+def test_the_plain_way_expands_block_by_block(monkeypatch):
+    """The blocks are put together in order, and no matrix of the weights' size is made on the way."""
+    monkeypatch.setattr(linear_kernels, "BLOCK", 1000)
+    sizes, usual = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, *bias: sizes.append(w.numel()) or usual(x, w, *bias))
+    layer, twin = layer_and_twin("int8")
+    x = torch.randn(3, 96)
+    found = plain_linear(x, layer.weight, layer.scale, layer.bias)
+    assert max(sizes) <= 1000 and sum(sizes) == layer.weight.numel()
+    monkeypatch.undo()
+    assert relative_error(found, twin(x.double())) < 1e-6
+
+
+@pytest.mark.parametrize("weights", DTYPES)
+def test_gradients_pass_to_the_input_and_not_to_the_weights(weights):
+    """Adapters can be trained beside a quantized layer."""
+    layer, twin = layer_and_twin(weights)
+    x = torch.randn(4, 96, requires_grad=True)
+    layer(x).square().sum().backward()
+    exact = x.detach().double().requires_grad_()
+    twin(exact).square().sum().backward()
+    assert relative_error(x.grad, exact.grad) < 0.03
+    assert layer.weight.grad is None and not layer.weight.requires_grad
+
+
+# -- integer arithmetic ------------------------------------------------------------------------------------------------
+
+
+@needs_integer_kernel
+@pytest.mark.parametrize("limit", [63, 127])
+def test_integer_kernel_does_not_saturate(limit):
+    """The largest sums there can be, of either sign, are exact with the digits that are used here."""
+    if limit > integer_kernel_limit():
+        pytest.skip("this processor needs smaller digits")
+    weight = torch.full((64, 1024), 127, dtype=torch.int8)
+    weight[1::2] = -127
+    x = torch.tensor([[1.0], [-1.0]]).expand(2, 1024)
+    product = integer_product(weight, torch.ones(64), None, digits=2, limit=limit)(x)
+    torch.testing.assert_close(product, x @ weight.float().T, rtol=1e-5, atol=0)
+
+
+@needs_integer_kernel
+@pytest.mark.parametrize("digits", [1, 2])
+def test_integer_rows_are_independent(digits):
+    """Each row has scales of its own: its result is the same to the last bit whatever stands beside it."""
+    layer, _ = layer_and_twin("int8", 640, 1000)
+    product = integer_product(layer.weight, layer.scale, layer.bias, digits)
+    x = torch.randn(40, 640)
+    x[7] *= 1e6
+    together = product(x)
+    for start, end in [(0, 1), (6, 7), (8, 9), (3, 12)]:
+        assert torch.equal(product(x[start:end]), together[start:end])
+
+
+def test_int8_activations_cost_about_a_hundredth():
+    """The mode rounds inputs to 8 bits, and does nothing else: it computes what the float product of the rounded inputs
+    gives, on every machine."""
+    layer, twin = layer_and_twin("int8_dynamic")
+    x = torch.randn(20, 96)
+    assert 1e-3 < relative_error(layer(x), twin(x.double())) < 0.02
+    if integer_kernel_limit() in (0, 127):
+        assert relative_error(layer(x), twin(round_inputs(x).double())) < 1e-5
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+def choose(ways, layer=None):
+    return linear_kernels.fastest_way(ways, layer or layer_and_twin("fp32")[0], bucket=1)
+
+
+def plain_ways(layer, **others):
+    def plain():
+        return lambda x: plain_linear(x, layer.weight, layer.scale, layer.bias)
+
+    return {**others, "plain": plain}
+
+
+def test_a_way_that_is_wrong_or_fails_is_out():
+    """However fast: a result that differs from the plain one, NaN, or an operator that this PyTorch lacks."""
+    layer, _ = layer_and_twin("fp32")
+
+    def failing():
+        raise RuntimeError("no such operator")
+
+    ways = plain_ways(
+        layer,
+        zeros=lambda: lambda x: torch.zeros(len(x), 130),
+        nan=lambda: lambda x: torch.full((len(x), 130), float("nan")),
+        slightly=lambda: lambda x: 1.001 * plain_linear(x, layer.weight, None, layer.bias),
+        failing=failing,
+    )
+    assert choose(ways, layer) == "plain"
+
+
+def test_the_fastest_is_taken_and_remembered(monkeypatch):
+    """A slow way loses to a fast one; the next process does not measure again, and other shapes are measured anew."""
+    layer, _ = layer_and_twin("fp32")
+
+    def slow():
+        return lambda x: sum(plain_linear(x, layer.weight, None, layer.bias) for _ in range(20)) / 20
+
+    ways = plain_ways(layer, slow=slow)
+    assert choose(ways, layer) == "plain"
+    monkeypatch.setattr(linear_kernels, "_measure", lambda *_: pytest.fail("measured again"))
+    assert choose(ways, layer) == "plain"
+    with pytest.raises(pytest.fail.Exception):
+        choose(plain_ways(layer, another=slow), layer)
+    with pytest.raises(pytest.fail.Exception):
+        choose(ways, layer_and_twin("fp32", n_in=64)[0])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"machine": "another", "choices": {}}', '{"choices": 3}'])
+def test_a_damaged_memory_is_written_anew(content):
+    """Half a file or one of another machine is no reason to stop, or to believe it."""
+    layer, _ = layer_and_twin("fp32")
+    path = linear_kernels._memory()
+    path.parent.mkdir()
+    path.write_text(content)
+    assert choose(plain_ways(layer), layer) == "plain"
+    assert json.loads(path.read_text())["choices"]
+
+
+def test_weights_that_are_not_finite_prove_nothing():
+    """They are computed in the plain way, and other models of that shape are measured all the same."""
+    layer, _ = layer_and_twin("fp32")
+    with torch.no_grad():
+        layer.weight[0, 0] = float("nan")
+    assert layer(torch.randn(1, 96)).isnan().any()
+    assert not linear_kernels._memory().exists()
+
+
+def test_it_never_disturbs_the_random_numbers_of_others():
+    """Measuring at the first call must not change what is sampled next."""
+    layer, _ = layer_and_twin("int8")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    layer(torch.ones(1, 96))
+    assert torch.equal(torch.rand(3), expected)
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+
+def test_fp32_shares_the_weights_and_int8_holds_them_once():
+    """A layer in full precision is the original's memory; an INT8 layer keeps a quarter and nothing else."""
+    linear = nn.Linear(640, 1000)
+    assert InferenceLinear.from_linear(linear, "fp32").weight.data_ptr() == linear.weight.data_ptr()
+    layer = InferenceLinear.from_linear(linear, "int8")
+    assert {name: tensor.dtype for name, tensor in layer.state_dict().items()} == {
+        "weight": torch.int8,
+        "scale": torch.float32,
+        "bias": torch.float32,
+    }
+
+
+@pytest.mark.parametrize("compiler", [True, False], ids=["native", "no compiler"])
+def test_other_weights_take_effect_after_the_first_call(compiler, request):
+    """Loaded into the layer, or taken over from a file: packed copies and addresses are renewed."""
+    if not compiler:
+        request.getfixturevalue("no_compiler")
+    layer, _ = layer_and_twin("int8")
+    other = InferenceLinear.from_linear(nn.Linear(96, 130), "int8")
+    x = torch.randn(2, 96)
+    before = layer(x)
+    for assign in (False, True):
+        changed = copy.deepcopy(layer)
+        assert torch.equal(changed(x), before)
+        changed.load_state_dict(other.state_dict(), assign=assign)
+        assert torch.equal(changed(x), other(x))
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("weights", DTYPES)
+def test_an_embedding_expands_the_rows_that_are_looked_up(weights):
+    """They are the rows of the output layer that it is tied to, in fp32; the table is held once."""
+    layer, twin = layer_and_twin(weights, bias=False)
+    embedding = InferenceEmbedding(layer.weight, layer.scale)
+    assert embedding.weight is layer.weight
+    ids = torch.tensor([[0, 129], [7, 7]])
+    found = embedding(ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), twin.weight[ids], rtol=1e-6, atol=0)
+
+
+def test_without_a_compiler_tiny_layers_are_expanded_and_large_ones_are_not(no_compiler):
+    """Reading four bytes in place of one costs nothing as long as they lie in the cache."""
+    tiny, large = layer_and_twin("int8")[0], layer_and_twin("int8", 512, TINY_LAYER // 512 + 1)[0]
+    assert "expanded" in tiny._ways() and "expanded" not in large._ways()
