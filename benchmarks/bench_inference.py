@@ -43,11 +43,17 @@ from benchmarks.serving import Load  # noqa: E402
 from benchmarks.tables import Table, about, in_a_sentence, write_section  # noqa: E402
 from command_line import option, parse_config, run_main  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
-from inference.quantizer import quantize_model_int8, weight_bytes  # noqa: E402
+from inference.quantizer import prepare_for_inference, weight_bytes  # noqa: E402
 
 Result = dict[str, Any]
 FIRST_WORD = 257  # ids from here on are letters; before them stand the end of a text, padding and single bytes
-EXACT, ROUNDED, INTEGER = 2e-3, 1e-2, 5e-2  # how far logits may be off with FP32, FP16 and INT8 weights
+EXACT, INTEGER = 2e-3, 5e-2  # how far logits may be off with floating-point and with INT8 weights
+OURS = {  # name: kind of weights, how far its logits may be off
+    "FP32": ("fp32", EXACT),
+    "FP16": ("fp16", EXACT),
+    "INT8": ("int8", INTEGER),
+    "INT8 dynamic": ("int8_dynamic", INTEGER),  # activations rounded as well, as llama.cpp does with Q8_0
+}
 
 
 @dataclass
@@ -155,29 +161,33 @@ def ratio(speeds: Mapping[str, float], ours: str, theirs: str) -> float | None:
     return speeds[ours] / speeds[theirs] if ours in speeds and theirs in speeds else None
 
 
+def bytes_read(model: GPTModel) -> int:
+    """Bytes of weights that a token reads: all but the position table, of which it reads a row."""
+    return weight_bytes(model) - model.position_embedding.weight.nbytes
+
+
 def contestants(
     model: GPTModel, config: BenchmarkConfig, prompt: Sequence[int], folder: Path, cleanup: ExitStack
 ) -> dict[str, Contestant]:
     """Everything that can be measured here, each with the weights of `model`; logits are checked after `prompt`."""
     found: dict[str, Contestant] = {}
     expected = Ours(model).prefill(prompt)
-    position_table = model.position_embedding.weight.nbytes  # of which a token reads one row
 
     def enter(name: str, generator: Generator, n_bytes: int, limit: float) -> None:
         found[name] = Contestant(generator, n_bytes, check_logits(name, generator, expected, prompt, limit))
 
-    n_bytes = weight_bytes(model) - position_table
-    quantized = quantize_model_int8(model)
-    enter("ours FP32", Ours(model), n_bytes, EXACT)
-    enter("ours INT8", Ours(quantized), weight_bytes(quantized) - position_table, INTEGER)
+    for name, (weights, limit) in OURS.items():
+        prepared = prepare_for_inference(model, weights)
+        enter(f"ours {name}", Ours(prepared), bytes_read(prepared), limit)
     if find_spec("transformers"):
-        enter("transformers FP32", Transformers(model), n_bytes, EXACT)
+        enter("transformers FP32", Transformers(model), bytes_read(model), EXACT)
     if find_spec("llama_cpp") and find_spec("gguf"):
         for precision, limit in (("F32", EXACT), ("Q8_0", INTEGER)):
             path = write_gguf(model, folder / f"{precision}.gguf", precision)
             llama = LlamaCpp(path, config.max_seq_len, torch.get_num_threads())
             cleanup.enter_context(closing(llama))
-            enter(f"llama.cpp {precision}", llama, path.stat().st_size - position_table, limit)
+            n_bytes = path.stat().st_size - model.position_embedding.weight.nbytes  # it stays FP32
+            enter(f"llama.cpp {precision}", llama, n_bytes, limit)
     return found
 
 
@@ -325,10 +335,10 @@ def measure_gpu(report: Report, model: GPTModel, quick: bool, n_tokens: int, rou
     precisions = {
         "FP32": copy.deepcopy(model),
         "BF16": copy.deepcopy(model).bfloat16(),
-        "INT8": quantize_model_int8(model),
+        "INT8": prepare_for_inference(model, "int8"),
     }
     for precision, candidate in precisions.items():
-        n_bytes = weight_bytes(candidate) - candidate.position_embedding.weight.nbytes
+        n_bytes = bytes_read(candidate)
         candidate.to(device)
         ways = {
             "from Python": Ours(candidate),
@@ -362,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
         found = contestants(model, config, prompt[:64], Path(folder), cleanup)
         measure_decoding(report, found, bandwidth, 16 if config.quick else 128, rounds)
         measure_prefill(report, found, prompt[: 64 if config.quick else 256], rounds)
-        models = {name[5:]: found[name].generator.model for name in found if name.startswith("ours ")}
+        models = {name: found[f"ours {name}"].generator.model for name in OURS}
     measure_cache(report, models["FP32"], *((64, 4) if config.quick else (512, 16)), min(rounds, 3))
     tokenizer, n_streams = synthetic_tokenizer(config.vocab_size), 4 if config.quick else 16
     texts = torch.randint(FIRST_WORD, config.vocab_size, (8 if config.quick else 64, 32)).tolist()

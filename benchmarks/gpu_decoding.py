@@ -50,7 +50,9 @@ class StaticDecoder:
         device = self.cache.position.device
         self.cells = torch.arange(max_len, device=device)  # (S,)
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.likeliest = torch.compile(self._likeliest, dynamic=False) if compiled else self._likeliest
+        # With this option a product with one row is no matrix product, and INT8 weights are expanded as they are read
+        options = {"coordinate_descent_tuning": True}
+        self.likeliest = torch.compile(self._likeliest, dynamic=False, options=options) if compiled else self._likeliest
         self.play: Callable[[], None] = self._record() if recorded else self._step
 
     def _likeliest(self, token: torch.Tensor) -> torch.Tensor:
