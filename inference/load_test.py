@@ -3,7 +3,8 @@
     locust -f inference/load_test.py -u 50 -r 10 -t 10m --host http://localhost:8000
     locust -f inference/load_test.py --headless -u 50 -r 10 -t 1m --host http://localhost:8000
 
-Each simulated user asks a question, checks that the answer has the promised shape, thinks for a moment and asks again.
+Each simulated user asks a question with sampling settings of its own, as requests of all kinds are computed together,
+checks that the answer has the promised shape, thinks for a moment and asks again.
 Now and then it looks at `/health`, which has to stay quick however busy the model is. A full queue (503) is counted
 under a name of its own: it is how the service protects itself, but the user was not served, so it is a failure too.
 """
@@ -18,6 +19,11 @@ from locust.clients import ResponseContextManager
 TEST_QUESTIONS = Path(__file__).parent.parent / "data" / "sft" / "sft_test.json"
 FALLBACK_QUESTIONS = ["解释什么是机器学习", "法国的首都是哪里?", "What is the capital of Japan?", "What is 17 plus 25?"]
 MAX_QUESTIONS = 200
+SETTINGS = [
+    {"temperature": 0},
+    {"temperature": 0.8, "top_k": 50},
+    {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.1, "stop": "\n"},
+]
 HEALTH_SECONDS = 1.0  # slower than this while the model is busy means that the event loop is blocked
 
 
@@ -51,7 +57,7 @@ class GPTInferenceUser(HttpUser):
     def generate(self) -> None:
         """Ask one question and check the answer."""
         prefix = random.choice(self.questions)
-        body = {"prefix": prefix, "max_gen_len": 32, "top_k": 50, "temperature": 0.8}
+        body = {"prefix": prefix, "max_gen_len": 32, **random.choice(SETTINGS)}
         with self.client.post("/generate", json=body, catch_response=True) as response:
             if response.status_code == 503:
                 response.request_meta["name"] = "/generate (queue full)"
