@@ -52,11 +52,12 @@ class GRPOConfig(RolloutConfig):
 
     data_path: str = option("data/sft/sft_data.json", "records with prompts, see the README for their shapes")
     val_data_path: str = option("", "held-out records; empty: --val_fraction of the training data")
-    val_fraction: float = option(0.05, "share of the records set aside, if there are no held-out ones")
+    val_fraction: float = option(0.02, "share of the records set aside, if there are no held-out ones")
     reward: str = option("answer_checker.py:preference_reward", "PATH.py:FUNCTION(prompts, responses, records)")
     output_dir: str = option("models/grpo", "folder for checkpoints, metrics and curves")
+    rollout_batch_size: int = option(128, "answers that each rank writes for one step")
     lr: float = option(5e-5, "peak learning rate")
-    epochs: float = option(0.05, "passes over the prompts, if --max_steps is 0")
+    epochs: float = option(0.1, "passes over the prompts, if --max_steps is 0")
     group_size: int = option(8, "G: answers to each prompt")
     grpo_epochs: int = option(2, "passes over the answers of a step")
     advantage_scale: str = option(
