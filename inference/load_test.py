@@ -3,10 +3,10 @@
     locust -f inference/load_test.py -u 50 -r 10 -t 10m --host http://localhost:8000
     locust -f inference/load_test.py --headless -u 50 -r 10 -t 1m --host http://localhost:8000
 
-Each simulated user asks a question with sampling settings of its own, as requests of all kinds are computed together,
-checks that the answer has the promised shape, thinks for a moment and asks again.
-Now and then it looks at `/health`, which has to stay quick however busy the model is. A full queue (503) is counted
-under a name of its own: it is how the service protects itself, but the user was not served, so it is a failure too.
+Each simulated user asks a question, with changing sampling settings (requests of all kinds are computed together),
+checks that the answer has the promised shape, thinks for a moment and asks again. Now and then it looks at `/health`,
+which has to stay quick however busy the model is. A full queue (503) is counted under a name of its own: it is how the
+service protects itself, but the user was not served, so it is a failure too.
 """
 
 import json
