@@ -2,8 +2,8 @@
 
 From its probabilities (white box): at every position that carries a label the student learns the label and the whole
 distribution that the teacher gives, which also says how wrong each of the wrong tokens is. Both have to have the same
-tokenizer. From its texts (black box, `--from_text`): the teacher answers the questions, and the student is fine-tuned
-on these answers.
+tokenizer. From its texts (black box, `--from_text`, arXiv:1606.07947): the teacher answers the questions, and the
+student is fine-tuned on these answers.
 """
 
 from __future__ import annotations

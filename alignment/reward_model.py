@@ -100,7 +100,7 @@ class RewardConfig(LoRAOptions, TrainingConfig):
     output_dir: str = option("models/reward", "folder for checkpoints, metrics and curves")
     max_seq_len: int = option(0, "longest conversation, in tokens; 0 means the model's context")
     optimizer: str = option("muon", "adamw, or muon for hidden matrices beside adamw", choices=("adamw", "muon"))
-    batch_size: int = option(32, "pairs of one forward pass on one rank")
+    batch_size: int = option(32, "preferences of one forward pass on one rank")
     lr: float = option(4e-4, "peak learning rate")
     epochs: float = option(1.0, "passes over the training data, if --max_steps is 0")
     center_rewards_coefficient: float = option(0.0, "weight of (r_chosen + r_rejected)², which keeps rewards around 0")
@@ -171,7 +171,7 @@ def calibration_error(margins: torch.Tensor, weights: torch.Tensor, n_bins: int 
         margins: r_chosen − r_rejected, (P,). weights: (P,), which add up to 1.
     """
     confidence = margins.abs().sigmoid()  # (P,)
-    bins = ((confidence - 0.5) * 2 * n_bins).long().clamp(max=n_bins - 1)  # (P,)
+    bins = ((confidence - 0.5) * 2 * n_bins).long().clamp(0, n_bins - 1)  # (P,)
     excess = ((margins > 0).to(margins.dtype) - confidence) * weights  # (P,)
     return float(torch.zeros(n_bins, dtype=margins.dtype).index_add(0, bins, excess).abs().sum())
 

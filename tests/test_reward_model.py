@@ -179,6 +179,7 @@ def test_calibration_compares_confidence_with_the_share_that_is_right():
     margins = torch.tensor([at[0.62], at[0.64], -at[0.91], at[0.93], -at[0.91]]).double()
     by_hand = (abs(2 - 0.62 - 0.64) + abs(1 - 0.91 - 0.93 - 0.91)) / 5
     assert calibration_error(margins, torch.full((5,), 0.2).double()) == pytest.approx(by_hand)
+    assert math.isnan(calibration_error(torch.tensor([math.nan, 1.0]).double(), torch.tensor([0.5, 0.5]).double()))
     honest = torch.tensor([1.0] * 3 + [-1.0]).double() * math.log(3)  # 75 % sure, right in three of four
     assert calibration_error(honest, torch.full((4,), 0.25).double()) == pytest.approx(0.0, abs=1e-12)
 
