@@ -306,7 +306,7 @@ class PPOLoop(RolloutLoop):
         self.sft_batches = 0
         self.model.policy_weight = float(self.step >= config.critic_warmup_steps)
         figures |= self.update(batch, config.ppo_epochs)
-        if config.kl_target:
+        if config.kl_target and self.model.policy_weight:
             self.model.kl_coef.fill_(
                 adapted_kl_coef(float(self.model.kl_coef), figures["objective/kl"], config.kl_target)
             )
