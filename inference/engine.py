@@ -129,6 +129,8 @@ class Engine:
             QueueFull: as many requests wait as may wait.
             RequestFailed: the engine is closed.
         """
+        if deadline_s is not None and not deadline_s > 0:
+            raise UserError(f"deadline_s must be above 0, not {deadline_s}")
         params = params or SamplingParams()
         ids = checked_ids(prompt, params, chat, self.tokenizer, self.model.config)
         return self._enter(self._requests(ids, params, deadline_s, on_piece, streamed=True), bounded=True)[0]
@@ -241,9 +243,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        with self._stepping, self._changed:
-            for request in [*self.running, *self.waiting]:
-                self._finish(request, "error", RequestFailed("the engine was closed before the answer was complete"))
+        self._fail_all("the engine was closed before the answer was complete")
 
     def __enter__(self) -> Engine:
         self.start()
@@ -254,13 +254,23 @@ class Engine:
 
     def _serve(self, n_threads: int) -> None:
         torch.set_num_threads(n_threads)
-        while True:
-            with self._changed:
-                while not (self._closed or self.running or self.waiting or self._cancelled):
-                    self._changed.wait()
-                if self._closed:
-                    return
-            self.step()
+        try:
+            while True:
+                with self._changed:
+                    while not (self._closed or self.running or self.waiting or self._cancelled):
+                        self._changed.wait()
+                    if self._closed:
+                        return
+                self.step()
+        except BaseException:  # a mistake in this file: nobody may be left waiting for ever
+            self._closed = True
+            self._fail_all("the engine has stopped because of an internal error")
+            raise
+
+    def _fail_all(self, reason: str) -> None:
+        with self._stepping, self._changed:
+            for request in [*self.running, *self.waiting]:
+                self._finish(request, "error", RequestFailed(reason))
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

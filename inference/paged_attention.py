@@ -29,6 +29,7 @@ from transformer_components import attend
 
 SOURCE = Path(__file__).with_suffix(".c")
 FEW_TOKENS = 32  # of one request in one step: up to here gathering costs more than it brings
+WORTH_THREADS = 1 << 17  # multiplications with keys in one layer
 
 Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows (n, T), blocks (n, S / BLOCK), visible (n, 1, T, S)
 
@@ -191,6 +192,9 @@ class PagedCache:
             slots += [sequence.slot] * n_new
             positions += range(sequence.length, sequence.length + n_new)
         self._slots, self._positions = torch.tensor(slots), torch.tensor(positions)
+        # Waking threads takes longer than a few short pasts
+        work = sum(positions[: self._n_native]) * self.config.n_heads * self.config.head_dim
+        self._n_threads = torch.get_num_threads() if work > WORTH_THREADS else 1
         self._gathered = [self._gather(n_new, rows) for (n_new, _), rows in gathered.items()]
         if self.native is None:
             self._blocks = self.table[self._slots, self._positions // BLOCK].to(self.device)  # (N,)
@@ -219,7 +223,7 @@ class PagedCache:
             self._function(
                 *(self._cache, layer, _Rows.of(query), _Rows.of(key), _Rows.of(value), attended.data_ptr()),
                 *(self._slots.data_ptr(), self._positions.data_ptr(), n_tokens, self._n_native),
-                torch.get_num_threads(),
+                self._n_threads,
             )
         for rows, blocks, visible in self._gathered:
             queries = query[0][:, rows].transpose(0, 1)  # (n, H, T, K)

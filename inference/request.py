@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
@@ -16,9 +16,6 @@ from gpt_model import GPTConfig
 from inference.cache_blocks import Sequence as CacheSequence
 from inference.sampling import SamplingParams, TokenLogProb, TokenSampler
 from inference.text_stream import TextStream
-
-if TYPE_CHECKING:
-    from inference.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +91,18 @@ def checked_ids(
     return ids
 
 
+class Computer(Protocol):
+    """What a request asks of the engine."""
+
+    started: bool  # whether a thread of its own computes
+
+    def step(self) -> None:
+        """Compute one step for all requests."""
+
+    def cancel(self, request: Request) -> None:
+        """End a request."""
+
+
 class Request:
     """One answer in the making. `Engine.submit` makes it; its methods may be called from any thread.
 
@@ -109,7 +118,7 @@ class Request:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Computer,
         prompt_ids: Sequence[int],
         params: SamplingParams,
         index: int = 0,

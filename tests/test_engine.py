@@ -49,6 +49,16 @@ def test_the_plain_ways_of_attention_give_the_same(model, monkeypatch):
     assert tokens_of(engine.run(PROMPTS, GREEDY)) == expected
 
 
+def test_half_precision_takes_the_plain_way(model):
+    """A bf16 model has bf16 cells; greedy tokens are those of the same model without cache, but for near ties."""
+    model = model.to(torch.bfloat16)
+    engine = Engine(model, None)
+    assert engine.cache.native is None and engine.cache.keys.dtype == torch.bfloat16
+    first = [ids[0] for ids in tokens_of(engine.run(PROMPTS, GREEDY))]
+    same = [token == alone(model, ids, 1)[0] for token, ids in zip(first, PROMPTS, strict=True)]
+    assert sum(same) >= len(PROMPTS) - 1
+
+
 def test_logits_of_the_engine_are_the_models(model, monkeypatch):
     """Within 1e-4, at every step of an answer, after a prompt in chunks and among others."""
     ids = prompt(50)
@@ -238,8 +248,8 @@ def test_preemption_is_rare(gpt2):
     engine = Engine(gpt2, None, cache_tokens=2 * CONTEXT, reuse_prefixes=False)
     engine.run(prompts, SamplingParams(60, temperature=0, ignore_eos=True))
     statistics = engine.statistics()
-    assert 0 < statistics.preemptions < 40
-    assert statistics.tokens_prefilled < 2 * 20 * 80
+    assert 0 < statistics.preemptions < 14
+    assert statistics.tokens_prefilled < 900
 
 
 def test_cancelling_frees_the_slot_within_one_step(gpt2):

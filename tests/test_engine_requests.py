@@ -190,6 +190,9 @@ def test_impossible_settings_are_refused(gpt2):
     for settings in ({"max_running": 0}, {"prefill_chunk": 0}, {"cache_tokens": CONTEXT - 1}):
         with pytest.raises(UserError, match=next(iter(settings))):
             Engine(gpt2, None, **settings)
+    for seconds in (0, -1, math.nan):
+        with pytest.raises(UserError, match="deadline_s must be above 0"):
+            Engine(gpt2, None).submit([5], GREEDY, deadline_s=seconds)
     with pytest.raises(UserError, match="token ids only"):
         Engine(gpt2, None).submit("text")
 
@@ -309,6 +312,17 @@ def test_closing_ends_what_is_not_finished(gpt2):
             request.result(timeout=5)
     with pytest.raises(RequestFailed, match="closed"):
         engine.submit(prompt(5), GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_ever_for_an_engine_that_broke(gpt2, monkeypatch):
+    """A mistake in the engine itself, which no step's error handling covers, still ends every request."""
+    engine = Engine(gpt2, None)
+    monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
+    engine.start()
+    with pytest.raises(RequestFailed, match="internal error|closed"):
+        engine.submit(prompt(5), GREEDY).result(timeout=10)
+    engine.close()
 
 
 def test_a_result_may_time_out_and_come_later(gpt2):

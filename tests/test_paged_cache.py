@@ -120,11 +120,11 @@ def by_hand(query, keys, values):
     return torch.stack(result)
 
 
-@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("n_kv_heads, head_dim", [(4, 8), (2, 16), (1, 37)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.int8, 2e-2)])
-def test_every_token_attends_to_its_own_past(way, n_kv_heads, dtype, tolerance):
+def test_every_token_attends_to_its_own_past(way, n_kv_heads, head_dim, dtype, tolerance):
     """Steps of single tokens, short and long chunks of several sequences at once, against a loop over heads."""
-    config = GPTConfig(vocab_size=8, d_model=32, n_layers=2, n_heads=4, n_kv_heads=n_kv_heads, max_seq_len=160)
+    config = GPTConfig(8, 32, 2, 4, max_seq_len=160, n_kv_heads=n_kv_heads, head_dim=head_dim)
     generator = torch.Generator().manual_seed(0)
     cache = PagedCache(config, 640, 4, dtype, reuse_prefixes=False)
     assert (cache.native is None) == (way == "plain")
@@ -148,6 +148,21 @@ def test_every_token_attends_to_its_own_past(way, n_kv_heads, dtype, tolerance):
                     row += 1
         for sequence, size in spans:
             cache.stored(sequence, [], size)
+
+
+def test_threads_share_the_work_and_change_nothing(monkeypatch):
+    """Each query is computed by one thread, in the same order as ever."""
+    if paged_attention.load_native(paged_attention.SOURCE) is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(paged_attention, "WORTH_THREADS", 0)
+    config = GPTConfig(vocab_size=8, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
+    results = []
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        cache = PagedCache(config, 128, 2)
+        cache.begin_step([(cache.open([0] * 30), 30), (cache.open([1] * 31), 31)])
+        results.append(cache.attend(0, *rows(config, 61, torch.Generator().manual_seed(4)), None))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_both_ways_store_the_same_int8_cells(monkeypatch):
