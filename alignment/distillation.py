@@ -236,14 +236,14 @@ def load_data(
         distributed.barrier()  # the other ranks then find the shards on the disk
         return tuple(data if distributed.is_main() else [read(*source) for source in sources])
     conversations = load_conversations(config.data_path)
+    if config.from_text:
+        conversations = teacher_answers(config, teacher, tokenizer, conversations)
     if config.val_data_path:
         val_conversations = load_conversations(config.val_data_path)
     else:
         conversations, val_conversations = set_validation_part_aside(conversations, config.val_fraction)
         if not (conversations and val_conversations):
             raise UserError(f"{config.data_path} has too few records to set some aside; give --val_data_path")
-    if config.from_text:
-        conversations = teacher_answers(config, teacher, tokenizer, conversations)
     return tuple(GPTSFTDataset(part, tokenizer, config.max_seq_len) for part in (conversations, val_conversations))
 
 

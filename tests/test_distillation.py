@@ -229,12 +229,12 @@ def test_from_text_the_student_learns_what_the_teacher_writes(folder):
     distill(**settings_of(from_text=True, max_steps=40, eval_interval=20))
     answers = load_conversations("out/teacher_answers.jsonl")
     questions = {messages[0]["content"]: messages[1]["content"] for messages in load_conversations("m/data.json")}
-    assert 20 <= len(answers) <= 32
+    assert 30 <= len(answers) <= 40
     assert all(messages[0]["content"] in questions for messages in answers)
     losses = [record["loss"] for record in read_metrics("out/metrics.jsonl") if "loss" in record]
     assert losses[-1] < 0.5 * losses[0]
     lines = (folder / "out" / "teacher_answers.jsonl").read_text().splitlines()
-    (folder / "out" / "teacher_answers.jsonl").write_text("\n".join(lines[:20]))
+    (folder / "out" / "teacher_answers.jsonl").write_text("\n".join(lines[:25]))
     with pytest.raises(UserError, match="belongs to another run .samples"):
         distill(**settings_of(from_text=True, max_steps=60, eval_interval=20, resume="auto"))
 
