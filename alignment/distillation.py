@@ -55,7 +55,7 @@ class DistillationConfig(TrainingConfig):
     lr: float = option(3e-3, "peak learning rate")
     epochs: float = option(8.0, "passes over the training data, if --max_steps is 0")
     alpha: float = option(0.9, "the teacher's share of the loss, 0 … 1; the rest is the labels'")
-    temperature: float = option(2.0, "both distributions are softened by it, so that small probabilities count")
+    temperature: float = option(1.0, "both distributions are softened by it; above 1, small probabilities count more")
     from_text: bool = option(False, "learn from texts that the teacher writes, not from its probabilities")
     max_gen_len: int = option(64, "longest answer of the teacher, in tokens, with --from_text")
     sampling_temperature: float = option(0.0, "of the teacher's answers, with --from_text; 0 takes the likeliest token")
