@@ -34,6 +34,7 @@ class SFTConfig(LoRAOptions, TrainingConfig):
     batch_size: int = option(32, "conversations of one forward pass on one rank")
     lr: float = option(1.5e-3, "peak learning rate")
     epochs: float = option(4.0, "passes over the training data, if --max_steps is 0")
+    lora_lr_scale: float = option(3.0, "the learning rate of adapters, as a multiple of --lr")
     neftune_alpha: float = option(0.0, "noise on the embeddings in training (NEFTune), such as 5; 0 for none")
 
     def validate(self) -> list[str]:
