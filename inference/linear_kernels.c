@@ -24,6 +24,7 @@
 #define X_ROWS 4
 #endif
 #define W_ROWS 4
+#define AHEAD 16384 /* bytes; the processor itself foresees only the next few cache lines of a row */
 #define UNROLL _Pragma("GCC unroll 4") /* or the sums would live in memory */
 #if defined(__AVX512F__)
 #define KEEP_IN_REGISTER(v) __asm__("" : "+v"(v)) /* GCC would load it again for each use */
@@ -127,15 +128,17 @@ INLINE quarter quarters(vec v) {
     return sum;
 }
 
-/* The products of x_rows rows of x with w_rows rows of W; both counts are constants at each call. */
+/* The products of x_rows rows of x with w_rows rows of W; both counts are constants at each call. What lies `ahead`
+   bytes further in W is asked for meanwhile. */
 INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const float *scale, const float *bias, float *y,
-                 long n_out, long n_in, long row_bytes, load_vec_fn load_vec, load_one_fn load_one) {
+                 long n_out, long n_in, long bytes, long ahead, load_vec_fn load_vec, load_one_fn load_one) {
     vec sums[X_ROWS][W_ROWS] = {{{0}}};
-    long k = 0;
+    long k = 0, row_bytes = n_in * bytes;
     for (; k + LANES <= n_in; k += LANES) {
         vec weights[W_ROWS];
         UNROLL for (int j = 0; j < w_rows; j++) {
             weights[j] = load_vec(w + j * row_bytes, k);
+            __builtin_prefetch(w + j * row_bytes + k * bytes + ahead);
             if (x_rows > 1) KEEP_IN_REGISTER(weights[j]);
         }
         UNROLL for (int i = 0; i < x_rows; i++) {
@@ -160,18 +163,20 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
 
 /* All rows of x with W_ROWS rows of W, or with the fewer that are left; these stay in the first cache. */
 INLINE void strip(const float *x, const char *w, const float *scale, const float *bias, float *y, long n_x, long n_out,
-                  long n_in, long left, long row_bytes, load_vec_fn load_vec, load_one_fn load_one) {
+                  long n_in, long left, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
     long i = 0;
     if (left >= W_ROWS) {
         for (; i + X_ROWS <= n_x; i += X_ROWS)
-            tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, row_bytes, load_vec, load_one);
+            tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, bytes, i ? 0 : AHEAD,
+                 load_vec, load_one);
         for (; i < n_x; i++)
-            tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, row_bytes, load_vec, load_one);
+            tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, bytes, i ? 0 : AHEAD, load_vec,
+                 load_one);
     } else
         for (; i < n_x; i++)
             for (long j = 0; j < left; j++)
-                tile(1, 1, x + i * n_in, w + j * row_bytes, scale ? scale + j : 0, bias ? bias + j : 0,
-                     y + i * n_out + j, n_out, n_in, row_bytes, load_vec, load_one);
+                tile(1, 1, x + i * n_in, w + j * n_in * bytes, scale ? scale + j : 0, bias ? bias + j : 0,
+                     y + i * n_out + j, n_out, n_in, bytes, 0, load_vec, load_one);
 }
 
 /* x (n_x, n_in) times w (n_out, n_in) as y (n_x, n_out); scale and bias are (n_out,) or NULL. The parallel loop is here
@@ -183,7 +188,7 @@ INLINE void strip(const float *x, const char *w, const float *scale, const float
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
         for (long j = 0; j < n_out; j += W_ROWS)                                                                       \
             strip(x, w + j * n_in * bytes, scale ? scale + j : 0, bias ? bias + j : 0, y + j, n_x, n_out, n_in,        \
-                  n_out - j, n_in * bytes, load_vec_##type, load_one_##type);                                          \
+                  n_out - j, bytes, load_vec_##type, load_one_##type);                                                 \
     }
 LINEAR(fp32, 4)
 LINEAR(int8, 1)

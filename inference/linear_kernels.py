@@ -46,7 +46,7 @@ DTYPES = {
 }
 ROW_BUCKETS = (1, 4, 16, 64)  # measured are 1, 2–4, 5–16, 17–64 and more rows of x
 TOLERANCE = 5e-4  # relative error of a product that counts as the same
-ADVANTAGE = 0.9  # a way that stands later in the list has to take less than this share of the time
+ADVANTAGE = 0.75  # a way that stands later in the list has to take less than this share of the time
 MEASURE_SECONDS = 1e-3  # all ways together
 SINGLE_THREAD = 1 << 17  # below so many multiplications, waking a second thread takes longer than they do
 TINY_LAYER = 1 << 18  # so many weights take 1 MiB when expanded
