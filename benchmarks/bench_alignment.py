@@ -1,0 +1,183 @@
+"""Does alignment do what it promises? Every algorithm from the same SFT model, with several seeds, on the sample world.
+
+    bash run_training.sh                                            # leaves the models that this starts from
+    python benchmarks/bench_alignment.py --models_dir models --num_threads 2
+
+    ppo, grpo, dpo   from the SFT model, full training and (as ppo+lora, …) with low-rank adapters
+    sft+lora         from the pretrained model, beside the SFT model that was trained in full
+    student          a small model on the instruction data alone, and
+    distill          the same student with the SFT model as its teacher
+
+Each run is the command line that a user would type. Its model then answers the held-out questions of data/sft greedily:
+`exact` is the share of right answers, `preferred` the share that answer_checker.py prefers (right, whole and polite).
+`kl` is the divergence from the SFT model in nats an answer, over answers sampled at temperature 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from alignment.log_probabilities import token_log_probs  # noqa: E402
+from checkpoint import load_checkpoint, load_model  # noqa: E402
+from command_line import UserError, option, parse_config, require_file, run_main  # noqa: E402
+from conversation_data import load_conversations  # noqa: E402
+from gpt_model import GPTModel  # noqa: E402
+from text_generation import encode_prompt, generate_texts  # noqa: E402
+
+LORA = ["--lora_rank", "4", "--lora_targets", "all"]
+STUDENT = ["--d_model", "96", "--n_layers", "2", "--n_heads", "2"]
+
+
+@dataclass
+class BenchConfig:
+    """Settings of the benchmark."""
+
+    models_dir: str = option("models", "what run_training.sh has left: a pretrained, an SFT and a reward model")
+    runs: str = option("ppo,grpo,dpo,ppo+lora,grpo+lora,dpo+lora,sft+lora,student,distill", "what to run, by commas")
+    seeds: str = option("0,1,2", "seeds of the runs, by commas; sft+lora, student and distill take the first only")
+    max_steps: int = option(0, "steps of each run; 0 means as many as the defaults say")
+    max_questions: int = option(0, "held-out questions; 0 means all")
+    num_threads: int = option(2, "CPU threads")
+    output_dir: str = option("", "where to keep the runs; empty: nowhere")
+
+    def validate(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        known = set(COMMANDS)
+        unknown = [name for name in self.runs.split(",") if name.split("+")[0] not in known]
+        complaints = [f"--runs {name} is not known; it must be of {', '.join(sorted(known))}" for name in unknown]
+        if not all(seed.isdecimal() for seed in self.seeds.split(",")):
+            complaints.append(f"--seeds {self.seeds} must be whole numbers, separated by commas")
+        return complaints
+
+
+def _preference_data() -> list[str]:
+    return ["--pairwise_data", "data/sft/rlhf_pairwise.json", "--val_pairwise_data", "data/sft/rlhf_pairwise_test.json"]
+
+
+# How each algorithm is started, but for seeds, threads and folders; {models} is --models_dir
+COMMANDS: dict[str, list[str]] = {
+    "ppo": ["--mode", "ppo", *_preference_data(), "--sft_model", "{models}/sft/sft_best.pth"]
+    + ["--reward_model", "{models}/reward/reward_best.pth", "--sft_data", "data/sft/sft_data.json"],
+    "grpo": ["--mode", "grpo", "--sft_model", "{models}/sft/sft_best.pth"],
+    "dpo": ["--mode", "dpo", *_preference_data(), "--sft_model", "{models}/sft/sft_best.pth"],
+    "sft": ["--mode", "sft", "--pretrained_model", "{models}/pretrain/pretrain_best.pth"],
+    "student": ["--mode", "distill", "--teacher_model", "{models}/sft/sft_best.pth", "--alpha", "0", *STUDENT],
+    "distill": ["--mode", "distill", "--teacher_model", "{models}/sft/sft_best.pth", *STUDENT],
+}
+ONE_SEED = ("sft", "student", "distill")
+
+
+def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tuple[Path, float]:
+    """Train; returns the best model's path and the seconds of the whole process."""
+    algorithm, *variant = name.split("+")
+    command = [argument.format(models=config.models_dir) for argument in COMMANDS[algorithm]]
+    command += ["--seed", seed, "--num_threads", str(config.num_threads), "--output_dir", str(folder)]
+    command += LORA if variant else []
+    command += ["--max_steps", str(config.max_steps)] if config.max_steps else []
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "finetune.py", *command], cwd=ROOT, text=True, capture_output=True)
+    if done.returncode:
+        raise UserError(f"{name} failed: {done.stderr.strip()[-2000:]}")
+    (best,) = folder.glob("*_best.pth")
+    return best, time.perf_counter() - start
+
+
+def ask(model_path: Path, config: BenchConfig, folder: Path) -> dict[str, float]:
+    """Scores of the model's greedy answers to the held-out questions."""
+    result = folder / "answers.json"
+    command = [sys.executable, "evaluator.py", "--model_path", str(model_path), "--model_type", "sft"]
+    command += ["--test_data_path", "data/sft/sft_test.json", "--output_path", str(result)]
+    command += ["--max_samples", str(config.max_questions)] if config.max_questions else []
+    done = subprocess.run([*command, "--num_threads", str(config.num_threads)], cwd=ROOT, text=True, capture_output=True)
+    if done.returncode:
+        raise UserError(f"evaluating {model_path} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(result.read_text(encoding="utf-8"))["scores"]
+
+
+@torch.no_grad()
+def divergence(policy: GPTModel, reference: GPTModel, tokenizer: object, prompts: list[list[dict]]) -> float:
+    """Mean of Σ log π(token) − log π_ref(token) over sampled answers: the KL divergence in nats an answer."""
+    answers = generate_texts(policy, tokenizer, prompts, chat=True, temperature=1.0, seed=0)
+    total = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        prompt_ids = encode_prompt(tokenizer, prompt, chat=True)
+        ids = torch.tensor([prompt_ids + answer.token_ids])  # (1, T)
+        mask, first = torch.ones_like(ids), len(prompt_ids)
+        ours, theirs = (token_log_probs(model, ids, mask, first=first)[0] for model in (policy, reference))  # (1, R)
+        total += float((ours - theirs).sum())
+    return total / len(prompts)
+
+
+def trained_share(model_path: Path) -> float:
+    """Adapter weights as a share of the model's; 1 for a model that was trained in full."""
+    content = load_checkpoint(model_path)
+    if "lora" not in content:
+        return 1.0
+    model, _, _ = load_model(model_path)
+    return sum(tensor.numel() for tensor in content["model"].values()) / model.num_parameters()
+
+
+def measure(name: str, seed: str, model_path: Path, seconds: float, config: BenchConfig, folder: Path) -> dict:
+    """One row of the table."""
+    scores = ask(model_path, config, folder)
+    row = {"run": name, "seed": int(seed), "seconds": round(seconds, 1)}
+    row |= {"exact": scores["exact"], "preferred": scores["preferred"], "trained": trained_share(model_path), "kl": None}
+    if name.split("+")[0] in ("ppo", "grpo", "dpo"):
+        policy, tokenizer, _ = load_model(model_path)
+        reference, _, _ = load_model(Path(config.models_dir) / "sft" / "sft_best.pth")
+        questions = load_conversations("data/sft/sft_test.json")[:: 3 if not config.max_questions else 1]
+        questions = questions[: config.max_questions or None]
+        row["kl"] = divergence(policy, reference, tokenizer, [messages[:-1] for messages in questions])
+    return row
+
+
+def print_row(row: dict) -> None:
+    """A line of the table for people."""
+    kl = "      –" if row["kl"] is None else f"{row['kl']:7.2f}"
+    print(
+        f"{row['run']:<10} {row['seed']:>4} {row['seconds']:>8.1f} {row['exact']:>8.1%} {row['preferred']:>10.1%} {kl} "
+        f"{row['trained']:>8.1%}",
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run everything, print a line for each run and at last one JSON object."""
+    config = parse_config(BenchConfig, argv, description=__doc__.splitlines()[0])
+    os.chdir(ROOT)
+    torch.set_num_threads(config.num_threads)
+    sft_model = require_file(Path(config.models_dir) / "sft" / "sft_best.pth", "the SFT model", "run run_training.sh")
+    environment = f"{platform.machine()}, {config.num_threads} threads, torch {torch.__version__}, {date.today()}"
+    print(f"{environment}\n{'run':<10} seed  seconds    exact  preferred      kl  trained", flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(config.output_dir or scratch)
+        root.mkdir(parents=True, exist_ok=True)
+        rows.append(measure("sft", "0", sft_model, 0.0, config, root))
+        print_row(rows[-1])
+        for name in config.runs.split(","):
+            seeds = config.seeds.split(",")
+            for seed in seeds[:1] if name.split("+")[0] in ONE_SEED else seeds:
+                folder = root / f"{name}_{seed}"
+                model_path, seconds = run_algorithm(name, seed, config, folder)
+                rows.append(measure(name, seed, model_path, seconds, config, folder))
+                print_row(rows[-1])
+    print(json.dumps({"environment": environment, "rows": rows}))
+
+
+if __name__ == "__main__":
+    run_main(main)
