@@ -50,7 +50,7 @@ Span = tuple[Request, int]  # a running request and how many of its tokens come 
 
 
 class Engine:
-    """Answers requests with one model, many at a time.
+    """Answers requests with one model, many at a time. Its methods may be called from any thread.
 
     Args:
         model: in evaluation mode while it computes.
@@ -288,12 +288,15 @@ class Engine:
                 if spans:
                     self._deliver(spans, *self._compute(spans))
             except Exception as error:
+                if not spans:  # a mistake in this file, which the next step would make again
+                    raise
                 logger.exception("a step of the engine failed")
                 statistics.failed_steps += 1
                 failure = RequestFailed(f"the computation failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 for request, _ in spans:
-                    self._fail(request, failure)
+                    if not request.finished:
+                        self._fail(request, failure)
             if spans:
                 statistics.steps += 1
                 elsewhere = statistics.model_seconds + statistics.sampling_seconds - elsewhere

@@ -235,6 +235,24 @@ def test_a_step_that_raises_fails_its_own_requests_only(gpt2, monkeypatch):
     assert engine.cache.n_used == 0
 
 
+def test_a_step_that_fails_after_some_of_its_requests_have_finished(gpt2, monkeypatch):
+    """Who had the last token has its answer; the others fail once, and the engine goes on."""
+    engine = Engine(gpt2, None)
+    first = engine.submit(prompt(5), SamplingParams(1, temperature=0, ignore_eos=True))
+    second, third = engine.submit(prompt(6), GREEDY), engine.submit(prompt(7), GREEDY)
+    accept = engine._accept
+    monkeypatch.setattr(
+        engine, "_accept", lambda request, *more: 1 / 0 if request is second else accept(request, *more)
+    )
+    engine.step()
+    assert first.result().finish_reason == "length"
+    for request in (second, third):
+        with pytest.raises(RequestFailed, match="ZeroDivisionError"):
+            request.result()
+    assert engine.statistics().finished == {"length": 1, "error": 2}
+    assert engine.submit(prompt(5), GREEDY).result().token_ids == alone(gpt2, prompt(5), 20)
+
+
 def test_run_raises_what_the_model_raised(gpt2, monkeypatch):
     """A training loop must be able to tell memory that ran out from other errors."""
     engine = Engine(gpt2, None)
