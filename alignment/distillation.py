@@ -53,7 +53,7 @@ class DistillationConfig(TrainingConfig):
     optimizer: str = option("muon", "adamw, or muon for hidden matrices beside adamw", choices=("adamw", "muon"))
     batch_size: int = option(32, "conversations or windows of one forward pass on one rank")
     lr: float = option(3e-3, "peak learning rate")
-    epochs: float = option(8.0, "passes over the training data, if --max_steps is 0")
+    epochs: float = option(6.0, "passes over the training data, if --max_steps is 0")
     alpha: float = option(0.9, "the teacher's share of the loss, 0 … 1; the rest is the labels'")
     temperature: float = option(1.0, "both distributions are softened by it; above 1, small probabilities count more")
     from_text: bool = option(False, "learn from texts that the teacher writes, not from its probabilities")
