@@ -56,6 +56,7 @@ class GRPOConfig(RolloutConfig):
     reward: str = option("answer_checker.py:preference_reward", "PATH.py:FUNCTION(prompts, responses, records)")
     output_dir: str = option("models/grpo", "folder for checkpoints, metrics and curves")
     rollout_batch_size: int = option(128, "answers that each rank writes for one step")
+    batch_size: int = option(128, "answers of one forward pass")
     lr: float = option(5e-5, "peak learning rate")
     epochs: float = option(0.1, "passes over the prompts, if --max_steps is 0")
     group_size: int = option(8, "G: answers to each prompt")

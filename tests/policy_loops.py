@@ -39,11 +39,12 @@ def make_tokenizer():
 
 
 def make_policy(tokenizer, seed=0):
-    """A random policy that is not too sure of anything."""
+    """A random policy that is not too sure of anything, and ends some of its answers early."""
     sizes = {**TINY, "vocab_size": len(tokenizer), "max_seq_len": 48, "n_kv_heads": 2}
     policy = GPTModel.from_config(GPTConfig.for_architecture("modern", **sizes))
     randomize(policy, seed)
     policy.lm_head.weight.data.mul_(0.5)
+    policy.lm_head.weight.data[tokenizer.eos_token_id] *= 4
     return policy.eval()
 
 
@@ -110,6 +111,7 @@ def main():
     results = {name: two_steps(name, folder / name, make_tokenizer(), 2) for name in ALGORITHMS}
     if distributed.is_main():
         (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    distributed.barrier()  # who leaves first must not take the connection with it
     distributed.stop()
 
 

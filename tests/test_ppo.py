@@ -21,14 +21,14 @@ from run_log import read_metrics
 
 
 class LikesSmallNumbers(RewardModel):
-    """A scripted reward: how many tokens of the answer have an id below 100. Its critic begins by expecting nothing."""
+    """A scripted reward: how many tokens of the answer have an id from 3 to 99. Its critic expects nothing at first."""
 
     def __init__(self, backbone):
         super().__init__(backbone)
         torch.nn.init.zeros_(self.reward_head.weight)
 
     def rewards(self, input_ids, attention_mask):
-        return (input_ids.lt(100) & attention_mask.bool())[:, -6:].float().sum(1)
+        return (input_ids.gt(2) & input_ids.lt(100) & attention_mask.bool())[:, -6:].float().sum(1)
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_the_reward_rises_and_the_price_of_divergence_holds_it_back(tmp_path, to
                 best.append(loop.train())
             torch.manual_seed(0)
             answers = policy.generate(**prompts, max_gen_len=6)[:, prompts["input_ids"].size(1) :]
-            shares.append(answers.lt(100).float().mean().item())
+            shares.append((answers.gt(2) & answers.lt(100)).float().mean().item())
     before, after, _, held_back = shares
     assert before < 0.45
     assert after > 0.75
