@@ -39,7 +39,7 @@ from gpt_model import GPTModel  # noqa: E402
 from text_generation import encode_prompt, generate_texts  # noqa: E402
 
 LORA = ["--lora_rank", "4", "--lora_targets", "all"]
-STUDENT = ["--d_model", "96", "--n_layers", "2", "--n_heads", "2"]
+STUDENT = ["--d_model", "96", "--n_layers", "2", "--n_heads", "2", "--epochs", "6"]
 
 
 @dataclass
@@ -73,7 +73,8 @@ COMMANDS: dict[str, list[str]] = {
     "ppo": ["--mode", "ppo", *_preference_data(), "--sft_model", "{models}/sft/sft_best.pth"]
     + ["--reward_model", "{models}/reward/reward_best.pth", "--sft_data", "data/sft/sft_data.json"],
     "grpo": ["--mode", "grpo", "--sft_model", "{models}/sft/sft_best.pth"],
-    "dpo": ["--mode", "dpo", *_preference_data(), "--sft_model", "{models}/sft/sft_best.pth"],
+    "dpo": ["--mode", "dpo", *_preference_data(), "--sft_model", "{models}/sft/sft_best.pth"]
+    + ["--sft_data", "data/sft/sft_data.json"],
     "sft": ["--mode", "sft", "--pretrained_model", "{models}/pretrain/pretrain_best.pth"],
     "student": ["--mode", "distill", "--teacher_model", "{models}/sft/sft_best.pth", "--alpha", "0", *STUDENT],
     "distill": ["--mode", "distill", "--teacher_model", "{models}/sft/sft_best.pth", *STUDENT],
