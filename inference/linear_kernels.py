@@ -52,7 +52,7 @@ SINGLE_THREAD = 1 << 17  # below so many multiplications, waking a second thread
 TINY_LAYER = 1 << 18  # so many weights take 1 MiB when expanded
 BLOCK = 1 << 20  # so many weights are expanded at once: they stay in the cache until they are used
 
-Product = Callable[[torch.Tensor], torch.Tensor]  # x (M, K) fp32 → x Wᵀ + bias (M, N) fp32
+Product = Callable[[torch.Tensor], torch.Tensor]  # x (…, K) fp32, contiguous → x Wᵀ + bias (…, N) fp32
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,16 +105,19 @@ class InferenceLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, K) → (…, N), in the type of x."""
-        if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+        if not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
             inputs = round_inputs(x) if self.int8_inputs else x
             return plain_linear(inputs, self.weight, self.scale, self.bias)
-        rows = x.reshape(-1, self.in_features).to(torch.float32).contiguous()  # (M, K)
-        n_rows = len(rows)
+        # Nothing more than needed: of a small model's step, a fifth would go into views and conversions to what x is
+        rows = x if x.dtype == torch.float32 else x.float()
+        rows = rows if rows.is_contiguous() else rows.contiguous()
+        n_rows = rows.numel() // self.in_features
         bucket = (n_rows > 1) + (n_rows > 4) + (n_rows > 16) + (n_rows > 64)
         product = self._products[bucket]
         if product is None:
             product = self._products[bucket] = self._choose(bucket)
-        return product(rows).view(*x.shape[:-1], self.out_features).to(x.dtype)
+        y = product(rows)  # (…, N)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _choose(self, bucket: int) -> Product:
         ways = self._ways()
@@ -226,8 +229,8 @@ def native_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
     def product(x: torch.Tensor, keep_alive: object = tensors) -> torch.Tensor:
-        n_rows = len(x)
-        y = torch.empty(n_rows, n_out)
+        y = torch.empty(*x.shape[:-1], n_out)
+        n_rows = x.numel() // n_in
         threads = torch.get_num_threads() if n_rows * n_out * n_in > SINGLE_THREAD else 1
         function(x.data_ptr(), *addresses, y.data_ptr(), n_rows, n_out, n_in, threads)
         return y
@@ -235,16 +238,21 @@ def native_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch
     return product
 
 
+def in_rows(product: Product) -> Product:
+    """A way for x (…, K) of one that takes x (M, K) only."""
+    return lambda x: product(x.view(-1, x.size(-1))).view(*x.shape[:-1], -1)
+
+
 def onednn_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     """FP32 weights in oneDNN's own order."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return in_rows(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""))
 
 
 def fbgemm_fp16_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     """FP16 weights in fbgemm's own order; inputs and sums are FP32."""
     packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    return in_rows(lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed))
 
 
 def integer_product(
@@ -254,10 +262,10 @@ def integer_product(
     packed, limit = pack_weights(weight, scale), limit or integer_kernel_limit()
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        y = integer_linear(x, packed, digits, limit)
+        y = integer_linear(x, packed, digits, limit)  # (M, N)
         return y if bias is None else y.add_(bias)
 
-    return product
+    return in_rows(product)
 
 
 def pack_weights(weight: torch.Tensor, scale: torch.Tensor) -> torch.ScriptObject:

@@ -70,6 +70,8 @@ def prepare_for_inference(model: GPTModel, weights: str = "fp32") -> GPTModel:
             id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in model.parameters()
         }
     for name, part in model.named_modules():
+        if isinstance(part, nn.Dropout):
+            memo[id(part)] = nn.Identity()  # three calls a layer and step that do nothing
         if isinstance(part, nn.Linear | InferenceLinear):
             _require_finite(part.weight, name, "is damaged; use another checkpoint")
             memo[id(part)] = InferenceLinear.from_linear(part, weights)
