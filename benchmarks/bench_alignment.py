@@ -10,20 +10,19 @@
 
 Each run is the command line that a user would type. Its model then answers the held-out questions of data/sft greedily:
 `exact` is the share of right answers, `preferred` the share that answer_checker.py prefers (right, whole and polite).
-`kl` is the divergence from the SFT model in nats an answer, over answers sampled at temperature 1.
+`kl` is the divergence from the SFT model in nats an answer, over answers sampled at temperature 1. `cpu s` are the
+processor's seconds of the whole training process, on all cores together.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from alignment.log_probabilities import token_log_probs  # noqa: E402
+from benchmarks.tables import Table, about, in_a_sentence, write_section  # noqa: E402
 from checkpoint import load_checkpoint, load_model  # noqa: E402
 from command_line import UserError, option, parse_config, require_file, run_main  # noqa: E402
 from conversation_data import load_conversations  # noqa: E402
@@ -53,6 +53,7 @@ class BenchConfig:
     max_questions: int = option(0, "held-out questions; 0 means all")
     num_threads: int = option(2, "CPU threads")
     output_dir: str = option("", "where to keep the runs; empty: nowhere")
+    write: str = option("", "a Markdown page that takes the table; empty: none")
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
@@ -83,18 +84,19 @@ ONE_SEED = ("sft", "student", "distill")
 
 
 def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tuple[Path, float]:
-    """Train; returns the best model's path and the seconds of the whole process."""
+    """Train; returns the best model's path and the processor's seconds of the whole process."""
     algorithm, *variant = name.split("+")
     command = [argument.format(models=config.models_dir) for argument in COMMANDS[algorithm]]
     command += ["--seed", seed, "--num_threads", str(config.num_threads), "--output_dir", str(folder)]
     command += LORA if variant else []
     command += ["--max_steps", str(config.max_steps)] if config.max_steps else []
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "finetune.py", *command], cwd=ROOT, text=True, capture_output=True)
     if done.returncode:
         raise UserError(f"{name} failed: {done.stderr.strip()[-2000:]}")
     (best,) = folder.glob("*_best.pth")
-    return best, time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def ask(model_path: Path, config: BenchConfig, folder: Path) -> dict[str, float]:
@@ -103,7 +105,9 @@ def ask(model_path: Path, config: BenchConfig, folder: Path) -> dict[str, float]
     command = [sys.executable, "evaluator.py", "--model_path", str(model_path), "--model_type", "sft"]
     command += ["--test_data_path", "data/sft/sft_test.json", "--output_path", str(result)]
     command += ["--max_samples", str(config.max_questions)] if config.max_questions else []
-    done = subprocess.run([*command, "--num_threads", str(config.num_threads)], cwd=ROOT, text=True, capture_output=True)
+    done = subprocess.run(
+        [*command, "--num_threads", str(config.num_threads)], cwd=ROOT, text=True, capture_output=True
+    )
     if done.returncode:
         raise UserError(f"evaluating {model_path} failed: {done.stderr.strip()[-2000:]}")
     return json.loads(result.read_text(encoding="utf-8"))["scores"]
@@ -135,8 +139,13 @@ def trained_share(model_path: Path) -> float:
 def measure(name: str, seed: str, model_path: Path, seconds: float, config: BenchConfig, folder: Path) -> dict:
     """One row of the table."""
     scores = ask(model_path, config, folder)
-    row = {"run": name, "seed": int(seed), "seconds": round(seconds, 1)}
-    row |= {"exact": scores["exact"], "preferred": scores["preferred"], "trained": trained_share(model_path), "kl": None}
+    row = {"run": name, "seed": int(seed), "cpu_seconds": round(seconds, 1)}
+    row |= {
+        "exact": scores["exact"],
+        "preferred": scores["preferred"],
+        "trained": trained_share(model_path),
+        "kl": None,
+    }
     if name.split("+")[0] in ("ppo", "grpo", "dpo"):
         policy, tokenizer, _ = load_model(model_path)
         reference, _, _ = load_model(Path(config.models_dir) / "sft" / "sft_best.pth")
@@ -146,14 +155,18 @@ def measure(name: str, seed: str, model_path: Path, seconds: float, config: Benc
     return row
 
 
-def print_row(row: dict) -> None:
-    """A line of the table for people."""
-    kl = "      –" if row["kl"] is None else f"{row['kl']:7.2f}"
-    print(
-        f"{row['run']:<10} {row['seed']:>4} {row['seconds']:>8.1f} {row['exact']:>8.1%} {row['preferred']:>10.1%} {kl} "
-        f"{row['trained']:>8.1%}",
-        flush=True,
+def as_table(rows: list[dict]) -> Table:
+    """All rows, for people."""
+    header = ["run", "seed", "exact", "preferred", "KL, nats an answer", "parameters trained", "cpu s"]
+    cells = [
+        [row["run"], str(row["seed"]), f"{row['exact']:.1%}", f"{row['preferred']:.1%}"]
+        + ["–" if row["kl"] is None else f"{row['kl']:.2f}", f"{row['trained']:.1%}", f"{row['cpu_seconds']:.0f}"]
+        for row in rows
+    ]
+    note = (
+        "Answers to the held-out questions of the sample world, greedy; every algorithm starts from the same SFT model."
     )
+    return Table("Alignment", note, header, cells)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,22 +175,29 @@ def main(argv: list[str] | None = None) -> None:
     os.chdir(ROOT)
     torch.set_num_threads(config.num_threads)
     sft_model = require_file(Path(config.models_dir) / "sft" / "sft_best.pth", "the SFT model", "run run_training.sh")
-    environment = f"{platform.machine()}, {config.num_threads} threads, torch {torch.__version__}, {date.today()}"
-    print(f"{environment}\n{'run':<10} seed  seconds    exact  preferred      kl  trained", flush=True)
+    facts = about()
+    print(in_a_sentence(facts), flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(config.output_dir or scratch)
         root.mkdir(parents=True, exist_ok=True)
-        rows.append(measure("sft", "0", sft_model, 0.0, config, root))
-        print_row(rows[-1])
+
+        def add(name: str, seed: str, model_path: Path, seconds: float) -> None:
+            rows.append(measure(name, seed, model_path, seconds, config, root))
+            print(
+                json.dumps(rows[-1]), file=sys.stderr, flush=True
+            )  # the runs are long: each shows its figures at once
+
+        add("sft", "0", sft_model, 0.0)
         for name in config.runs.split(","):
             seeds = config.seeds.split(",")
             for seed in seeds[:1] if name.split("+")[0] in ONE_SEED else seeds:
-                folder = root / f"{name}_{seed}"
-                model_path, seconds = run_algorithm(name, seed, config, folder)
-                rows.append(measure(name, seed, model_path, seconds, config, folder))
-                print_row(rows[-1])
-    print(json.dumps({"environment": environment, "rows": rows}))
+                add(name, seed, *run_algorithm(name, seed, config, root / f"{name}_{seed}"))
+    table = as_table(rows)
+    print(table.plain())
+    if config.write:
+        write_section(Path(config.write), "alignment", f"## Alignment\n\n{in_a_sentence(facts)}\n\n{table.markdown()}")
+    print(json.dumps({"benchmark": "alignment", **facts, "rows": rows}))
 
 
 if __name__ == "__main__":
