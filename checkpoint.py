@@ -283,7 +283,14 @@ def tokenizer_of(content: dict[str, Any]) -> ByteLevelBPETokenizer:
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path, assign: bool = False) -> None:
-    """Copy a state dict into a model of the same names and shapes; `assign` takes the very tensors instead."""
+    """Copy a state dict into a model of the same names and shapes; `assign` takes the very tensors instead.
+
+    Raises:
+        UserError: other names or shapes, or weights that are not finite numbers.
+    """
+    for name, tensor in state.items():  # a sum is not finite if one number is not, and needs no memory
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            raise UserError(f"{path} is damaged: {name} holds NaN or infinity; use another checkpoint")
     try:
         model.load_state_dict(state, strict=True, assign=assign)
     except RuntimeError as error:

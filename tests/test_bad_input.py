@@ -141,6 +141,7 @@ sft | --data_path good.txt | good.txt is none of the supported kinds of file; co
 sft | --pretrained_model missing.pth | missing.pth does not exist; run pretrain_trainer.py first
 sft | --pretrained_model empty_folder | empty_folder is a folder, not a file
 sft | --pretrained_model damaged.pth | damaged.pth is damaged; use another one, or train it again
+sft | --pretrained_model nan.pth | nan.pth is damaged: final_norm.weight holds NaN or infinity; use another checkpoint
 sft | --pretrained_model cut.pth | cut.pth is damaged; use another one, or train it again
 sft | --pretrained_model good.txt | good.txt is damaged
 sft | --pretrained_model foreign.pth | foreign.pth is not a checkpoint of this project
@@ -200,14 +201,12 @@ evaluate | base.pth --model_type sft --max_samples 0 | --max_samples must be at 
 evaluate | base.pth --model_type sft --temperature -1 | --temperature must
 evaluate | base.pth --model_type sft --top_k -1 | --top_k must
 
-evaluate | nan.pth --model_type sft | the model's output is not finite; its weights may be damaged
-evaluate | nan.pth --model_type pretrain --test_data_path good.txt | the model's loss is not a finite number
+evaluate | nan.pth --model_type sft | nan.pth is damaged: final_norm.weight holds NaN or infinity; use another checkpoint
 
 generate | missing.pth | missing.pth does not exist
 generate | damaged.pth | damaged.pth is damaged
 generate | reward.pth | reward.pth is a reward model
-generate | nan.pth | nan.pth: the model's output is not finite; use another checkpoint
-generate | nan.pth --num_beams 2 | the model's logits are not finite; use another checkpoint
+generate | nan.pth | nan.pth is damaged: final_norm.weight holds NaN or infinity; use another checkpoint
 generate | base.pth --prompt | --prompt is missing; give a text
 generate | base.pth --prompt '' | --prompt is empty; give at least one character
 generate | base.pth --prompt LONG | tokens and the model's context only 48; shorten it
