@@ -201,7 +201,7 @@ evaluate | base.pth --model_type sft --max_samples 0 | --max_samples must be at 
 evaluate | base.pth --model_type sft --temperature -1 | --temperature must
 evaluate | base.pth --model_type sft --top_k -1 | --top_k must
 
-evaluate | nan.pth --model_type sft | nan.pth is damaged: final_norm.weight holds NaN or infinity; use another checkpoint
+evaluate | nan.pth | nan.pth is damaged: final_norm.weight holds NaN or infinity; use another checkpoint
 
 generate | missing.pth | missing.pth does not exist
 generate | damaged.pth | damaged.pth is damaged
