@@ -48,7 +48,7 @@ class BenchConfig:
 
     models_dir: str = option("models", "what run_training.sh has left: a pretrained, an SFT and a reward model")
     runs: str = option("ppo,grpo,dpo,ppo+lora,grpo+lora,dpo+lora,sft+lora,student,distill", "what to run, by commas")
-    seeds: str = option("0,1,2", "seeds of the runs, by commas; sft+lora, student and distill take the first only")
+    seeds: str = option("0,1,2", "seeds of ppo, grpo and dpo, by commas; the other runs take the first")
     max_steps: int = option(0, "steps of each run; 0 means as many as the defaults say")
     max_questions: int = option(0, "held-out questions; 0 means all")
     num_threads: int = option(2, "CPU threads")
@@ -80,7 +80,7 @@ COMMANDS: dict[str, list[str]] = {
     "student": ["--mode", "distill", "--teacher_model", "{models}/sft/sft_best.pth", "--alpha", "0", *STUDENT],
     "distill": ["--mode", "distill", "--teacher_model", "{models}/sft/sft_best.pth", *STUDENT],
 }
-ONE_SEED = ("sft", "student", "distill")
+SEVERAL_SEEDS = ("ppo", "grpo", "dpo")
 
 
 def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tuple[Path, float]:
@@ -146,7 +146,7 @@ def measure(name: str, seed: str, model_path: Path, seconds: float, config: Benc
         "trained": trained_share(model_path),
         "kl": None,
     }
-    if name.split("+")[0] in ("ppo", "grpo", "dpo"):
+    if name.split("+")[0] in SEVERAL_SEEDS:
         policy, tokenizer, _ = load_model(model_path)
         reference, _, _ = load_model(Path(config.models_dir) / "sft" / "sft_best.pth")
         questions = load_conversations("data/sft/sft_test.json")[:: 3 if not config.max_questions else 1]
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         add("sft", "0", sft_model, 0.0)
         for name in config.runs.split(","):
             seeds = config.seeds.split(",")
-            for seed in seeds[:1] if name.split("+")[0] in ONE_SEED else seeds:
+            for seed in seeds if name in SEVERAL_SEEDS else seeds[:1]:
                 add(name, seed, *run_algorithm(name, seed, config, root / f"{name}_{seed}"))
     table = as_table(rows)
     print(table.plain())
