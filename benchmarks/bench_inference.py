@@ -46,6 +46,7 @@ from inference.quantizer import prepare_for_inference, weight_bytes  # noqa: E40
 
 Result = dict[str, Any]
 FIRST_WORD = 257  # ids from here on are letters; before them stand the end of a text, padding and single bytes
+READ = "memory read"  # an action among those that are timed
 EXACT, INTEGER = 1e-3, 5e-2  # how far logits may be off with floating-point and with INT8 weights
 OURS = {  # name: kind of weights, how far its logits may be off
     "FP32": ("fp32", EXACT),
@@ -69,7 +70,7 @@ class BenchmarkConfig:
     n_heads: int = option(12, "heads")
     max_seq_len: int = option(1024, "context")
     num_threads: int = option(0, "CPU threads of every contestant; 0 means as many as torch takes")
-    rounds: int = option(5, "how often the contestants take turns")
+    rounds: int = option(9, "how often the contestants take turns")
     quick: bool = option(False, "one round of few tokens: shows that everything works, gives no figures to quote")
     write: str = option("", "a Markdown page that takes the tables; empty: none")
     seed: int = option(0, "of the random weights and prompts")
@@ -102,17 +103,35 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median time of each action in seconds; one after another, so often as there are rounds."""
-    times = [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
-    return {name: statistics.median(of_round[name] for of_round in times) for name in actions}
+Times = dict[str, list[float]]  # of each action in seconds, a number for each round
 
 
-def read_bandwidth(device: torch.device, quick: bool) -> float:
-    """Bytes a second that all threads together can read: the sum of an FP32 tensor far larger than any cache."""
+def take_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> Times:
+    """How long each action takes, one after another, so often as there are rounds."""
+    of_rounds = [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
+    return {name: [of_round[name] for of_round in of_rounds] for name in actions}
+
+
+def rates(times: Times, n_items: int) -> dict[str, float]:
+    """Items a second of each action, by its median time."""
+    return {name: n_items / statistics.median(durations) for name, durations in times.items()}
+
+
+def speedup(times: Times, ours: str, theirs: str) -> float | None:
+    """How many times as fast; None if one of them was left out.
+
+    The median of the ratios within each round: a machine that slows down for a while slows both.
+    """
+    if ours not in times or theirs not in times:
+        return None
+    return statistics.median(their / our for our, their in zip(times[ours], times[theirs], strict=True))
+
+
+def memory_reader(device: torch.device, quick: bool) -> tuple[Callable[[], float], int]:
+    """An action that reads memory with all threads, the sum of an FP32 tensor far larger than any cache; and how many
+    bytes it reads."""
     numbers = torch.ones((1 << 24 if quick else 1 << 28) * (4 if device.type == "cuda" else 1), device=device)
-    numbers.sum().item()
-    return numbers.nbytes / take_turns({"read": lambda: numbers.sum().item()}, 7)["read"]
+    return lambda: numbers.sum().item(), numbers.nbytes
 
 
 @dataclass
@@ -153,16 +172,15 @@ class Report:
             + [words[goal["met"]]]
             for goal in self.goals
         ]
-        self.add("goals", Table("Goals", "Ratios of medians.", ["", "measured", "at least", "met"], rows), self.goals)
+        self.add(
+            "goals",
+            Table("Goals", "Medians of the ratios within each round.", ["", "measured", "at least", "met"], rows),
+            self.goals,
+        )
         if page:
             tables = "\n\n".join(table.markdown() for table in self.tables)
             write_section(Path(page), "inference", f"## Inference\n\n{self.setting}\n\n{tables}")
         print(json.dumps(self.figures))
-
-
-def ratio(speeds: Mapping[str, float], ours: str, theirs: str) -> float | None:
-    """How many times as fast; None if one of them was left out."""
-    return speeds[ours] / speeds[theirs] if ours in speeds and theirs in speeds else None
 
 
 def bytes_read(model: GPTModel) -> int:
@@ -195,34 +213,39 @@ def contestants(
     return found
 
 
-def measure_decoding(
-    report: Report, found: Mapping[str, Contestant], bandwidth: float, n_tokens: int, rounds: int
-) -> None:
+def measure_decoding(report: Report, found: Mapping[str, Contestant], n_tokens: int, rounds: int, quick: bool) -> None:
     """Tokens a second of one stream."""
     actions = {name: lambda c=c: c.generator.generate([FIRST_WORD], n_tokens) for name, c in found.items()}
+    read, n_bytes = memory_reader(torch.device("cpu"), quick)
     take_turns({name: lambda c=c: c.generator.generate([FIRST_WORD], 4) for name, c in found.items()}, 1)  # warm up
-    times = take_turns(actions, rounds)
+    times = take_turns({**actions, READ: read}, rounds)
+    goals = [
+        ("decoding FP32 ÷ transformers FP32", speedup(times, "ours FP32", "transformers FP32"), 2.2),
+        ("decoding FP32 ÷ llama.cpp F32", speedup(times, "ours FP32", "llama.cpp F32"), 1.0),
+        ("decoding INT8 ÷ transformers FP32", speedup(times, "ours INT8", "transformers FP32"), 6.0),
+        ("decoding INT8 ÷ llama.cpp Q8_0", speedup(times, "ours INT8", "llama.cpp Q8_0"), 1.1),
+    ]
     base, uncached = "transformers FP32", "transformers FP32, no cache"
     if base in found:
         found[base].generator.use_cache = False
-        times[uncached] = seconds(actions[base])  # it is slow enough to be timed once
+        times[uncached] = [seconds(actions[base])] * rounds  # it is slow enough to be timed once
         found[base].generator.use_cache = True
         found = {**found, uncached: found[base]}
-    speeds = {name: n_tokens / duration for name, duration in times.items()}
+    speeds, bandwidth = rates(times, n_tokens), n_bytes / statistics.median(times[READ])
     figures = {
         name: {
-            "tokens_per_second": speed,
-            "weight_bytes": found[name].weight_bytes,
-            "share_of_bandwidth": found[name].weight_bytes * speed / bandwidth,
-            "logits_error": found[name].error,
+            "tokens_per_second": speeds[name],
+            "weight_bytes": contestant.weight_bytes,
+            "share_of_bandwidth": contestant.weight_bytes * n_tokens / n_bytes * speedup(times, name, READ),
+            "logits_error": contestant.error,
         }
-        for name, speed in speeds.items()
+        for name, contestant in found.items()
     }
     rows = [
         [
             name,
             f"{row['tokens_per_second']:.1f}",
-            f"{speeds[name] / speeds[base]:.2f}" if base in found else "",
+            f"{speedup(times, name, base):.2f}" if base in found else "",
             f"{row['weight_bytes'] / 1e6:.0f}",
             f"{row['share_of_bandwidth']:.0%}",
             f"{row['logits_error']:.2%}",
@@ -231,30 +254,28 @@ def measure_decoding(
     ]
     note = (
         f"Greedy, {n_tokens} tokens after a prompt of one. Of the limit: bytes of weights a token reads × tokens/s ÷ "
-        f"{bandwidth / 1e9:.1f} GB/s, at which the same threads sum a large FP32 tensor. Logits' error: relative to "
-        "our FP32 model's."
+        f"the speed at which the same threads, in the same round, sum an FP32 tensor ({bandwidth / 1e9:.1f} GB/s). "
+        "Logits' error: relative to our FP32 model's."
     )
     header = ["decoding, batch 1", "tokens/s", "× transformers", "MB a token", "of the limit", "logits' error"]
     report.add("decoding", Table("Decoding, batch 1", note, header, rows), figures)
-    report.goal("decoding FP32 ÷ transformers FP32", ratio(speeds, "ours FP32", base), 2.2)
-    report.goal("decoding FP32 ÷ llama.cpp F32", ratio(speeds, "ours FP32", "llama.cpp F32"), 1.0)
-    report.goal("decoding INT8 ÷ transformers FP32", ratio(speeds, "ours INT8", base), 6.0)
-    report.goal("decoding INT8 ÷ llama.cpp Q8_0", ratio(speeds, "ours INT8", "llama.cpp Q8_0"), 1.1)
-    report.goal("decoding INT8, share of the bandwidth", figures["ours INT8"]["share_of_bandwidth"], 0.6)
+    report.figures["bandwidth"] = bandwidth
+    for goal in [*goals, ("decoding INT8, share of the bandwidth", figures["ours INT8"]["share_of_bandwidth"], 0.6)]:
+        report.goal(*goal)
 
 
 def measure_prefill(report: Report, found: Mapping[str, Contestant], prompt: Sequence[int], rounds: int) -> None:
     """Tokens a second of reading a prompt."""
     times = take_turns({name: lambda c=c: c.generator.prefill(prompt) for name, c in found.items()}, rounds)
-    speeds = {name: len(prompt) / duration for name, duration in times.items()}
-    rows = [[name, f"{speed:.0f}", f"{times[name] * 1e3:.0f}"] for name, speed in speeds.items()]
+    speeds = rates(times, len(prompt))
+    rows = [[name, f"{speed:.0f}", f"{len(prompt) / speed * 1e3:.0f}"] for name, speed in speeds.items()]
     note = f"{len(prompt)} random tokens into an empty cache, logits of the last one."
     report.add("prefill", Table("Prefill", note, ["prefill", "tokens/s", "ms"], rows), speeds)
-    best = {
-        side: max((speed for name, speed in speeds.items() if name.startswith(side)), default=None)
+    ours, theirs = (
+        max((name for name in speeds if name.startswith(side)), key=speeds.get, default="")
         for side in ("ours", "llama.cpp")
-    }
-    report.goal("prefill, our best ÷ llama.cpp's best", best["llama.cpp"] and best["ours"] / best["llama.cpp"], 1.0)
+    )
+    report.goal("prefill, our best ÷ llama.cpp's best", speedup(times, ours, theirs), 1.0)
 
 
 @torch.inference_mode()
@@ -272,12 +293,16 @@ def measure_cache(report: Report, model: GPTModel, n_tokens: int, n_samples: int
     times = take_turns(
         {"with": lambda: generator.generate([FIRST_WORD], n_tokens), "without": steps_without_cache}, rounds
     )
-    speeds = {"with cache": n_tokens / times["with"], "without cache": n_samples / times["without"]}
+    speeds = {
+        "with cache": rates(times, n_tokens)["with"],
+        "without cache": rates(times, n_samples)["without"],
+    }
     figures = {"n_tokens": n_tokens, **speeds}
     rows = [[name, f"{speed:.1f}", f"{n_tokens / speed:.1f}"] for name, speed in speeds.items()]
     note = f"FP32, {n_tokens} new tokens; without the cache, {n_samples} of the steps are timed, evenly spaced."
     report.add("cache", Table("KV cache", note, ["KV cache", "tokens/s", f"s for {n_tokens}"], rows), figures)
-    report.goal(f"cache ÷ no cache, {n_tokens} tokens", ratio(speeds, "with cache", "without cache"), 8.0)
+    gain = speedup(times, "with", "without") * n_tokens / n_samples
+    report.goal(f"cache ÷ no cache, {n_tokens} tokens", gain, 8.0)
 
 
 def measure_streams(report: Report, loads: Mapping[str, Load], n_streams: int, rounds: int) -> None:
@@ -290,12 +315,12 @@ def measure_streams(report: Report, loads: Mapping[str, Load], n_streams: int, r
         actions[f"{precision}, {n_streams} at once"] = lambda load=load, engine=engine: load.at_once(engine)
     load = next(iter(loads.values()))
     times = take_turns(actions, rounds)
-    speeds = {name: len(load.prompts) * load.n_tokens / duration for name, duration in times.items()}
+    speeds = rates(times, len(load.prompts) * load.n_tokens)
     rows = [[name, f"{speed:.1f}"] for name, speed in speeds.items()]
     note = f"Through the engine: {n_streams} prompts of {len(load.prompts[0])} tokens, {load.n_tokens} new ones each."
     report.add("streams", Table("Many streams", note, ["streams", "tokens/s"], rows), speeds)
     for precision in loads:
-        gain = ratio(speeds, f"{precision}, {n_streams} at once", f"{precision}, one after another")
+        gain = speedup(times, f"{precision}, {n_streams} at once", f"{precision}, one after another")
         report.goal(f"{n_streams} streams ÷ one after another, {precision}", gain, 3.0)
 
 
@@ -333,7 +358,9 @@ def measure_delays(report: Report, load: Load, counts: Sequence[int]) -> None:
 def measure_gpu(report: Report, model: GPTModel, quick: bool, n_tokens: int, rounds: int) -> None:
     """Decoding on a GPU: steps started from Python, recorded as a CUDA graph, compiled and recorded."""
     device = torch.device("cuda")
-    bandwidth = read_bandwidth(device, quick)
+    read, read_bytes = memory_reader(device, quick)
+    read()
+    bandwidth = rates(take_turns({READ: read}, 7), read_bytes)[READ]
     figures: dict[str, Result] = {}
     precisions = {
         "FP32": copy.deepcopy(model),
@@ -350,8 +377,7 @@ def measure_gpu(report: Report, model: GPTModel, quick: bool, n_tokens: int, rou
         }
         actions = {name: lambda way=way: way.generate([FIRST_WORD], n_tokens) for name, way in ways.items()}
         take_turns(actions, 1)  # warm up
-        for way, duration in take_turns(actions, rounds).items():
-            speed = n_tokens / duration
+        for way, speed in rates(take_turns(actions, rounds), n_tokens).items():
             share = n_bytes * speed / bandwidth
             figures[f"{precision}, {way}"] = {"tokens_per_second": speed, "share_of_bandwidth": share}
     rows = [
@@ -370,10 +396,9 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(about("transformers", "llama-cpp-python", "gguf"))
     model = random_model(config)
     prompt = torch.randint(FIRST_WORD, config.vocab_size, (256,)).tolist()
-    bandwidth = read_bandwidth(torch.device("cpu"), config.quick)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
         found = contestants(model, config, prompt[:64], Path(folder), cleanup)
-        measure_decoding(report, found, bandwidth, 16 if config.quick else 128, rounds)
+        measure_decoding(report, found, 16 if config.quick else 64, rounds, config.quick)
         measure_prefill(report, found, prompt[: 64 if config.quick else 256], rounds)
         models = {name: found[f"ours {name}"].generator.model for name in OURS}
     measure_cache(report, models["FP32"], *((64, 4) if config.quick else (512, 16)), min(rounds, 3))

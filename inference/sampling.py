@@ -211,7 +211,8 @@ def sample_batch(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> Samp
         scores = scores.clone()
         for row in adjusted:
             samplers[row].adjust(scores[row])
-    best, token_ids = scores.max(dim=-1)  # (B,), (B,)
+    token_ids = scores.argmax(dim=-1)  # (B,), of NaN where there is one
+    best = scores.gather(1, token_ids.unsqueeze(1)).squeeze(1)  # (B,); `max` would give both, in twice the time
     if not all(sampler.greedy for sampler in samplers):
         temperatures = [1.0 if sampler.greedy else sampler.params.temperature for sampler in samplers]
         if set(temperatures) != {1.0}:
