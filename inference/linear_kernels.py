@@ -402,12 +402,12 @@ def _remembered(path: Path | None = None) -> dict[str, str]:
 
 
 def _remember(key: str, name: str) -> None:
-    path = _memory()
     content = {"machine": _machine(), "choices": {**_remembered(), key: name}}
-    temporary = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")
     try:
+        path = _memory()
+        temporary = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content, indent=1))
         temporary.replace(path)
     except OSError:
-        return  # a home that cannot be written to: the next process measures again
+        return  # no home, or one that cannot be written to: the next process measures again

@@ -56,8 +56,15 @@ def why_not(source: Path) -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where this user's compiled functions and measurements are kept; it may not exist yet."""
-    home = Path.home()
+    """Where this user's compiled functions and measurements are kept; it may not exist yet.
+
+    Raises:
+        OSError: a user without a home, as in some containers.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise OSError("this user has no home folder") from error
     default = {"darwin": home / "Library/Caches", "win32": home / "AppData/Local"}.get(sys.platform, home / ".cache")
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "own-gpt"
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from inference import linear_kernels
+from inference import linear_kernels, native_code
 from inference.linear_kernels import (
     DTYPES,
     TINY_LAYER,
@@ -325,3 +325,18 @@ def test_without_a_compiler_tiny_layers_are_expanded_and_large_ones_are_not(no_c
     """Reading four bytes in place of one costs nothing as long as they lie in the cache."""
     tiny, large = layer_and_twin("int8")[0], layer_and_twin("int8", 512, TINY_LAYER // 512 + 1)[0]
     assert "expanded" in tiny._ways() and "expanded" not in large._ways()
+
+
+def test_a_user_without_a_home_can_compute(monkeypatch):
+    """In a container the user may be a mere number: nothing is remembered, and everything works."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(linear_kernels, "_memory", lambda: native_code.cache_folder() / "linear_kernels.json")
+    monkeypatch.setattr(native_code.Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    layer, twin = layer_and_twin("int8")
+    x = torch.randn(3, layer.in_features)
+    assert relative_error(layer(x), twin(x.double())) < 1e-5
+    assert linear_kernels._remembered() == {}
