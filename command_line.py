@@ -95,7 +95,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
             choices=field.metadata["choices"],
             default=argparse.SUPPRESS,  # so that an option given by the user can be told from a default
             help=f"{field.metadata['help']} (default: {default})",
-            **({"nargs": "*" if default == [] else "+"} if several else {}),
+            **({"action": "extend", "nargs": "*" if default == [] else "+"} if several else {}),
             **({"nargs": "?", "const": True} if read is _boolean else {}),  # `--flag` alone means true
             **({} if field.metadata["choices"] else {"metavar": getattr(read, "__name__", "value").strip("_").upper()}),
         )

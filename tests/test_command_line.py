@@ -53,6 +53,12 @@ def test_every_kind_of_value_is_read():
     assert config.given == {"lr", "size", "name", "fast", "kind", "limit", "parts"}
 
 
+def test_an_option_of_several_values_may_be_repeated():
+    """As people write it: none of the values is lost."""
+    assert parse("--parts", "1", "2", "--parts", "3").parts == parse("--parts", "1", "2", "3").parts == [1, 2, 3]
+    assert parse().parts == []
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [(["--fast"], True), (["--fast", "False"], False), (["--fast", "no"], False), (["--fast=1"], True), ([], False)],
