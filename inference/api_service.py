@@ -59,6 +59,8 @@ from optimization import resolve_device
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS_BEST_FIRST = (
     "models/rlhf/ppo_best.pth",
+    "models/grpo/grpo_best.pth",
+    "models/dpo/dpo_best.pth",
     "models/sft/sft_best.pth",
     "models/sft/sft_best_int8.pth",
     "models/pretrain/pretrain_best.pth",
