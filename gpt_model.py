@@ -284,7 +284,6 @@ class GPTModel(nn.Module):
         logits = self.lm_head(self.hidden_states(input_ids, attention_mask, cache))  # (B, T, V)
         return {"logits": logits, "loss": None if labels is None else next_token_loss(logits, labels)}
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: torch.Tensor,
@@ -317,23 +316,24 @@ class GPTModel(nn.Module):
             raise ValueError(f"a prompt must have 1 to {self.config.max_seq_len} tokens, not {longest}")
         max_len = prompt_len + max(0, min(max_gen_len, self.config.max_seq_len - longest))
         was_training, padded = self.training, not bool(mask.all())
+        output = input_ids.new_full((batch_size, max_len), pad_token_id)  # not in inference mode: it may be trained on
+        output[:, :prompt_len] = input_ids
         self.eval()
         try:
-            cache = self.new_cache(batch_size, max_len)
-            rows = torch.arange(batch_size, device=input_ids.device)  # the rows that are still going
-            output = input_ids.new_full((batch_size, max_len), pad_token_id)
-            output[:, :prompt_len] = input_ids
-            new_ids, length = input_ids, prompt_len
-            while length < max_len and len(rows):
-                hidden = self.hidden_states(new_ids, mask if padded else None, cache)[:, -1]  # (B, D)
-                next_ids = sample_next(self.lm_head(hidden), temperature, top_k, generator)  # (B,)
-                output[rows, length] = next_ids
-                length += 1
-                if eos_token_id is not None and bool((ended := next_ids == eos_token_id).any()):
-                    rows, next_ids, mask = rows[~ended], next_ids[~ended], mask[~ended]
-                    cache.keep_rows(~ended)
-                mask = F.pad(mask, (0, 1), value=True)
-                new_ids = next_ids.unsqueeze(1)  # (B, 1)
+            with torch.inference_mode():  # a tenth faster than no_grad where single tokens are computed
+                cache = self.new_cache(batch_size, max_len)
+                rows = torch.arange(batch_size, device=input_ids.device)  # the rows that are still going
+                new_ids, length = input_ids, prompt_len
+                while length < max_len and len(rows):
+                    hidden = self.hidden_states(new_ids, mask if padded else None, cache)[:, -1]  # (B, D)
+                    next_ids = sample_next(self.lm_head(hidden), temperature, top_k, generator)  # (B,)
+                    output[rows, length] = next_ids
+                    length += 1
+                    if eos_token_id is not None and bool((ended := next_ids == eos_token_id).any()):
+                        rows, next_ids, mask = rows[~ended], next_ids[~ended], mask[~ended]
+                        cache.keep_rows(~ended)
+                    mask = F.pad(mask, (0, 1), value=True) if padded else mask
+                    new_ids = next_ids.unsqueeze(1)  # (B, 1)
             return output[:, :length]
         finally:
             self.train(was_training)

@@ -373,7 +373,7 @@ class Engine:
             self.cache.close(request.sequence)
             request.sequence = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _compute(self, spans: list[Span]) -> tuple[list[bool], list[int], SampledTokens]:
         """The forward pass of all spans, and the next token of those whose context is then complete.
 

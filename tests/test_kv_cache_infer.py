@@ -338,7 +338,7 @@ def test_the_command_line_has_the_other_ways_of_generating_too(checkpoints, toke
         ("sft.pth --prompt a --top_k 301", "top_k must be a whole number from 0 to 300, the size of the vocabulary"),
         ("sft.pth --prompt a --num_beams 2 --stop b", "--num_beams and stop do not go together"),
         (f"sft.pth --prompt {'x' * 80}", "and the model's context only 64"),
-        ("damaged.pth --prompt a", "not finite"),
+        ("damaged.pth --prompt a", "NaN or infinity"),
         ("missing.pth --prompt a", "missing.pth does not exist"),
     ],
     ids=str,
