@@ -46,6 +46,7 @@ SCRIPTS = {
     "finetune": (finetune.main, ""),
     "evaluate": (evaluator.main, "--test_data_path sft.json --device cpu --output_path out/report.json --model_path"),
     "generate": (kv_cache_infer.main, "--prompt 问题 --device cpu --num_threads 1 --model_path"),
+    "prompt": (kv_cache_infer.main, "--device cpu --num_threads 1 --model_path"),
     "quantize": (quantizer.main, "--output_path out/int8.pth --model_path"),
     "ngram": (ngram_baseline.main, "--tokenizer_dir tokenizer --train_data_dir good.txt --sft_data_path sft.json "
                                    "--test_data_path sft.json --output_path out/ngram.json"),
@@ -207,10 +208,10 @@ generate | missing.pth | missing.pth does not exist
 generate | damaged.pth | damaged.pth is damaged
 generate | reward.pth | reward.pth is a reward model
 generate | nan.pth | nan.pth is damaged: final_norm.weight holds NaN or infinity; use another checkpoint
-generate | base.pth --prompt | --prompt is missing; give a text
-generate | base.pth --prompt '' | --prompt is empty; give at least one character
-generate | base.pth --prompt LONG | tokens and the model's context only 48; shorten it
-generate | base.pth --prompt LONG --num_beams 2 | tokens; a context of 48 takes 1 to 47
+prompt | base.pth --prompt | --prompt is missing; give a text
+prompt | base.pth --prompt '' | --prompt is empty; give at least one character
+prompt | base.pth --prompt LONG | tokens and the model's context only 48; shorten it
+prompt | base.pth --prompt LONG --num_beams 2 | tokens; a context of 48 takes 1 to 47
 generate | base.pth --max_gen_len 0 | --max_gen_len must be a whole number of at least 1, not 0
 generate | base.pth --top_k 321 | top_k must be a whole number from 0 to 320, the size of the vocabulary, not 321
 generate | base.pth --temperature nan --top_p 2 | --temperature must be a number of at least 0, not nan; --top_p must be
