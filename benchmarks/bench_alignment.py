@@ -5,8 +5,8 @@
 
     ppo, grpo, dpo   from the SFT model, full training and (as ppo+lora, …) with low-rank adapters
     sft+lora         from the pretrained model, beside the SFT model that was trained in full
-    student          a small model on the instruction data alone, and
-    distill          the same student with the SFT model as its teacher
+    student          a small model on a sixth of the instruction data alone, and
+    distill          the same student on the same data with the SFT model as its teacher
 
 Each run is the command line that a user would type. Its model then answers the held-out questions of data/sft greedily:
 `exact` is the share of right answers, `preferred` the share that answer_checker.py prefers (right, whole and polite).
@@ -39,7 +39,7 @@ from gpt_model import GPTModel  # noqa: E402
 from text_generation import encode_prompt, generate_texts  # noqa: E402
 
 LORA = ["--lora_rank", "4", "--lora_targets", "all"]
-STUDENT = ["--d_model", "96", "--n_layers", "2", "--n_heads", "2", "--epochs", "6"]
+STUDENT = ["--d_model", "96", "--n_layers", "2", "--n_heads", "2", "--epochs", "18", "--data_path", "{data}"]
 
 
 @dataclass
@@ -69,7 +69,7 @@ def _preference_data() -> list[str]:
     return ["--pairwise_data", "data/sft/rlhf_pairwise.json", "--val_pairwise_data", "data/sft/rlhf_pairwise_test.json"]
 
 
-# How each algorithm is started, but for seeds, threads and folders; {models} is --models_dir
+# How each algorithm is started, but for seeds, threads and folders; {models} is --models_dir, {data} a part of the data
 COMMANDS: dict[str, list[str]] = {
     "ppo": ["--mode", "ppo", *_preference_data(), "--sft_model", "{models}/sft/sft_best.pth"]
     + ["--reward_model", "{models}/reward/reward_best.pth", "--sft_data", "data/sft/sft_data.json"],
@@ -86,7 +86,10 @@ SEVERAL_SEEDS = ("ppo", "grpo", "dpo")
 def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tuple[Path, float]:
     """Train; returns the best model's path and the processor's seconds of the whole process."""
     algorithm, *variant = name.split("+")
-    command = [argument.format(models=config.models_dir) for argument in COMMANDS[algorithm]]
+    little_data = folder.with_name("a_sixth_of_sft_data.json")
+    records = json.loads(Path("data/sft/sft_data.json").read_text(encoding="utf-8"))
+    little_data.write_text(json.dumps(records[::6], ensure_ascii=False), encoding="utf-8")
+    command = [argument.format(models=config.models_dir, data=little_data) for argument in COMMANDS[algorithm]]
     command += ["--seed", seed, "--num_threads", str(config.num_threads), "--output_dir", str(folder)]
     command += LORA if variant else []
     command += ["--max_steps", str(config.max_steps)] if config.max_steps else []
