@@ -9,7 +9,7 @@ measured against the other answers of its group, those to the same prompt. The r
 
 `prompts` are the user's last words, `responses` what the policy wrote (without special tokens), `records` the data's
 JSON records, in which a function finds the right answer, test cases or whatever else it needs. It returns a number for
-each response, the more the better, and is called with all responses of a step at once.
+each response, the more the better, and is called with `batch_size` responses at a time.
 
 What later work has settled on are options: advantages without the standard deviation (Dr. GRPO, arXiv:2503.20783) or
 with that of the whole batch (arXiv:2508.08221), a mean over tokens, and a wider clip upwards (DAPO, arXiv:2503.14476).
