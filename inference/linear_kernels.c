@@ -7,6 +7,7 @@
    A row of x meets the same additions in the same order in whatever tile it is: what it gives does not depend on its
    neighbours, to the last bit. GCC's and Clang's vector extensions become AVX-512, AVX2 or NEON by themselves. */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -129,9 +130,9 @@ INLINE quarter quarters(vec v) {
 }
 
 /* The products of x_rows rows of x with w_rows rows of W; both counts are constants at each call. What lies `ahead`
-   bytes further in W is asked for meanwhile. */
+   bytes further in W is asked for meanwhile. With `add`, they are added to what is in y. */
 INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const float *scale, const float *bias, float *y,
-                 long n_out, long n_in, long bytes, long ahead, load_vec_fn load_vec, load_one_fn load_one) {
+                 long n_out, long n_in, int add, long bytes, long ahead, load_vec_fn load_vec, load_one_fn load_one) {
     vec sums[X_ROWS][W_ROWS] = {{{0}}};
     long k = 0, row_bytes = n_in * bytes;
     for (; k + LANES <= n_in; k += LANES) {
@@ -157,42 +158,236 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
         UNROLL for (int j = 0; j < w_rows; j++) {
             quarter four = quarters(sums[i][j]);
             float sum = (four[0] + four[1]) + (four[2] + four[3]);
-            y[i * n_out + j] = sum * (scale ? scale[j] : 1) + (bias ? bias[j] : 0);
+            float result = sum * (scale ? scale[j] : 1) + (bias ? bias[j] : 0);
+            y[i * n_out + j] = add ? y[i * n_out + j] + result : result;
         }
 }
 
 /* All rows of x with W_ROWS rows of W, or with the fewer that are left; these stay in the first cache. */
 INLINE void strip(const float *x, const char *w, const float *scale, const float *bias, float *y, long n_x, long n_out,
-                  long n_in, long left, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
+                  long n_in, int add, long left, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
     long i = 0;
     if (left >= W_ROWS) {
         for (; i + X_ROWS <= n_x; i += X_ROWS)
-            tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, bytes, i ? 0 : AHEAD,
+            tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, i ? 0 : AHEAD,
                  load_vec, load_one);
         for (; i < n_x; i++)
-            tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, bytes, i ? 0 : AHEAD, load_vec,
-                 load_one);
+            tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, i ? 0 : AHEAD,
+                 load_vec, load_one);
     } else
         for (; i < n_x; i++)
             for (long j = 0; j < left; j++)
                 tile(1, 1, x + i * n_in, w + j * n_in * bytes, scale ? scale + j : 0, bias ? bias + j : 0,
-                     y + i * n_out + j, n_out, n_in, bytes, 0, load_vec, load_one);
+                     y + i * n_out + j, n_out, n_in, add, bytes, 0, load_vec, load_one);
 }
 
-/* x (n_x, n_in) times w (n_out, n_in) as y (n_x, n_out); scale and bias are (n_out,) or NULL. The parallel loop is here
-   and not in a function of its own, because a compiler gives a loop's body no constants from outside, and would call
-   load_vec for each vector. */
-#define LINEAR(type, bytes)                                                                                            \
-    void linear_##type(const float *x, const char *w, const float *scale, const float *bias, float *y, long n_x,       \
-                       long n_out, long n_in, int threads) {                                                           \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
-        for (long j = 0; j < n_out; j += W_ROWS)                                                                       \
-            strip(x, w + j * n_in * bytes, scale ? scale + j : 0, bias ? bias + j : 0, y + j, n_x, n_out, n_in,        \
-                  n_out - j, bytes, load_vec_##type, load_one_##type);                                                 \
-    }
-LINEAR(fp32, 4)
-LINEAR(int8, 1)
-LINEAR(bf16, 2)
-#ifdef HAS_FP16
-LINEAR(fp16, 2)
+/* INT8 by integer arithmetic, exact and four times as many products an instruction.
+
+   A number of x becomes three 8-bit digits, x ≈ (2^16 a + 2^8 b + c) · scale with one scale a row: 24 bits, as many as
+   fp32 has. The instruction multiplies unsigned by signed bytes: W gets 128 added (its highest bit flipped) and each
+   sum over a row is too large by 128 times the sum of that row of x. */
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define DOT(sum, weights, digits) (int_vec) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(weights), (__m512i)(digits))
+#define PAIRS(a, b) \
+    ((int_vec)_mm512_unpacklo_epi32((__m512i)(a), (__m512i)(b)) + (int_vec)_mm512_unpackhi_epi32((__m512i)(a), (__m512i)(b)))
+#define FOURS(a, b) \
+    ((int_vec)_mm512_unpacklo_epi64((__m512i)(a), (__m512i)(b)) + (int_vec)_mm512_unpackhi_epi64((__m512i)(a), (__m512i)(b)))
+#define DIGIT_X_ROWS 2 /* 2 · 3 · 4 sums in 32 registers */
+#elif defined(__AVXVNNI__)
+#define DOT(sum, weights, digits) \
+    (int_vec) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(weights), (__m256i)(digits))
+#define PAIRS(a, b) \
+    ((int_vec)_mm256_unpacklo_epi32((__m256i)(a), (__m256i)(b)) + (int_vec)_mm256_unpackhi_epi32((__m256i)(a), (__m256i)(b)))
+#define FOURS(a, b) \
+    ((int_vec)_mm256_unpacklo_epi64((__m256i)(a), (__m256i)(b)) + (int_vec)_mm256_unpackhi_epi64((__m256i)(a), (__m256i)(b)))
+#define DIGIT_X_ROWS 1
 #endif
+
+#ifdef DOT
+enum { DIGITS = 3, BYTES = 4 * LANES, LARGEST = 127 << 16 }; /* a bit below what the digits can hold */
+enum { LONGEST_ROW = 65536 }; /* so many products of 255 and 128 fit into 32 bits */
+
+typedef char bytes_vec __attribute__((vector_size(BYTES)));
+typedef int32_t int_quarter __attribute__((vector_size(16)));
+typedef double four_doubles __attribute__((vector_size(32)));
+
+typedef struct { /* a row of x; its digits follow, each kind padded with zeros to whole vectors */
+    float scale;
+    double sum; /* of all numbers, in units of scale */
+    char to_a_cache_line[48];
+} digit_row;
+
+INLINE long padded(long n_in) { return (n_in + BYTES - 1) / BYTES * BYTES; }
+
+INLINE void split_into_digits(const float *x, char *digits, long n_in) {
+    digit_row *row = (digit_row *)digits;
+    int8_t *high = (int8_t *)(row + 1), *middle = high + padded(n_in), *low = middle + padded(n_in);
+    int32_t largest_bits = 0; /* as integers, the bits of positive numbers have the same order; NaN is the largest */
+    int64_t sum = 0;
+    float largest;
+    for (long k = 0; k < n_in; k++) {
+        int32_t bits;
+        memcpy(&bits, x + k, sizeof bits);
+        bits &= 0x7fffffff;
+        largest_bits = bits > largest_bits ? bits : largest_bits;
+    }
+    memcpy(&largest, &largest_bits, sizeof largest);
+    row->scale = largest / LARGEST;
+    float factor = largest > 1e-30f ? LARGEST / largest : 0;
+    if (largest_bits >= 0x7f800000) row->scale = NAN, factor = 0; /* infinities and NaN spoil the row, visibly */
+    for (long k = 0; k < n_in; k++) {
+        float scaled = x[k] * factor;
+        int32_t number = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
+        sum += number;
+        low[k] = (int8_t)number;
+        number = (number - low[k]) >> 8;
+        middle[k] = (int8_t)number;
+        high[k] = (int8_t)((number - middle[k]) >> 8);
+    }
+    row->sum = (double)sum;
+    for (long k = n_in; k < padded(n_in); k++) high[k] = middle[k] = low[k] = 0;
+}
+
+/* The first n of four numbers, if there are any. */
+INLINE quarter four_of(const float *numbers, int n, float otherwise) {
+    quarter four = (quarter){0} + otherwise;
+    if (numbers) memcpy(&four, numbers, n * sizeof(float));
+    return four;
+}
+
+/* Adds the products of the next `n` bytes of the rows, at most BYTES. */
+INLINE void add_dots(int_vec sums[DIGIT_X_ROWS][DIGITS][W_ROWS], int x_rows, int w_rows, const char *digits,
+                     const char *w, long n, long n_in, long row_bytes, long ahead) {
+    bytes_vec weights[W_ROWS];
+    UNROLL for (int j = 0; j < w_rows; j++) {
+        if (n < BYTES) weights[j] = (bytes_vec){0};
+        memcpy(&weights[j], w + j * n_in, n);
+        __builtin_prefetch(w + j * n_in + ahead);
+        weights[j] ^= (char)-128;
+        KEEP_IN_REGISTER(weights[j]);
+    }
+    UNROLL for (int i = 0; i < x_rows; i++)
+        UNROLL for (int d = 0; d < DIGITS; d++) {
+            bytes_vec inputs;
+            memcpy(&inputs, digits + i * row_bytes + d * padded(n_in), BYTES);
+            KEEP_IN_REGISTER(inputs);
+            UNROLL for (int j = 0; j < w_rows; j++) sums[i][d][j] = DOT(sums[i][d][j], weights[j], inputs);
+        }
+}
+
+INLINE void digit_tile(int x_rows, int w_rows, const char *x, const char *w, const float *scale, const float *bias,
+                       float *y, long n_out, long n_in, int add, long ahead) {
+    int_vec sums[DIGIT_X_ROWS][DIGITS][W_ROWS] = {{{{0}}}};
+    long k = 0, row_bytes = sizeof(digit_row) + DIGITS * padded(n_in);
+    const char *digits = x + sizeof(digit_row);
+    for (; k + BYTES <= n_in; k += BYTES)
+        add_dots(sums, x_rows, w_rows, digits + k, w + k, BYTES, n_in, row_bytes, ahead);
+    if (k < n_in) add_dots(sums, x_rows, w_rows, digits + k, w + k, n_in - k, n_in, row_bytes, 0);
+    UNROLL for (int i = 0; i < x_rows; i++) {
+        const digit_row *row = (const digit_row *)(x + i * row_bytes);
+        four_doubles total = {0};
+        UNROLL for (int d = 0; d < DIGITS; d++) {
+            int_vec *of = sums[i][d], folded = FOURS(PAIRS(of[0], of[1]), PAIRS(of[2], of[3]));
+            int_quarter parts[LANES / 4];
+            memcpy(parts, &folded, sizeof parts);
+            for (int p = 1; p < LANES / 4; p++) parts[0] += parts[p];
+            total = total * 256 + __builtin_convertvector(parts[0], four_doubles);
+        }
+        quarter result = __builtin_convertvector(total - 128 * row->sum, quarter) * row->scale;
+        result = result * four_of(scale, w_rows, 1) + four_of(bias, w_rows, 0);
+        if (add) result += four_of(y + i * n_out, w_rows, 0);
+        memcpy(y + i * n_out, &result, w_rows * sizeof(float));
+    }
+}
+
+/* All rows of x, as digits, with W_ROWS rows of W, or with the fewer that are left. */
+INLINE void digit_strip(const char *x, const char *w, const float *scale, const float *bias, float *y, long n_x,
+                        long n_out, long n_in, int add, long left) {
+    long i = 0, row_bytes = sizeof(digit_row) + DIGITS * padded(n_in);
+    if (left >= W_ROWS) {
+        for (; i + DIGIT_X_ROWS <= n_x; i += DIGIT_X_ROWS)
+            digit_tile(DIGIT_X_ROWS, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add,
+                       i ? 0 : AHEAD);
+        for (; i < n_x; i++)
+            digit_tile(1, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add, i ? 0 : AHEAD);
+    } else
+        for (; i < n_x; i++)
+            for (long j = 0; j < left; j++)
+                digit_tile(1, 1, x + i * row_bytes, w + j * n_in, scale ? scale + j : 0, bias ? bias + j : 0,
+                           y + i * n_out + j, n_out, n_in, add, 0);
+}
+#endif
+
+enum { FP32, FP16, BF16, INT8 };
+
+typedef struct {
+    const char *weight;        /* (n_out, n_in) */
+    const float *scale, *bias; /* (n_out,) or NULL */
+    int64_t n_out, n_in, type;
+} Linear;
+
+/* Whether this processor can compute with weights of a type. */
+int linear_reads(int64_t type) {
+#ifdef HAS_FP16
+    return type >= FP32 && type <= INT8;
+#else
+    return type == FP32 || type == BF16 || type == INT8;
+#endif
+}
+
+/* Bytes that a row of x takes as digits; 0 where the kernel takes it as it is. */
+long linear_digit_bytes(int64_t type, long n_in) {
+#ifdef DOT
+    if (type == INT8 && n_in <= LONGEST_ROW) return sizeof(digit_row) + DIGITS * padded(n_in);
+#endif
+    return 0;
+}
+
+/* Row i of x into digits, if the kernel wants them. */
+static void prepare_row(const Linear *l, const float *x, char *digits, long i) {
+#ifdef DOT
+    long bytes = linear_digit_bytes(l->type, l->n_in);
+    if (bytes) split_into_digits(x + i * l->n_in, digits + i * bytes, l->n_in);
+#endif
+}
+
+#define STRIPS(name, x, bytes, ...)                                                                   \
+    _Pragma("omp for schedule(static) nowait")                                                        \
+    for (long j = 0; j < n_out; j += W_ROWS)                                                          \
+        name(x, l->weight + j * n_in * bytes, l->scale ? l->scale + j : 0, l->bias ? l->bias + j : 0, \
+             y + j, n_x, n_out, n_in, add, n_out - j, ##__VA_ARGS__)
+
+/* y (n_x, n_out) = x (n_x, n_in) Wᵀ, or with `add` plus that. Called by all threads of a parallel region, each takes
+   its part, and none waits for the others. */
+static void multiply(const Linear *l, const float *x, const char *digits, float *y, long n_x, int add) {
+    long n_out = l->n_out, n_in = l->n_in;
+#ifdef DOT
+    if (linear_digit_bytes(l->type, n_in)) {
+        STRIPS(digit_strip, digits, 1);
+        return;
+    }
+#endif
+    if (l->type == FP32) {
+        STRIPS(strip, x, 4, 4, load_vec_fp32, load_one_fp32);
+    } else if (l->type == INT8) {
+        STRIPS(strip, x, 1, 1, load_vec_int8, load_one_int8);
+    } else if (l->type == BF16) {
+        STRIPS(strip, x, 2, 2, load_vec_bf16, load_one_bf16);
+#ifdef HAS_FP16
+    } else if (l->type == FP16) {
+        STRIPS(strip, x, 2, 2, load_vec_fp16, load_one_fp16);
+#endif
+    }
+}
+
+/* y (n_x, n_out) = x (n_x, n_in) Wᵀ; `digits` has room for n_x times linear_digit_bytes. */
+void linear(const Linear *l, const float *x, char *digits, float *y, long n_x, int threads) {
+    _Pragma("omp parallel num_threads(threads)")
+    {
+        if (linear_digit_bytes(l->type, l->n_in)) {
+            _Pragma("omp for schedule(static)")
+            for (long i = 0; i < n_x; i++) prepare_row(l, x, digits, i);
+        }
+        multiply(l, x, digits, y, n_x, 0);
+    }
+}

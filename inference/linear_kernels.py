@@ -44,6 +44,7 @@ DTYPES = {
     "int8": torch.int8,
     "int8_dynamic": torch.int8,
 }
+NATIVE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # in the order of linear_kernels.c
 ROW_BUCKETS = (1, 4, 16, 64)  # measured are 1, 2–4, 5–16, 17–64 and more rows of x
 TOLERANCE = 5e-4  # relative error of a product that counts as the same
 ADVANTAGE = 0.75  # a way that stands later in the list has to take less than this share of the time
@@ -134,7 +135,7 @@ class InferenceLinear(nn.Module):
                 return {"integers": lambda: integer_product(weight, scale, bias, digits=1)}
             return {"plain": lambda: lambda x: plain_linear(round_inputs(x), weight, scale, bias)}
         ways: dict[str, Callable[[], Product]] = {}
-        if native_function(weight.dtype):
+        if native_reads(weight.dtype):
             ways["native"] = lambda: native_product(weight, scale, bias)
         elif weight.dtype == torch.float32:
             ways["prepacked"] = lambda: onednn_product(weight, bias)
@@ -209,30 +210,57 @@ def plain_linear(
     return y if bias is None else y + bias.to(x.dtype)
 
 
+class NativeLinear(ctypes.Structure):
+    """A layer as linear_kernels.c sees it; it keeps the tensors alive whose addresses it holds.
+
+    Args:
+        weight, scale, bias: those of `InferenceLinear`, on a CPU; the type of `weight` is one of `NATIVE_TYPES`.
+    """
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("n_out", "n_in", "type")),
+    ]
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+        bias = None if bias is None else bias.float()
+        self.tensors = weight.detach().contiguous(), scale, bias
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
+        super().__init__(*addresses, *weight.shape, NATIVE_TYPES.index(weight.dtype))
+
+
 @functools.cache
-def native_function(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The compiled kernel for weights of a type; None where this machine has none."""
+def native_library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where this machine has none."""
     library = load_native(Path(__file__).with_suffix(".c"))
-    name = next(name for name, known in DTYPES.items() if known == dtype)
-    function = getattr(library, f"linear_{name}", None)  # not every processor reads FP16
-    if function:
-        function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long] * 3 + [ctypes.c_int]
-        function.restype = None
-    return function
+    if library is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_long
+        library.linear.argtypes = [ctypes.POINTER(NativeLinear), pointer, pointer, pointer, number, ctypes.c_int]
+        library.linear.restype = None
+        library.linear_digit_bytes.argtypes = [ctypes.c_int64, number]
+        library.linear_digit_bytes.restype = number
+    return library
+
+
+def native_reads(dtype: torch.dtype) -> bool:
+    """Whether the compiled kernels are there and read weights of a type; not every processor reads FP16."""
+    library = native_library()
+    return library is not None and bool(library.linear_reads(ctypes.c_int64(NATIVE_TYPES.index(dtype))))
 
 
 def native_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> Product:
     """The compiled kernel; it reads the weights where they are."""
-    function = native_function(weight.dtype)
+    library, layer = native_library(), NativeLinear(weight, scale, bias)
+    function, reference = library.linear, ctypes.byref(layer)
     n_out, n_in = weight.shape
-    tensors = weight.contiguous(), scale, None if bias is None else bias.float()
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    digit_bytes = library.linear_digit_bytes(layer.type, n_in)
 
-    def product(x: torch.Tensor, keep_alive: object = tensors) -> torch.Tensor:
+    def product(x: torch.Tensor, keep_alive: object = layer) -> torch.Tensor:
         y = torch.empty(*x.shape[:-1], n_out)
         n_rows = x.numel() // n_in
+        digits = torch.empty(n_rows * digit_bytes, dtype=torch.uint8)
         threads = torch.get_num_threads() if n_rows * n_out * n_in > SINGLE_THREAD else 1
-        function(x.data_ptr(), *addresses, y.data_ptr(), n_rows, n_out, n_in, threads)
+        function(reference, x.data_ptr(), digits.data_ptr(), y.data_ptr(), n_rows, threads)
         return y
 
     return product

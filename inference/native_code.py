@@ -15,6 +15,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -84,7 +85,7 @@ def _load(source: Path) -> ctypes.CDLL:
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
     openmp = _openmp_of_torch()
     link_flags = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else OPENMP_FLAGS
-    key = hashlib.sha256(source.read_bytes() + version)
+    key = hashlib.sha256(_whole_text(source) + version)
     key.update(repr((compiler, COMPILE_FLAGS, link_flags, processor())).encode())
     library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if _is_intact(library):
@@ -98,6 +99,13 @@ def _load(source: Path) -> ctypes.CDLL:
         except OSError:  # a home that cannot be written to: this process loads what it compiled, the next one compiles
             return ctypes.CDLL(str(result))
     return ctypes.CDLL(str(library))
+
+
+def _whole_text(source: Path) -> bytes:
+    """A C file with those that it includes from its own folder: a change of either makes another library."""
+    text = source.read_bytes()
+    included = re.findall(rb'^#include "(.+)"', text, re.MULTILINE)
+    return b"".join([text, *(_whole_text(source.with_name(name.decode())) for name in included)])
 
 
 def _compiler() -> list[str]:

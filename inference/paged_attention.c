@@ -112,32 +112,47 @@ static inline void store(void *cell, int64_t stride, float *scale, const float *
     for (int64_t i = 0; i < head_dim; i++) ((int8_t *)cell)[i * stride] = (int8_t)rintf(row[i] / *scale);
 }
 
+/* One head of one token. */
+static inline const float *head_of(Rows rows, int64_t token, int64_t head) {
+    return rows.data + head * rows.head_stride + token * rows.token_stride;
+}
+
+/* Store key and value of kv head g of token t in their cell. */
+static void store_token(const Cache *cache, int64_t layer, int64_t slot, int64_t position, int64_t g, const float *key,
+                        const float *value) {
+    int64_t head_dim = cache->head_dim;
+    int is_int8 = cache->key_scales != NULL;
+    int64_t number_size = is_int8 ? 1 : sizeof(float);
+    int32_t block = cache->table[slot * cache->blocks_per_slot + position / BLOCK];
+    int64_t first = ((layer * cache->kv_heads + g) * cache->blocks + block) * BLOCK, offset = position % BLOCK;
+    store((char *)cache->keys + (first * head_dim + offset) * number_size, BLOCK,
+          is_int8 ? cache->key_scales + first + offset : NULL, key, head_dim);
+    store((char *)cache->values + (first + offset) * head_dim * number_size, 1,
+          is_int8 ? cache->value_scales + first + offset : NULL, value, head_dim);
+}
+
+/* What query head h of a token at this position finds in its past and itself. */
+static void attend_token(const Cache *cache, int64_t layer, int64_t slot, int64_t position, int64_t h,
+                         const float *query, float *out) {
+    int64_t base = (layer * cache->kv_heads + h / (cache->heads / cache->kv_heads)) * cache->blocks;
+    attend(cache, base, query, cache->table + slot * cache->blocks_per_slot, position + 1, out);
+}
+
 /* Store the keys and values of all tokens, then compute out (tokens, heads, head_dim) for the first `attending`. */
 void paged_attention(const Cache *cache, int64_t layer, Rows query, Rows key, Rows value, float *out,
                      const int64_t *slots, const int64_t *positions, int64_t tokens, int64_t attending, int threads) {
-    int64_t heads = cache->heads, kv_heads = cache->kv_heads, head_dim = cache->head_dim;
-    int is_int8 = cache->key_scales != NULL;
-    int64_t number_size = is_int8 ? 1 : sizeof(float);
+    int64_t heads = cache->heads;
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for collapse(2) schedule(static)
         for (int64_t t = 0; t < tokens; t++)
-            for (int64_t g = 0; g < kv_heads; g++) {
-                int32_t block = cache->table[slots[t] * cache->blocks_per_slot + positions[t] / BLOCK];
-                int64_t first = ((layer * kv_heads + g) * cache->blocks + block) * BLOCK, offset = positions[t] % BLOCK;
-                store((char *)cache->keys + (first * head_dim + offset) * number_size, BLOCK,
-                      is_int8 ? cache->key_scales + first + offset : NULL,
-                      key.data + g * key.head_stride + t * key.token_stride, head_dim);
-                store((char *)cache->values + (first + offset) * head_dim * number_size, 1,
-                      is_int8 ? cache->value_scales + first + offset : NULL,
-                      value.data + g * value.head_stride + t * value.token_stride, head_dim);
-            }  /* all threads wait here: tokens of one prompt see each other */
+            for (int64_t g = 0; g < cache->kv_heads; g++)
+                store_token(cache, layer, slots[t], positions[t], g, head_of(key, t, g), head_of(value, t, g));
+        /* all threads have waited for each other: tokens of one prompt see each other */
         #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t t = 0; t < attending; t++)
-            for (int64_t h = 0; h < heads; h++) {
-                int64_t base = (layer * kv_heads + h / (heads / kv_heads)) * cache->blocks;
-                attend(cache, base, query.data + h * query.head_stride + t * query.token_stride,
-                       cache->table + slots[t] * cache->blocks_per_slot, positions[t] + 1, out + (t * heads + h) * head_dim);
-            }
+            for (int64_t h = 0; h < heads; h++)
+                attend_token(cache, layer, slots[t], positions[t], h, head_of(query, t, h),
+                             out + (t * heads + h) * cache->head_dim);
     }
 }

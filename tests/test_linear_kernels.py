@@ -16,14 +16,14 @@ from inference.linear_kernels import (
     InferenceLinear,
     integer_kernel_limit,
     integer_product,
-    native_function,
+    native_reads,
     plain_linear,
     quantize_rows,
     round_inputs,
 )
 
 WEIGHT_ONLY = [name for name in DTYPES if name != "int8_dynamic"]
-needs_native = pytest.mark.skipif(native_function(torch.int8) is None, reason="no compiler")
+needs_native = pytest.mark.skipif(not native_reads(torch.int8), reason="no compiler")
 needs_integer_kernel = pytest.mark.skipif(not integer_kernel_limit(), reason="no exact integer kernel")
 
 
@@ -36,7 +36,7 @@ def own_memory(tmp_path, monkeypatch):
 @pytest.fixture
 def no_compiler(monkeypatch):
     """A machine where nothing can be compiled."""
-    monkeypatch.setattr(linear_kernels, "native_function", lambda dtype: None)
+    monkeypatch.setattr(linear_kernels, "native_reads", lambda dtype: False)
 
 
 def layer_and_twin(weights, n_in=96, n_out=130, bias=True):
@@ -92,7 +92,7 @@ def test_a_layer_is_the_exact_product_with_its_rounded_weights(weights, bias, co
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
 def test_native_kernels_read_every_number_of_their_type(dtype):
     """Subnormal and negative numbers, the largest and the smallest: one weight each, expanded exactly."""
-    if native_function(dtype) is None:
+    if not native_reads(dtype):
         pytest.skip("this processor does not read FP16")
     if dtype == torch.int8:
         weight = torch.arange(-128, 128).to(torch.int8)
@@ -112,7 +112,7 @@ def test_native_kernels_read_every_number_of_their_type(dtype):
 def test_native_rows_are_independent_to_the_last_bit(weights):
     """What a row gives depends neither on its neighbours, one of which is enormous, nor on the number of threads."""
     layer, _ = layer_and_twin(weights, 643, 517)
-    if native_function(layer.weight.dtype) is None:
+    if not native_reads(layer.weight.dtype):
         pytest.skip("this processor does not read FP16")
     product = linear_kernels.native_product(layer.weight, layer.scale, layer.bias)
     x = torch.randn(40, 643)
