@@ -19,6 +19,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from gpt_model import GPTModel
+from inference.engine import Engine
+from inference.sampling import SamplingParams
 
 END_OF_TEXT = "<|endoftext|>"
 LETTERS = string.ascii_lowercase + string.digits + "-"
@@ -47,7 +49,8 @@ class Ours:
     """This project's model, in whatever precision its layers have."""
 
     def __init__(self, model: GPTModel) -> None:
-        self.model, self.device = model, model.token_embedding.weight.device
+        self.model, self.device = model, model.device
+        self.engine = Engine(model, None, max_running=1)
 
     @torch.inference_mode()
     def prefill(self, prompt: Sequence[int]) -> np.ndarray:
@@ -56,8 +59,7 @@ class Ours:
         return self.model.lm_head(hidden[:, -1])[0].float().cpu().numpy()  # (V,)
 
     def generate(self, prompt: Sequence[int], n_tokens: int) -> list[int]:
-        ids = torch.tensor([prompt], device=self.device)
-        return self.model.generate(ids, max_gen_len=n_tokens, temperature=0)[0, len(prompt) :].tolist()
+        return self.engine.run([list(prompt)], SamplingParams(n_tokens, temperature=0))[0].token_ids
 
 
 class Transformers:

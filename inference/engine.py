@@ -36,6 +36,7 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTModel
 from inference.cache_blocks import BLOCK
+from inference.decoder_step import DecoderStep
 from inference.engine_statistics import EngineStatistics
 from inference.paged_attention import PagedCache
 from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, checked_ids
@@ -93,6 +94,9 @@ class Engine:
         if cache_tokens < context:
             raise UserError(f"cache_tokens is {cache_tokens}; one request may need the model's context, {context}")
         self.cache = PagedCache(config, cache_tokens, max_running, dtype, self.device, reuse_prefixes)
+        self._decoder_step: DecoderStep | None = None
+        self._addresses: list[int] = []  # of the weights that the decoder step reads
+        self._has_new_requests = False
         self.running: list[Request] = []  # oldest first
         self.waiting: OrderedDict[Request, None] = OrderedDict()
         self._cancelled: list[Request] = []
@@ -217,6 +221,7 @@ class Engine:
                 if request.deadline is not None:
                     heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
             self._statistics.submitted += len(requests)
+            self._has_new_requests = True
             self._changed.notify_all()
         return requests
 
@@ -282,6 +287,8 @@ class Engine:
             with self._changed:
                 self._leave()
                 self._admit()
+                if self._has_new_requests:
+                    self._find_weights()
             spans: list[Span] = []
             try:
                 spans = self._plan()
@@ -301,6 +308,13 @@ class Engine:
                 statistics.steps += 1
                 elsewhere = statistics.model_seconds + statistics.sampling_seconds - elsewhere
                 statistics.overhead_seconds += time.perf_counter() - began - elsewhere
+
+    def _find_weights(self) -> None:
+        """Weights may have moved between two requests, and layers may have been replaced or gained adapters."""
+        self._has_new_requests = False
+        addresses = [weight.data_ptr() for weight in self.model.parameters()]
+        if addresses != self._addresses:
+            self._addresses, self._decoder_step = addresses, DecoderStep.of(self.model, self.cache)
 
     def _leave(self) -> None:
         for request in self._cancelled:
@@ -387,17 +401,13 @@ class Engine:
             ends.append(len(ids))
             if start + n_new == len(request.context):
                 complete.append(index)
-        input_ids = torch.tensor([ids], device=self.device)  # (1, N)
-        positions = self.cache.begin_step([(request.sequence, n_new) for request, n_new in spans])  # (N,)
+        self.cache.begin_step([(request.sequence, n_new) for request, n_new in spans])
         before_model = time.perf_counter()
-        hidden = self.model.hidden_states_at(input_ids, positions.unsqueeze(0), cache=self.cache)[0]  # (N, D)
+        hidden, logits = self.forward(ids, [ends[index] - 1 for index in complete])  # (N, D), (B, V)
         finite = [True] * len(spans)
         if len(ids) > len(spans):  # of a chunk, not every row reaches the logits
             rows_finite = hidden.sum(dim=-1).isfinite().tolist()
             finite = [all(rows_finite[end - n_new : end]) for end, (_, n_new) in zip(ends, spans, strict=True)]
-        if len(complete) < len(ids):
-            hidden = hidden[torch.tensor([ends[index] - 1 for index in complete], dtype=torch.int64)]  # (B, D)
-        logits = self.model.lm_head(hidden)  # (B, V)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         before_sampling = time.perf_counter()
@@ -409,6 +419,23 @@ class Engine:
         self._statistics.sampling_seconds += done - before_sampling
         self._statistics.tokens_prefilled += sum(n_new for _, n_new in spans if n_new > 1)
         return finite, complete, sampled
+
+    def forward(self, ids: list[int], last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The forward pass of the tokens of the cache's present step.
+
+        Args:
+            ids: of the N tokens.
+            last: those of them whose logits are wanted.
+
+        Returns:
+            the final, normed hidden states (N, D); logits (len(last), V).
+        """
+        if self._decoder_step is not None and self.cache.is_read_in_place:
+            return self._decoder_step(ids, last)
+        input_ids, positions = torch.tensor([ids], device=self.device), torch.tensor([self.cache.positions])  # (1, N)
+        hidden = self.model.hidden_states_at(input_ids, positions.to(self.device), cache=self.cache)[0]  # (N, D)
+        rows = hidden if len(last) == len(ids) else hidden[torch.tensor(last, dtype=torch.int64)]
+        return hidden, self.model.lm_head(rows)
 
     def _deliver(self, spans: list[Span], finite: list[bool], complete: list[int], sampled: SampledTokens) -> None:
         for row, index in enumerate(complete):

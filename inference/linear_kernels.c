@@ -25,7 +25,18 @@
 #define X_ROWS 4
 #endif
 #define W_ROWS 4
-#define AHEAD 16384 /* bytes; the processor itself foresees only the next few cache lines of a row */
+#define INLINE static inline __attribute__((always_inline))
+
+/* The processor itself foresees only the next few cache lines of a row. With one row of x, W is read once and shall not
+   drive everything else out of the caches. */
+#define READ_ONCE 6144 /* bytes ahead */
+#define READ_AGAIN 16384
+INLINE void ask_for(const char *p, long ahead) {
+    if (ahead == READ_ONCE)
+        __builtin_prefetch(p + ahead, 0, 0);
+    else if (ahead)
+        __builtin_prefetch(p + ahead);
+}
 #define UNROLL _Pragma("GCC unroll 4") /* or the sums would live in memory */
 #if defined(__AVX512F__)
 #define KEEP_IN_REGISTER(v) __asm__("" : "+v"(v)) /* GCC would load it again for each use */
@@ -36,7 +47,6 @@
 #else
 #define KEEP_IN_REGISTER(v)
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float quarter __attribute__((vector_size(16)));
@@ -111,6 +121,12 @@ INLINE float load_one_fp16(const void *row, long k) { return ((const __fp16 *)ro
 #define HAS_FP16
 #endif
 
+#ifdef HAS_FP16
+#define LOAD_ONE_FP16 load_one_fp16
+#else
+#define LOAD_ONE_FP16(row, k) NAN /* never reached: see linear_reads */
+#endif
+
 /* The last numbers of a row, fewer than LANES, filled up with zeros. */
 INLINE vec load_rest(const void *row, long k, long n_in, load_one_fn load_one) {
     float lanes[LANES] = {0};
@@ -139,7 +155,7 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
         vec weights[W_ROWS];
         UNROLL for (int j = 0; j < w_rows; j++) {
             weights[j] = load_vec(w + j * row_bytes, k);
-            __builtin_prefetch(w + j * row_bytes + k * bytes + ahead);
+            ask_for(w + j * row_bytes + k * bytes, ahead);
             if (x_rows > 1) KEEP_IN_REGISTER(weights[j]);
         }
         UNROLL for (int i = 0; i < x_rows; i++) {
@@ -167,12 +183,14 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
 INLINE void strip(const float *x, const char *w, const float *scale, const float *bias, float *y, long n_x, long n_out,
                   long n_in, int add, long left, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
     long i = 0;
-    if (left >= W_ROWS) {
+    if (left >= W_ROWS && n_x == 1)
+        tile(1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, bytes, READ_ONCE, load_vec, load_one);
+    else if (left >= W_ROWS) {
         for (; i + X_ROWS <= n_x; i += X_ROWS)
-            tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, i ? 0 : AHEAD,
-                 load_vec, load_one);
+            tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes,
+                 i ? 0 : READ_AGAIN, load_vec, load_one);
         for (; i < n_x; i++)
-            tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, i ? 0 : AHEAD,
+            tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, i ? 0 : READ_AGAIN,
                  load_vec, load_one);
     } else
         for (; i < n_x; i++)
@@ -262,7 +280,7 @@ INLINE void add_dots(int_vec sums[DIGIT_X_ROWS][DIGITS][W_ROWS], int x_rows, int
     UNROLL for (int j = 0; j < w_rows; j++) {
         if (n < BYTES) weights[j] = (bytes_vec){0};
         memcpy(&weights[j], w + j * n_in, n);
-        __builtin_prefetch(w + j * n_in + ahead);
+        ask_for(w + j * n_in, ahead);
         weights[j] ^= (char)-128;
         KEEP_IN_REGISTER(weights[j]);
     }
@@ -304,12 +322,15 @@ INLINE void digit_tile(int x_rows, int w_rows, const char *x, const char *w, con
 INLINE void digit_strip(const char *x, const char *w, const float *scale, const float *bias, float *y, long n_x,
                         long n_out, long n_in, int add, long left) {
     long i = 0, row_bytes = sizeof(digit_row) + DIGITS * padded(n_in);
-    if (left >= W_ROWS) {
+    if (left >= W_ROWS && n_x == 1)
+        digit_tile(1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, READ_ONCE);
+    else if (left >= W_ROWS) {
         for (; i + DIGIT_X_ROWS <= n_x; i += DIGIT_X_ROWS)
             digit_tile(DIGIT_X_ROWS, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add,
-                       i ? 0 : AHEAD);
+                       i ? 0 : READ_AGAIN);
         for (; i < n_x; i++)
-            digit_tile(1, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add, i ? 0 : AHEAD);
+            digit_tile(1, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add,
+                       i ? 0 : READ_AGAIN);
     } else
         for (; i < n_x; i++)
             for (long j = 0; j < left; j++)
@@ -351,6 +372,14 @@ static void prepare_row(const Linear *l, const float *x, char *digits, long i) {
 #endif
 }
 
+/* All rows; called by all threads of a parallel region, which wait until it is done. */
+static void prepare(const Linear *l, const float *x, char *digits, long n_x) {
+    if (linear_digit_bytes(l->type, l->n_in)) {
+        _Pragma("omp for schedule(static)")
+        for (long i = 0; i < n_x; i++) prepare_row(l, x, digits, i);
+    }
+}
+
 #define STRIPS(name, x, bytes, ...)                                                                   \
     _Pragma("omp for schedule(static) nowait")                                                        \
     for (long j = 0; j < n_out; j += W_ROWS)                                                          \
@@ -384,10 +413,7 @@ static void multiply(const Linear *l, const float *x, const char *digits, float 
 void linear(const Linear *l, const float *x, char *digits, float *y, long n_x, int threads) {
     _Pragma("omp parallel num_threads(threads)")
     {
-        if (linear_digit_bytes(l->type, l->n_in)) {
-            _Pragma("omp for schedule(static)")
-            for (long i = 0; i < n_x; i++) prepare_row(l, x, digits, i);
-        }
+        prepare(l, x, digits, n_x);
         multiply(l, x, digits, y, n_x, 0);
     }
 }

@@ -15,6 +15,7 @@ With INT8 cells a key or value of one head is 8-bit integers and one scale.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence as Spans
 from pathlib import Path
@@ -34,7 +35,9 @@ WORTH_THREADS = 1 << 17  # multiplications with keys in one layer
 Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows (n, T), blocks (n, S / BLOCK), visible (n, 1, T, S)
 
 
-class _Cache(ctypes.Structure):
+class NativeCache(ctypes.Structure):
+    """The cache as paged_attention.c sees it."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales", "table")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "blocks", "head_dim", "blocks_per_slot")),
@@ -65,6 +68,7 @@ class PagedCache:
         values: (n_layers, G, blocks, BLOCK, K). Both are zeros at first: what is masked must still be finite.
         key_scales, value_scales: (n_layers, G, blocks, BLOCK) fp32 for INT8 cells, otherwise None.
         table: (n_slots, blocks of the longest sequence) int32, on the CPU: the blocks of each sequence.
+        slots, positions: of each token of the present step, arrays of 64-bit integers.
     """
 
     def __init__(
@@ -93,14 +97,14 @@ class PagedCache:
             self.native = load_native(SOURCE)
         if self.native is not None:
             tensors = (self.keys, self.values, self.key_scales, self.value_scales, self.table)
-            self._cache = _Cache(
+            self.native_cache = NativeCache(
                 *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
                 *(config.n_heads, config.n_kv_heads, n_blocks, config.head_dim, blocks_per_slot),
             )
             self._function = self.native.paged_attention
             pointer, number = ctypes.c_void_p, ctypes.c_int64
-            self._function.argtypes = [ctypes.POINTER(_Cache), number, _Rows, _Rows, _Rows, pointer, pointer, pointer,
-                                       number, number, ctypes.c_int]  # fmt: skip
+            self._function.argtypes = [ctypes.POINTER(NativeCache), number, _Rows, _Rows, _Rows, pointer, pointer,
+                                       pointer, number, number, ctypes.c_int]  # fmt: skip
             self._function.restype = None
 
     # -- sequences -----------------------------------------------------------------------------------------------------
@@ -173,13 +177,9 @@ class PagedCache:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def begin_step(self, spans: Spans[tuple[Sequence, int]]) -> torch.Tensor:
-        """Say which tokens come next: so many new ones of each sequence, in this order, those with fewest first.
-
-        Returns:
-            the positions of the tokens, (N,) int64, on the cache's device.
-        """
-        slots, positions = [], []
+    def begin_step(self, spans: Spans[tuple[Sequence, int]]) -> None:
+        """Say which tokens come next: so many new ones of each sequence, in this order, those with fewest first."""
+        self.slots, self.positions = array("q"), array("q")
         gathered: dict[tuple[int, int], list[int]] = defaultdict(list)  # tokens, class of length → first rows
         self._n_native = 0
         for sequence, n_new in spans:
@@ -187,25 +187,31 @@ class PagedCache:
                 self._n_native += n_new
             else:
                 # Single tokens are gathered together if their lengths are within a factor of 2
-                size_class = sequence.length.bit_length() if n_new == 1 else -len(positions)
-                gathered[n_new, size_class].append(len(positions))
-            slots += [sequence.slot] * n_new
-            positions += range(sequence.length, sequence.length + n_new)
-        self._slots, self._positions = torch.tensor(slots), torch.tensor(positions)
+                size_class = sequence.length.bit_length() if n_new == 1 else -len(self.positions)
+                gathered[n_new, size_class].append(len(self.positions))
+            self.slots.extend([sequence.slot] * n_new)
+            self.positions.extend(range(sequence.length, sequence.length + n_new))
         # Waking threads takes longer than a few short pasts
-        work = sum(positions[: self._n_native]) * self.config.n_heads * self.config.head_dim
+        work = sum(self.positions[: self._n_native]) * self.config.n_heads * self.config.head_dim
         self._n_threads = torch.get_num_threads() if work > WORTH_THREADS else 1
-        self._gathered = [self._gather(n_new, rows) for (n_new, _), rows in gathered.items()]
+        self._gathered = []
+        if gathered:
+            slots, positions = torch.tensor(self.slots), torch.tensor(self.positions)  # (N,)
+            self._gathered = [self._gather(slots, positions, n_new, rows) for (n_new, _), rows in gathered.items()]
         if self.native is None:
-            self._blocks = self.table[self._slots, self._positions // BLOCK].to(self.device)  # (N,)
-            self._offsets = (self._positions % BLOCK).to(self.device)  # (N,)
-        return self._positions.to(self.device)
+            self._blocks = self.table[slots, positions // BLOCK].to(self.device)  # (N,)
+            self._offsets = (positions % BLOCK).to(self.device)  # (N,)
 
-    def _gather(self, n_new: int, first_rows: list[int]) -> Gathered:
+    @property
+    def is_read_in_place(self) -> bool:
+        """Whether the compiled code does all of the step's attention."""
+        return self.native is not None and not self._gathered
+
+    def _gather(self, slots: torch.Tensor, positions: torch.Tensor, n_new: int, first_rows: list[int]) -> Gathered:
         rows = torch.tensor(first_rows).unsqueeze(1) + torch.arange(n_new)  # (n, T)
-        positions = self._positions[rows].unsqueeze(2)  # (n, T, 1)
+        positions = positions[rows].unsqueeze(2)  # (n, T, 1)
         n_blocks = int(positions.max()) // BLOCK + 1
-        blocks = self.table[self._slots[rows[:, 0]], :n_blocks]  # (n, S / BLOCK)
+        blocks = self.table[slots[rows[:, 0]], :n_blocks]  # (n, S / BLOCK)
         visible = (torch.arange(n_blocks * BLOCK) <= positions).unsqueeze(1)  # (n, 1, T, S)
         return rows.to(self.device), blocks.to(self.device), visible.to(self.device)
 
@@ -221,8 +227,8 @@ class PagedCache:
             self._store(layer, key[0], value[0])
         else:
             self._function(
-                *(self._cache, layer, _Rows.of(query), _Rows.of(key), _Rows.of(value), attended.data_ptr()),
-                *(self._slots.data_ptr(), self._positions.data_ptr(), n_tokens, self._n_native),
+                *(self.native_cache, layer, _Rows.of(query), _Rows.of(key), _Rows.of(value), attended.data_ptr()),
+                *(self.slots.buffer_info()[0], self.positions.buffer_info()[0], n_tokens, self._n_native),
                 self._n_threads,
             )
         for rows, blocks, visible in self._gathered:

@@ -322,14 +322,14 @@ def test_stop_strings_and_tokens_and_bans_shape_the_text(client):
 
 
 def test_a_step_that_fails_is_reported_to_its_client_and_the_next_request_is_served(client, monkeypatch):
-    model, request = client.app_state["service"].model, {"prefix": "a", "max_gen_len": 4, "temperature": 0}
+    engine, request = client.app_state["service"].engine, {"prefix": "a", "max_gen_len": 4, "temperature": 0}
     expected = client.post("/generate", json=request).json()
 
     def broken(*args, **more):
         raise RuntimeError("the model failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "hidden_states_at", broken)
+        patch.setattr(engine, "forward", broken)
         response = client.post("/generate", json=request)
         assert response.status_code == 500
         assert "the model failed" in response.json()["error"]["message"]
@@ -353,14 +353,14 @@ def test_the_engine_computes_with_the_threads_that_were_asked_for(model_path, mo
     monkeypatch.setenv("MODEL_PATH", str(model_path))
     monkeypatch.setenv("NUM_THREADS", "2")
     with TestClient(app) as client:
-        model, seen = client.app_state["service"].model, []
-        compute = model.hidden_states_at
+        engine, seen = client.app_state["service"].engine, []
+        compute = engine.forward
 
         def recording(*args, **more):
             seen.append((threading.current_thread().name, torch.get_num_threads()))
             return compute(*args, **more)
 
-        monkeypatch.setattr(model, "hidden_states_at", recording)
+        monkeypatch.setattr(engine, "forward", recording)
         client.post("/generate", json={"prefix": "a", "max_gen_len": 2})
     assert set(seen) == {("engine", 2)}
 

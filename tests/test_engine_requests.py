@@ -222,9 +222,8 @@ def test_a_step_that_raises_fails_its_own_requests_only(gpt2, monkeypatch):
     engine = Engine(gpt2, None, max_running=2)
     requests = [engine.submit(ids, GREEDY) for ids in PROMPTS[:4]]
     engine.step()
-    down = gpt2.layers[1].feed_forward.down_proj
     with monkeypatch.context() as patch:
-        patch.setattr(down, "forward", lambda x: 1 / 0)
+        patch.setattr(engine, "forward", lambda *step: 1 / 0)
         engine.step()
     for request in requests[:2]:
         with pytest.raises(RequestFailed, match="the computation failed: ZeroDivisionError"):
@@ -257,7 +256,7 @@ def test_run_raises_what_the_model_raised(gpt2, monkeypatch):
     """A training loop must be able to tell memory that ran out from other errors."""
     engine = Engine(gpt2, None)
     with monkeypatch.context() as patch:
-        patch.setattr(gpt2.lm_head, "forward", lambda x: (_ for _ in ()).throw(MemoryError("full")))
+        patch.setattr(engine, "forward", lambda *step: (_ for _ in ()).throw(MemoryError("full")))
         with pytest.raises(MemoryError, match="full"):
             engine.run(PROMPTS, GREEDY)
     assert len(engine.run(PROMPTS, GREEDY)) == len(PROMPTS)
@@ -300,9 +299,9 @@ def test_many_threads_share_one_engine(gpt2):
 def test_the_thread_sleeps_when_there_is_nothing_to_do_and_has_as_many_threads(gpt2, monkeypatch):
     """Also after a cancelled request; torch's number of threads, which is a setting of each thread, goes along."""
     engine, steps, n_threads = Engine(gpt2, None), [], []
-    step, head = engine.step, gpt2.lm_head.forward
+    step, forward = engine.step, engine.forward
     monkeypatch.setattr(engine, "step", lambda: steps.append(1) or step())
-    monkeypatch.setattr(gpt2.lm_head, "forward", lambda x: n_threads.append(torch.get_num_threads()) or head(x))
+    monkeypatch.setattr(engine, "forward", lambda *s: n_threads.append(torch.get_num_threads()) or forward(*s))
     torch.set_num_threads(3)
     with engine:
         request = engine.submit(prompt(5), SamplingParams(10**6, ignore_eos=True, overflow="slide"))

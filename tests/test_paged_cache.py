@@ -132,8 +132,8 @@ def test_every_token_attends_to_its_own_past(way, n_kv_heads, head_dim, dtype, t
     history = {(layer, sequence.slot): ([], []) for layer in range(2) for sequence in sequences}
     for sizes in ([3, 40, 1], [1, 1, FEW_TOKENS + 1], [1, 2, 1], [1, 1, 1], [17, 60, 90], [1, 1, 1]):
         spans = sorted(zip(sequences, sizes, strict=True), key=lambda span: span[1])
-        positions = cache.begin_step(spans)
-        assert positions.tolist() == [s.length + i for s, size in spans for i in range(size)]
+        cache.begin_step(spans)
+        assert list(cache.positions) == [s.length + i for s, size in spans for i in range(size)]
         for layer in range(2):
             query, key, value = rows(config, sum(sizes), generator)
             attended = cache.attend(layer, query, key, value, None)  # (1, H, N, K)

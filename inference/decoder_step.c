@@ -1,0 +1,185 @@
+/* A model's forward pass for a few tokens in one call, from token ids to logits; decoder_step.py says when and why.
+
+   One parallel region computes the whole step: the threads stay together from the first norm to the last, and wait for
+   each other only where one needs what another has made. The mathematics is that of transformer_components.py. */
+
+#include "linear_kernels.c"
+#include "paged_attention.c"
+
+typedef struct {
+    const float *weight, *bias; /* (size,); a norm without bias is an RMSNorm, without weight it is none */
+    int64_t size, is_rms;
+    double eps;
+} Norm;
+
+typedef struct {
+    Norm attention_norm, query_norm, key_norm, feed_forward_norm;
+    Linear query, key, value, output, up, down, gate; /* gate without weight: GELU, otherwise SwiGLU */
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    Norm final_norm;
+    const float *rotary; /* cosines and sines, (2, max_seq_len, head_dim), or NULL */
+    int64_t n_layers, d_model, d_ff, max_seq_len;
+    Linear head, tokens, positions; /* the last two are tables (n_out, d_model); rotary models have none of positions */
+} Model;
+
+typedef struct { /* the tokens of a step */
+    const int64_t *ids, *slots, *positions; /* (tokens,); their cells in the cache must be there */
+    const int64_t *last;                    /* (n_last,): of which tokens logits are wanted */
+    int64_t tokens, n_last;
+} Tokens;
+
+typedef struct { /* room for the intermediate results of a step */
+    float *hidden;      /* (tokens, d_model): the residual stream; at the end what comes out of the final norm */
+    float *normed;      /* (tokens, d_model) */
+    float *query, *key, *value, *attended; /* (tokens, heads or kv_heads, head_dim) */
+    float *inner, *gate; /* (tokens, d_ff) */
+    char *digits;       /* (tokens, the most bytes that a layer's linear_digit_bytes asks for) */
+} Scratch;
+
+/* The sum of x - minus, or of the squares of that; the first `whole` of n numbers fill whole vectors. */
+INLINE float sum_of(const float *x, long n, long whole, float minus, int squared) {
+    vec sums = {0};
+    for (long k = 0; k < whole; k += LANES) {
+        vec v = load_vec_fp32(x, k) - minus;
+        sums += squared ? v * v : v;
+    }
+    quarter four = quarters(sums);
+    float sum = (four[0] + four[1]) + (four[2] + four[3]);
+    for (long k = whole; k < n; k++) sum += squared ? (x[k] - minus) * (x[k] - minus) : x[k] - minus;
+    return sum;
+}
+
+/* LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) of one row; out may be x. */
+static void normalize(const Norm *norm, const float *x, float *out) {
+    long n = norm->size, whole = n - n % LANES;
+    float mean = norm->is_rms ? 0 : sum_of(x, n, whole, 0, 0) / n;
+    float variance = sum_of(x, n, whole, mean, 1) / n;
+    float factor = (float)(1 / sqrt(variance + norm->eps));
+    for (long k = 0; k < n; k++)
+        out[k] = (x[k] - mean) * factor * norm->weight[k] + (norm->bias ? norm->bias[k] : 0);
+}
+
+/* The two halves of a head are rotated against each other (arXiv:2104.09864), in place. */
+static void rotate(const Model *model, float *head, int64_t position, int64_t head_dim) {
+    const float *cosine = model->rotary + position * head_dim, *sine = cosine + model->max_seq_len * head_dim;
+    int64_t half = head_dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float first = head[i], second = head[i + half];
+        head[i] = first * cosine[i] - second * sine[i];
+        head[i + half] = second * cosine[i + half] + first * sine[i + half];
+    }
+}
+
+/* A query or key of one head gets its norm and its position. */
+static void place(const Model *model, const Norm *norm, float *head, int64_t position, int64_t head_dim) {
+    if (norm->weight) normalize(norm, head, head);
+    if (model->rotary) rotate(model, head, position, head_dim);
+}
+
+static inline Lanes sigmoid(Lanes x) { /* 1 / (1 + e^-x), from e^-|x|, which does not overflow */
+    IntLanes negative = x < 0;
+    Lanes e = exponential((Lanes)((negative & (IntLanes)x) | (~negative & (IntLanes)-x)));
+    return (Lanes)((negative & (IntLanes)e) | (~negative & (IntLanes)((Lanes){0} + 1.0f))) / (1 + e);
+}
+
+/* BLOCK numbers of the inner layer: SwiGLU (arXiv:2002.05202), or GELU with tanh, whose (1 + tanh z) / 2 is
+   sigmoid(2 z). */
+static void activate(float *inner, const float *gate) {
+    Lanes x = *(Lanes *)inner;
+    if (gate)
+        x *= *(const Lanes *)gate * sigmoid(*(const Lanes *)gate);
+    else
+        x *= sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+    *(Lanes *)inner = x;
+}
+
+/* out = row `index` of a table, or with `add` plus that. */
+static void expand_row(const Linear *table, int64_t index, float *out, int add) {
+    long n = table->n_in;
+    static const int bytes_of[] = {[FP32] = 4, [FP16] = 2, [BF16] = 2, [INT8] = 1};
+    const char *row = table->weight + index * n * bytes_of[table->type];
+    float scale = table->scale ? table->scale[index] : 1;
+    for (long k = 0; k < n; k++) {
+        float number = table->type == FP32 ? load_one_fp32(row, k)
+                       : table->type == INT8 ? load_one_int8(row, k)
+                       : table->type == BF16 ? load_one_bf16(row, k)
+                                             : LOAD_ONE_FP16(row, k);
+        out[k] = number * scale + (add ? out[k] : 0);
+    }
+}
+
+/* hidden (tokens, d_model) and logits (n_last, vocabulary). */
+void decoder_step(const Model *model, const Cache *cache, const Tokens *step, const Scratch *scratch, float *logits,
+                  int threads) {
+    int64_t heads = cache->heads, kv_heads = cache->kv_heads, head_dim = cache->head_dim;
+    int64_t d_model = model->d_model, d_ff = model->d_ff, tokens = step->tokens, n_last = step->n_last;
+    const int64_t *slots = step->slots, *positions = step->positions;
+    Scratch s = *scratch;
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            expand_row(&model->tokens, step->ids[t], s.hidden + t * d_model, 0);
+            if (model->positions.weight) expand_row(&model->positions, positions[t], s.hidden + t * d_model, 1);
+        }
+        for (int64_t index = 0; index < model->n_layers; index++) {
+            const Layer *layer = model->layers + index;
+
+            #pragma omp for schedule(static)
+            for (int64_t t = 0; t < tokens; t++) {
+                normalize(&layer->attention_norm, s.hidden + t * d_model, s.normed + t * d_model);
+                prepare_row(&layer->query, s.normed, s.digits, t);
+            }
+            multiply(&layer->query, s.normed, s.digits, s.query, tokens, 0);
+            multiply(&layer->key, s.normed, s.digits, s.key, tokens, 0);
+            multiply(&layer->value, s.normed, s.digits, s.value, tokens, 0);
+            #pragma omp barrier
+
+            #pragma omp for collapse(2) schedule(static)
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t g = 0; g < kv_heads; g++) {
+                    int64_t head = (t * kv_heads + g) * head_dim;
+                    place(model, &layer->key_norm, s.key + head, positions[t], head_dim);
+                    store_token(cache, index, slots[t], positions[t], g, s.key + head, s.value + head);
+                }
+            #pragma omp for collapse(2) schedule(dynamic)
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t h = 0; h < heads; h++) {
+                    int64_t head = (t * heads + h) * head_dim;
+                    place(model, &layer->query_norm, s.query + head, positions[t], head_dim);
+                    attend_token(cache, index, slots[t], positions[t], h, s.query + head, s.attended + head);
+                }
+            prepare(&layer->output, s.attended, s.digits, tokens);
+            multiply(&layer->output, s.attended, s.digits, s.hidden, tokens, 1);
+            #pragma omp barrier
+
+            #pragma omp for schedule(static)
+            for (int64_t t = 0; t < tokens; t++) {
+                normalize(&layer->feed_forward_norm, s.hidden + t * d_model, s.normed + t * d_model);
+                prepare_row(&layer->up, s.normed, s.digits, t);
+            }
+            multiply(&layer->up, s.normed, s.digits, s.inner, tokens, 0);
+            if (layer->gate.weight) multiply(&layer->gate, s.normed, s.digits, s.gate, tokens, 0);
+            #pragma omp barrier
+
+            #pragma omp for schedule(static)
+            for (int64_t i = 0; i < tokens * d_ff; i += BLOCK)
+                activate(s.inner + i, layer->gate.weight ? s.gate + i : NULL);
+            prepare(&layer->down, s.inner, s.digits, tokens);
+            multiply(&layer->down, s.inner, s.digits, s.hidden, tokens, 1);
+            #pragma omp barrier
+        }
+        #pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++)
+            normalize(&model->final_norm, s.hidden + t * d_model, s.hidden + t * d_model);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < n_last; i++) {
+            memcpy(s.normed + i * d_model, s.hidden + step->last[i] * d_model, d_model * sizeof(float));
+            prepare_row(&model->head, s.normed, s.digits, i);
+        }
+        multiply(&model->head, s.normed, s.digits, logits, n_last, 0);
+    }
+}

@@ -1,0 +1,186 @@
+"""A model's forward pass for a few tokens in one call of compiled code (decoder_step.c).
+
+Between the products with the weights stand hundreds of small operations, each of which Python and PyTorch need some
+microseconds to start. With one token at a time that is a quarter of the time of a GPT-2, and nearly all of a small
+model's. Here it is nothing. The mathematics is that of `GPTModel.hidden_states_at`, which the engine uses wherever
+this cannot be had: on a GPU, in half precision, with adapters, for long stretches of a prompt, without a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from gpt_model import GPTModel
+from inference.linear_kernels import InferenceEmbedding, InferenceLinear, NativeLinear, native_library, native_reads
+from inference.native_code import load_native
+from inference.paged_attention import NativeCache, PagedCache
+from transformer_components import RMSNorm, TransformerDecoderLayer
+
+SOURCE = Path(__file__).with_suffix(".c")
+ALIGNMENT = 64  # bytes, a cache line
+WORTH_THREADS = 1 << 19  # multiplications with the weights of one layer
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("size", "is_rms")),
+        ("eps", ctypes.c_double),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("attention_norm", "query_norm", "key_norm", "feed_forward_norm")),
+        *((name, NativeLinear) for name in ("query", "key", "value", "output", "up", "down", "gate")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.POINTER(_Layer)),
+        ("final_norm", _Norm),
+        ("rotary", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("n_layers", "d_model", "d_ff", "max_seq_len")),
+        *((name, NativeLinear) for name in ("head", "tokens", "positions")),
+    ]
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("ids", "slots", "positions", "last")),
+        *((name, ctypes.c_int64) for name in ("tokens", "n_last")),
+    ]
+
+
+class _Scratch(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("hidden", "normed", "query", "key", "value", "attended", "inner", "gate", "digits")
+    ]
+
+
+class DecoderStep:
+    """The forward pass of a model over a cache; `DecoderStep.of` makes one where that is possible.
+
+    The weights are read where they are and may change there; where they move, another one must be made.
+    """
+
+    @classmethod
+    def of(cls, model: GPTModel, cache: PagedCache) -> DecoderStep | None:
+        """None if a layer, a type or the machine is not one that the compiled code knows."""
+        if cache.native is None or not _is_known(model):
+            return None
+        library = load_native(SOURCE)
+        return None if library is None else cls(model, cache, library.decoder_step)
+
+    def __init__(self, model: GPTModel, cache: PagedCache, function: Callable[..., None]) -> None:
+        self.cache, self.config, self.function = cache, model.config, function
+        function.argtypes = [*map(ctypes.POINTER, (_Model, NativeCache, _Tokens, _Scratch)), ctypes.c_void_p,
+                             ctypes.c_int]  # fmt: skip
+        function.restype = None
+        config = model.config
+        linears, tables = [*_linears(model), model.lm_head], _tables(model)
+        self.keep_alive = list(model.parameters()), list(model.buffers())
+        self.model = _Model(
+            (_Layer * config.n_layers)(*map(_layer, model.layers)),
+            _norm(model.final_norm),
+            model.rotary_table.data_ptr() if config.position == "rotary" else None,
+            *(config.n_layers, config.d_model, config.d_ff, config.max_seq_len),
+            *map(_native, (model.lm_head, *tables)),
+        )
+        self.layer_weights = sum(linear.weight.numel() for linear in _linears(model)) // config.n_layers
+        digit_bytes = native_library().linear_digit_bytes
+        query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        widths = (config.d_model, config.d_model, query, key, key, query, config.d_ff, config.d_ff)
+        self.token_bytes = [4 * width for width in widths]
+        self.token_bytes.append(max(digit_bytes(_native(linear).type, linear.in_features) for linear in linears))
+        self.room_for = 0
+
+    def __call__(self, ids: Sequence[int], last: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The forward pass of the tokens of the cache's present step.
+
+        Args:
+            ids: of the N tokens.
+            last: those of the tokens, 0 … N − 1, whose logits are wanted.
+
+        Returns:
+            the final, normed hidden states (N, D) fp32, in memory that the next step overwrites; logits
+            (len(last), V) fp32.
+        """
+        n_tokens = len(ids)
+        if self.room_for != n_tokens:
+            self._make_room(n_tokens)
+        numbers = array("q", ids), self.cache.slots, self.cache.positions, array("q", last)
+        tokens = _Tokens(*(each.buffer_info()[0] for each in numbers), n_tokens, len(last))
+        logits = torch.empty(len(last), self.config.vocab_size)
+        threads = torch.get_num_threads() if n_tokens * self.layer_weights > WORTH_THREADS else 1
+        self.function(self.model, self.cache.native_cache, tokens, self.scratch, logits.data_ptr(), threads)
+        return self.hidden, logits
+
+    def _make_room(self, n_tokens: int) -> None:
+        sizes = [-(-n_tokens * n_bytes // ALIGNMENT) * ALIGNMENT for n_bytes in self.token_bytes]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        self.scratch = _Scratch(*itertools.accumulate(sizes[:-1], initial=memory.data_ptr()))
+        self.hidden = memory.view(torch.float32)[: n_tokens * self.config.d_model].view(n_tokens, -1)  # (N, D)
+        self.room_for = n_tokens
+
+
+def _is_known(model: GPTModel) -> bool:
+    linears, dtype = [*_linears(model), model.lm_head], model.lm_head.weight.dtype
+    return (
+        model.dtype == torch.float32
+        and all(type(linear) is nn.Linear or isinstance(linear, InferenceLinear) for linear in linears)
+        and not any(getattr(linear, "int8_inputs", False) for linear in linears)
+        # What shares its input must take it in one form
+        and all(linear.weight.dtype == dtype and linear.weight.is_contiguous() for linear in linears)
+        and all(table.weight.is_contiguous() and native_reads(table.weight.dtype) for table in _tables(model))
+        and native_reads(dtype)
+    )
+
+
+def _linears(model: GPTModel) -> list[nn.Module]:
+    return [linear for layer in model.layers for linear in _linears_of(layer)]
+
+
+def _tables(model: GPTModel) -> list[nn.Module]:
+    """The embeddings: of tokens and, but for rotary models, of positions."""
+    kind = model.config.position
+    if kind == "rotary":
+        return [model.token_embedding]
+    learned = kind == "learned"
+    return [model.token_embedding, model.position_embedding if learned else InferenceEmbedding(model.position_table)]
+
+
+def _linears_of(layer: TransformerDecoderLayer) -> list[nn.Module]:
+    """Query, key, value, output, up, down and, with SwiGLU, gate."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    projections = (attention.query_proj, attention.key_proj, attention.value_proj, attention.output_proj)
+    gate = () if feed_forward.gate_proj is None else (feed_forward.gate_proj,)
+    return [*projections, feed_forward.up_proj, feed_forward.down_proj, *gate]
+
+
+def _native(layer: nn.Module) -> NativeLinear:
+    """Of a linear layer, or an embedding table."""
+    return NativeLinear(layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None))
+
+
+def _norm(norm: nn.Module) -> _Norm:
+    if isinstance(norm, nn.Identity):
+        return _Norm()
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    is_rms = isinstance(norm, RMSNorm)
+    return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.numel(), is_rms, norm.eps)
+
+
+def _layer(layer: TransformerDecoderLayer) -> _Layer:
+    attention = layer.attention
+    norms = layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm
+    return _Layer(*map(_norm, norms), *map(_native, _linears_of(layer)))
