@@ -30,7 +30,7 @@
 /* The processor itself foresees only the next few cache lines of a row. With one row of x, W is read once and shall not
    drive everything else out of the caches. */
 #define READ_ONCE 6144 /* bytes ahead */
-#define READ_AGAIN 16384
+#define READ_AGAIN 4096
 INLINE void ask_for(const char *p, long ahead) {
     if (ahead == READ_ONCE)
         __builtin_prefetch(p + ahead, 0, 0);
@@ -145,8 +145,46 @@ INLINE quarter quarters(vec v) {
     return sum;
 }
 
+/* What the lanes of four vectors sum up to, one number for each. */
+INLINE quarter sums_of_four(const vec *v) {
+#if LANES == 16
+#define PAIRS(a, b) ((vec)_mm512_unpacklo_ps((__m512)(a), (__m512)(b)) + (vec)_mm512_unpackhi_ps((__m512)(a), (__m512)(b)))
+#define FOURS(a, b) \
+    ((vec)_mm512_unpacklo_pd((__m512d)(a), (__m512d)(b)) + (vec)_mm512_unpackhi_pd((__m512d)(a), (__m512d)(b)))
+#elif LANES == 8
+#define PAIRS(a, b) ((vec)_mm256_unpacklo_ps((__m256)(a), (__m256)(b)) + (vec)_mm256_unpackhi_ps((__m256)(a), (__m256)(b)))
+#define FOURS(a, b) \
+    ((vec)_mm256_unpacklo_pd((__m256d)(a), (__m256d)(b)) + (vec)_mm256_unpackhi_pd((__m256d)(a), (__m256d)(b)))
+#endif
+#ifdef PAIRS /* as one adds up by hand, all four at once */
+    return quarters(FOURS(PAIRS(v[0], v[1]), PAIRS(v[2], v[3])));
+#else
+    quarter sums;
+    for (int j = 0; j < 4; j++) {
+        quarter four = quarters(v[j]);
+        sums[j] = (four[0] + four[1]) + (four[2] + four[3]);
+    }
+    return sums;
+#endif
+}
+
+/* The first n of four numbers, if there are any. */
+INLINE quarter four_of(const float *numbers, int n, float otherwise) {
+    quarter four = (quarter){0} + otherwise;
+    if (numbers) memcpy(&four, numbers, n * sizeof(float));
+    return four;
+}
+
+/* A tile's sums for one row of x become numbers of y: times the scale of x and those of W, plus the bias, and with `add`
+   plus what is in y. */
+INLINE void finish(const vec *sums, int w_rows, float x_scale, const float *scale, const float *bias, float *y, int add) {
+    quarter result = sums_of_four(sums) * x_scale * four_of(scale, w_rows, 1) + four_of(bias, w_rows, 0);
+    if (add) result += four_of(y, w_rows, 0);
+    memcpy(y, &result, w_rows * sizeof(float));
+}
+
 /* The products of x_rows rows of x with w_rows rows of W; both counts are constants at each call. What lies `ahead`
-   bytes further in W is asked for meanwhile. With `add`, they are added to what is in y. */
+   bytes further in W is asked for meanwhile. */
 INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const float *scale, const float *bias, float *y,
                  long n_out, long n_in, int add, long bytes, long ahead, load_vec_fn load_vec, load_one_fn load_one) {
     vec sums[X_ROWS][W_ROWS] = {{{0}}};
@@ -170,13 +208,7 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
             UNROLL for (int i = 0; i < x_rows; i++)
                 sums[i][j] += load_rest(x + i * n_in, k, n_in, load_one_fp32) * weights;
         }
-    UNROLL for (int i = 0; i < x_rows; i++)
-        UNROLL for (int j = 0; j < w_rows; j++) {
-            quarter four = quarters(sums[i][j]);
-            float sum = (four[0] + four[1]) + (four[2] + four[3]);
-            float result = sum * (scale ? scale[j] : 1) + (bias ? bias[j] : 0);
-            y[i * n_out + j] = add ? y[i * n_out + j] + result : result;
-        }
+    UNROLL for (int i = 0; i < x_rows; i++) finish(sums[i], w_rows, 1, scale, bias, y + i * n_out, add);
 }
 
 /* All rows of x with W_ROWS rows of W, or with the fewer that are left; these stay in the first cache. */
@@ -202,22 +234,14 @@ INLINE void strip(const float *x, const char *w, const float *scale, const float
 /* INT8 by integer arithmetic, exact and four times as many products an instruction.
 
    A number of x becomes three 8-bit digits, x ≈ (2^16 a + 2^8 b + c) · scale with one scale a row: 24 bits, as many as
-   fp32 has. The instruction multiplies unsigned by signed bytes: W gets 128 added (its highest bit flipped) and each
-   sum over a row is too large by 128 times the sum of that row of x. */
+   fp32 has. The instruction multiplies unsigned by signed bytes: W gets 128 added (its highest bit flipped), and each sum
+   begins with -128 times what it adds up of x. */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define DOT(sum, weights, digits) (int_vec) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(weights), (__m512i)(digits))
-#define PAIRS(a, b) \
-    ((int_vec)_mm512_unpacklo_epi32((__m512i)(a), (__m512i)(b)) + (int_vec)_mm512_unpackhi_epi32((__m512i)(a), (__m512i)(b)))
-#define FOURS(a, b) \
-    ((int_vec)_mm512_unpacklo_epi64((__m512i)(a), (__m512i)(b)) + (int_vec)_mm512_unpackhi_epi64((__m512i)(a), (__m512i)(b)))
 #define DIGIT_X_ROWS 2 /* 2 · 3 · 4 sums in 32 registers */
 #elif defined(__AVXVNNI__)
 #define DOT(sum, weights, digits) \
     (int_vec) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(weights), (__m256i)(digits))
-#define PAIRS(a, b) \
-    ((int_vec)_mm256_unpacklo_epi32((__m256i)(a), (__m256i)(b)) + (int_vec)_mm256_unpackhi_epi32((__m256i)(a), (__m256i)(b)))
-#define FOURS(a, b) \
-    ((int_vec)_mm256_unpacklo_epi64((__m256i)(a), (__m256i)(b)) + (int_vec)_mm256_unpackhi_epi64((__m256i)(a), (__m256i)(b)))
 #define DIGIT_X_ROWS 1
 #endif
 
@@ -225,14 +249,12 @@ INLINE void strip(const float *x, const char *w, const float *scale, const float
 enum { DIGITS = 3, BYTES = 4 * LANES, LARGEST = 127 << 16 }; /* a bit below what the digits can hold */
 enum { LONGEST_ROW = 65536 }; /* so many products of 255 and 128 fit into 32 bits */
 
-typedef char bytes_vec __attribute__((vector_size(BYTES)));
-typedef int32_t int_quarter __attribute__((vector_size(16)));
-typedef double four_doubles __attribute__((vector_size(32)));
+typedef uint8_t bytes_vec __attribute__((vector_size(BYTES)));
 
 typedef struct { /* a row of x; its digits follow, each kind padded with zeros to whole vectors */
+    int32_t begin[DIGITS][LANES]; /* what the sums begin with */
     float scale;
-    double sum; /* of all numbers, in units of scale */
-    char to_a_cache_line[48];
+    char to_a_cache_line[60];
 } digit_row;
 
 INLINE long padded(long n_in) { return (n_in + BYTES - 1) / BYTES * BYTES; }
@@ -241,7 +263,6 @@ INLINE void split_into_digits(const float *x, char *digits, long n_in) {
     digit_row *row = (digit_row *)digits;
     int8_t *high = (int8_t *)(row + 1), *middle = high + padded(n_in), *low = middle + padded(n_in);
     int32_t largest_bits = 0; /* as integers, the bits of positive numbers have the same order; NaN is the largest */
-    int64_t sum = 0;
     float largest;
     for (long k = 0; k < n_in; k++) {
         int32_t bits;
@@ -256,21 +277,22 @@ INLINE void split_into_digits(const float *x, char *digits, long n_in) {
     for (long k = 0; k < n_in; k++) {
         float scaled = x[k] * factor;
         int32_t number = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
-        sum += number;
         low[k] = (int8_t)number;
         number = (number - low[k]) >> 8;
         middle[k] = (int8_t)number;
         high[k] = (int8_t)((number - middle[k]) >> 8);
     }
-    row->sum = (double)sum;
     for (long k = n_in; k < padded(n_in); k++) high[k] = middle[k] = low[k] = 0;
-}
-
-/* The first n of four numbers, if there are any. */
-INLINE quarter four_of(const float *numbers, int n, float otherwise) {
-    quarter four = (quarter){0} + otherwise;
-    if (numbers) memcpy(&four, numbers, n * sizeof(float));
-    return four;
+    for (int d = 0; d < DIGITS; d++) {
+        int_vec sum = {0};
+        for (long k = 0; k < padded(n_in); k += BYTES) {
+            bytes_vec some;
+            memcpy(&some, high + d * padded(n_in) + k, BYTES);
+            sum = DOT(sum, (bytes_vec){0} + 128, some);
+        }
+        sum = -sum;
+        memcpy(row->begin[d], &sum, sizeof sum);
+    }
 }
 
 /* Adds the products of the next `n` bytes of the rows, at most BYTES. */
@@ -281,7 +303,7 @@ INLINE void add_dots(int_vec sums[DIGIT_X_ROWS][DIGITS][W_ROWS], int x_rows, int
         if (n < BYTES) weights[j] = (bytes_vec){0};
         memcpy(&weights[j], w + j * n_in, n);
         ask_for(w + j * n_in, ahead);
-        weights[j] ^= (char)-128;
+        weights[j] ^= 128;
         KEEP_IN_REGISTER(weights[j]);
     }
     UNROLL for (int i = 0; i < x_rows; i++)
@@ -295,26 +317,23 @@ INLINE void add_dots(int_vec sums[DIGIT_X_ROWS][DIGITS][W_ROWS], int x_rows, int
 
 INLINE void digit_tile(int x_rows, int w_rows, const char *x, const char *w, const float *scale, const float *bias,
                        float *y, long n_out, long n_in, int add, long ahead) {
-    int_vec sums[DIGIT_X_ROWS][DIGITS][W_ROWS] = {{{{0}}}};
+    int_vec sums[DIGIT_X_ROWS][DIGITS][W_ROWS];
     long k = 0, row_bytes = sizeof(digit_row) + DIGITS * padded(n_in);
     const char *digits = x + sizeof(digit_row);
+    UNROLL for (int i = 0; i < x_rows; i++)
+        UNROLL for (int d = 0; d < DIGITS; d++) {
+            const digit_row *row = (const digit_row *)(x + i * row_bytes);
+            UNROLL for (int j = 0; j < w_rows; j++) memcpy(&sums[i][d][j], row->begin[d], sizeof(int_vec));
+        }
     for (; k + BYTES <= n_in; k += BYTES)
         add_dots(sums, x_rows, w_rows, digits + k, w + k, BYTES, n_in, row_bytes, ahead);
     if (k < n_in) add_dots(sums, x_rows, w_rows, digits + k, w + k, n_in - k, n_in, row_bytes, 0);
     UNROLL for (int i = 0; i < x_rows; i++) {
-        const digit_row *row = (const digit_row *)(x + i * row_bytes);
-        four_doubles total = {0};
-        UNROLL for (int d = 0; d < DIGITS; d++) {
-            int_vec *of = sums[i][d], folded = FOURS(PAIRS(of[0], of[1]), PAIRS(of[2], of[3]));
-            int_quarter parts[LANES / 4];
-            memcpy(parts, &folded, sizeof parts);
-            for (int p = 1; p < LANES / 4; p++) parts[0] += parts[p];
-            total = total * 256 + __builtin_convertvector(parts[0], four_doubles);
-        }
-        quarter result = __builtin_convertvector(total - 128 * row->sum, quarter) * row->scale;
-        result = result * four_of(scale, w_rows, 1) + four_of(bias, w_rows, 0);
-        if (add) result += four_of(y + i * n_out, w_rows, 0);
-        memcpy(y + i * n_out, &result, w_rows * sizeof(float));
+        vec totals[W_ROWS] = {{0}};
+        UNROLL for (int d = 0; d < DIGITS; d++)
+            UNROLL for (int j = 0; j < w_rows; j++)
+                totals[j] = totals[j] * 256 + __builtin_convertvector(sums[i][d][j], vec);
+        finish(totals, w_rows, ((const digit_row *)(x + i * row_bytes))->scale, scale, bias, y + i * n_out, add);
     }
 }
 
