@@ -18,7 +18,14 @@ import torch
 import torch.nn as nn
 
 from gpt_model import GPTModel
-from inference.linear_kernels import InferenceEmbedding, InferenceLinear, NativeLinear, native_library, native_reads
+from inference.linear_kernels import (
+    InferenceEmbedding,
+    InferenceLinear,
+    NativeLinear,
+    kind_of,
+    native_knows,
+    native_library,
+)
 from inference.native_code import load_native
 from inference.paged_attention import NativeCache, PagedCache
 from transformer_components import RMSNorm, TransformerDecoderLayer
@@ -134,16 +141,18 @@ class DecoderStep:
 
 
 def _is_known(model: GPTModel) -> bool:
-    linears, dtype = [*_linears(model), model.lm_head], model.lm_head.weight.dtype
+    linears, tables = [*_linears(model), model.lm_head], _tables(model)
     return (
         model.dtype == torch.float32
         and all(type(linear) is nn.Linear or isinstance(linear, InferenceLinear) for linear in linears)
-        and not any(getattr(linear, "int8_inputs", False) for linear in linears)
-        # What shares its input must take it in one form
-        and all(linear.weight.dtype == dtype and linear.weight.is_contiguous() for linear in linears)
-        and all(table.weight.is_contiguous() and native_reads(table.weight.dtype) for table in _tables(model))
-        and native_reads(dtype)
+        and len({_weights(linear) for linear in linears}) == 1  # what shares its input must take it in one form
+        and all(layer.weight.is_contiguous() for layer in [*linears, *tables])
+        and all(native_knows(_weights(layer), layer.weight.size(1)) for layer in [*linears, *tables])
     )
+
+
+def _weights(layer: nn.Module) -> str:
+    return layer.weights if isinstance(layer, InferenceLinear) else kind_of(layer.weight)
 
 
 def _linears(model: GPTModel) -> list[nn.Module]:
@@ -169,7 +178,7 @@ def _linears_of(layer: TransformerDecoderLayer) -> list[nn.Module]:
 
 def _native(layer: nn.Module) -> NativeLinear:
     """Of a linear layer, or an embedding table."""
-    return NativeLinear(layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None))
+    return NativeLinear(layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None), _weights(layer))
 
 
 def _norm(norm: nn.Module) -> _Norm:

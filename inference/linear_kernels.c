@@ -37,7 +37,7 @@ INLINE void ask_for(const char *p, long ahead) {
     else if (ahead)
         __builtin_prefetch(p + ahead);
 }
-#define UNROLL _Pragma("GCC unroll 4") /* or the sums would live in memory */
+#define UNROLL _Pragma("GCC unroll 6") /* or the sums would live in memory */
 #if defined(__AVX512F__)
 #define KEEP_IN_REGISTER(v) __asm__("" : "+v"(v)) /* GCC would load it again for each use */
 #elif defined(__x86_64__)
@@ -234,34 +234,36 @@ INLINE void strip(const float *x, const char *w, const float *scale, const float
 /* INT8 by integer arithmetic, exact and four times as many products an instruction.
 
    A number of x becomes three 8-bit digits, x ≈ (2^16 a + 2^8 b + c) · scale with one scale a row: 24 bits, as many as
-   fp32 has. The instruction multiplies unsigned by signed bytes: W gets 128 added (its highest bit flipped), and each sum
-   begins with -128 times what it adds up of x. */
+   fp32 has. Or it is rounded to one, x ≈ a · scale. The instruction multiplies unsigned by signed bytes: W gets 128 added
+   (its highest bit flipped), and each sum begins with -128 times what it adds up of x. */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define DOT(sum, weights, digits) (int_vec) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(weights), (__m512i)(digits))
-#define DIGIT_X_ROWS 2 /* 2 · 3 · 4 sums in 32 registers */
+#define DIGIT_SUMS 6 /* and W_ROWS of each: rows of x times digits; 32 registers hold them */
 #elif defined(__AVXVNNI__)
 #define DOT(sum, weights, digits) \
     (int_vec) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(weights), (__m256i)(digits))
-#define DIGIT_X_ROWS 1
+#define DIGIT_SUMS 3
 #endif
 
 #ifdef DOT
-enum { DIGITS = 3, BYTES = 4 * LANES, LARGEST = 127 << 16 }; /* a bit below what the digits can hold */
+enum { BYTES = 4 * LANES, MOST_DIGITS = 3 };
 enum { LONGEST_ROW = 65536 }; /* so many products of 255 and 128 fit into 32 bits */
 
 typedef uint8_t bytes_vec __attribute__((vector_size(BYTES)));
 
-typedef struct { /* a row of x; its digits follow, each kind padded with zeros to whole vectors */
-    int32_t begin[DIGITS][LANES]; /* what the sums begin with */
+typedef struct { /* a row of x; its digits follow, the highest first, each kind padded with zeros to whole vectors */
+    int32_t begin[MOST_DIGITS][LANES]; /* what the sums begin with */
     float scale;
     char to_a_cache_line[60];
 } digit_row;
 
 INLINE long padded(long n_in) { return (n_in + BYTES - 1) / BYTES * BYTES; }
+INLINE long digit_row_bytes(int digits, long n_in) { return sizeof(digit_row) + digits * padded(n_in); }
 
-INLINE void split_into_digits(const float *x, char *digits, long n_in) {
-    digit_row *row = (digit_row *)digits;
+INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) {
+    digit_row *row = (digit_row *)out;
     int8_t *high = (int8_t *)(row + 1), *middle = high + padded(n_in), *low = middle + padded(n_in);
+    const float most = digits == 1 ? 127 : 127 << 16; /* a bit below what three digits can hold */
     int32_t largest_bits = 0; /* as integers, the bits of positive numbers have the same order; NaN is the largest */
     float largest;
     for (long k = 0; k < n_in; k++) {
@@ -271,19 +273,22 @@ INLINE void split_into_digits(const float *x, char *digits, long n_in) {
         largest_bits = bits > largest_bits ? bits : largest_bits;
     }
     memcpy(&largest, &largest_bits, sizeof largest);
-    row->scale = largest / LARGEST;
-    float factor = largest > 1e-30f ? LARGEST / largest : 0;
+    row->scale = largest / most;
+    float factor = largest > 1e-30f ? most / largest : 0;
     if (largest_bits >= 0x7f800000) row->scale = NAN, factor = 0; /* infinities and NaN spoil the row, visibly */
     for (long k = 0; k < n_in; k++) {
         float scaled = x[k] * factor;
         int32_t number = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
-        low[k] = (int8_t)number;
-        number = (number - low[k]) >> 8;
-        middle[k] = (int8_t)number;
-        high[k] = (int8_t)((number - middle[k]) >> 8);
+        if (digits == MOST_DIGITS) {
+            low[k] = (int8_t)number;
+            number = (number - low[k]) >> 8;
+            middle[k] = (int8_t)number;
+            number = (number - middle[k]) >> 8;
+        }
+        high[k] = (int8_t)number;
     }
-    for (long k = n_in; k < padded(n_in); k++) high[k] = middle[k] = low[k] = 0;
-    for (int d = 0; d < DIGITS; d++) {
+    for (int d = 0; d < digits; d++) {
+        memset(high + d * padded(n_in) + n_in, 0, padded(n_in) - n_in);
         int_vec sum = {0};
         for (long k = 0; k < padded(n_in); k += BYTES) {
             bytes_vec some;
@@ -296,8 +301,8 @@ INLINE void split_into_digits(const float *x, char *digits, long n_in) {
 }
 
 /* Adds the products of the next `n` bytes of the rows, at most BYTES. */
-INLINE void add_dots(int_vec sums[DIGIT_X_ROWS][DIGITS][W_ROWS], int x_rows, int w_rows, const char *digits,
-                     const char *w, long n, long n_in, long row_bytes, long ahead) {
+INLINE void add_dots(int_vec sums[DIGIT_SUMS][W_ROWS], int digits, int x_rows, int w_rows, const char *x, const char *w,
+                     long n, long n_in, long ahead) {
     bytes_vec weights[W_ROWS];
     UNROLL for (int j = 0; j < w_rows; j++) {
         if (n < BYTES) weights[j] = (bytes_vec){0};
@@ -307,58 +312,58 @@ INLINE void add_dots(int_vec sums[DIGIT_X_ROWS][DIGITS][W_ROWS], int x_rows, int
         KEEP_IN_REGISTER(weights[j]);
     }
     UNROLL for (int i = 0; i < x_rows; i++)
-        UNROLL for (int d = 0; d < DIGITS; d++) {
+        UNROLL for (int d = 0; d < digits; d++) {
             bytes_vec inputs;
-            memcpy(&inputs, digits + i * row_bytes + d * padded(n_in), BYTES);
+            int_vec *sum = sums[i * digits + d];
+            memcpy(&inputs, x + i * digit_row_bytes(digits, n_in) + d * padded(n_in), BYTES);
             KEEP_IN_REGISTER(inputs);
-            UNROLL for (int j = 0; j < w_rows; j++) sums[i][d][j] = DOT(sums[i][d][j], weights[j], inputs);
+            UNROLL for (int j = 0; j < w_rows; j++) sum[j] = DOT(sum[j], weights[j], inputs);
         }
 }
 
-INLINE void digit_tile(int x_rows, int w_rows, const char *x, const char *w, const float *scale, const float *bias,
-                       float *y, long n_out, long n_in, int add, long ahead) {
-    int_vec sums[DIGIT_X_ROWS][DIGITS][W_ROWS];
-    long k = 0, row_bytes = sizeof(digit_row) + DIGITS * padded(n_in);
-    const char *digits = x + sizeof(digit_row);
+INLINE void digit_tile(int digits, int x_rows, int w_rows, const char *x, const char *w, const float *scale,
+                       const float *bias, float *y, long n_out, long n_in, int add, long ahead) {
+    int_vec sums[DIGIT_SUMS][W_ROWS];
+    long k = 0, row_bytes = digit_row_bytes(digits, n_in);
     UNROLL for (int i = 0; i < x_rows; i++)
-        UNROLL for (int d = 0; d < DIGITS; d++) {
-            const digit_row *row = (const digit_row *)(x + i * row_bytes);
-            UNROLL for (int j = 0; j < w_rows; j++) memcpy(&sums[i][d][j], row->begin[d], sizeof(int_vec));
-        }
+        UNROLL for (int d = 0; d < digits; d++)
+            UNROLL for (int j = 0; j < w_rows; j++)
+                memcpy(&sums[i * digits + d][j], ((const digit_row *)(x + i * row_bytes))->begin[d], sizeof(int_vec));
     for (; k + BYTES <= n_in; k += BYTES)
-        add_dots(sums, x_rows, w_rows, digits + k, w + k, BYTES, n_in, row_bytes, ahead);
-    if (k < n_in) add_dots(sums, x_rows, w_rows, digits + k, w + k, n_in - k, n_in, row_bytes, 0);
+        add_dots(sums, digits, x_rows, w_rows, x + sizeof(digit_row) + k, w + k, BYTES, n_in, ahead);
+    if (k < n_in) add_dots(sums, digits, x_rows, w_rows, x + sizeof(digit_row) + k, w + k, n_in - k, n_in, 0);
     UNROLL for (int i = 0; i < x_rows; i++) {
         vec totals[W_ROWS] = {{0}};
-        UNROLL for (int d = 0; d < DIGITS; d++)
+        UNROLL for (int d = 0; d < digits; d++)
             UNROLL for (int j = 0; j < w_rows; j++)
-                totals[j] = totals[j] * 256 + __builtin_convertvector(sums[i][d][j], vec);
+                totals[j] = totals[j] * 256 + __builtin_convertvector(sums[i * digits + d][j], vec);
         finish(totals, w_rows, ((const digit_row *)(x + i * row_bytes))->scale, scale, bias, y + i * n_out, add);
     }
 }
 
 /* All rows of x, as digits, with W_ROWS rows of W, or with the fewer that are left. */
 INLINE void digit_strip(const char *x, const char *w, const float *scale, const float *bias, float *y, long n_x,
-                        long n_out, long n_in, int add, long left) {
-    long i = 0, row_bytes = sizeof(digit_row) + DIGITS * padded(n_in);
+                        long n_out, long n_in, int add, long left, int digits) {
+    const int x_rows = DIGIT_SUMS / digits;
+    long i = 0, row_bytes = digit_row_bytes(digits, n_in);
     if (left >= W_ROWS && n_x == 1)
-        digit_tile(1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, READ_ONCE);
+        digit_tile(digits, 1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, READ_ONCE);
     else if (left >= W_ROWS) {
-        for (; i + DIGIT_X_ROWS <= n_x; i += DIGIT_X_ROWS)
-            digit_tile(DIGIT_X_ROWS, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add,
+        for (; i + x_rows <= n_x; i += x_rows)
+            digit_tile(digits, x_rows, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add,
                        i ? 0 : READ_AGAIN);
         for (; i < n_x; i++)
-            digit_tile(1, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add,
+            digit_tile(digits, 1, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add,
                        i ? 0 : READ_AGAIN);
     } else
         for (; i < n_x; i++)
             for (long j = 0; j < left; j++)
-                digit_tile(1, 1, x + i * row_bytes, w + j * n_in, scale ? scale + j : 0, bias ? bias + j : 0,
+                digit_tile(digits, 1, 1, x + i * row_bytes, w + j * n_in, scale ? scale + j : 0, bias ? bias + j : 0,
                            y + i * n_out + j, n_out, n_in, add, 0);
 }
 #endif
 
-enum { FP32, FP16, BF16, INT8 };
+enum { FP32, FP16, BF16, INT8, INT8_DYNAMIC }; /* the last one is INT8 with x rounded to 8 bits as well */
 
 typedef struct {
     const char *weight;        /* (n_out, n_in) */
@@ -366,36 +371,43 @@ typedef struct {
     int64_t n_out, n_in, type;
 } Linear;
 
-/* Whether this processor can compute with weights of a type. */
-int linear_reads(int64_t type) {
-#ifdef HAS_FP16
-    return type >= FP32 && type <= INT8;
-#else
-    return type == FP32 || type == BF16 || type == INT8;
+/* With how many digits x is written, or 0: as it is. */
+INLINE int digits_of(int64_t type, long n_in) {
+#ifdef DOT
+    if (n_in <= LONGEST_ROW) return type == INT8 ? MOST_DIGITS : type == INT8_DYNAMIC;
 #endif
+    return 0;
 }
 
-/* Bytes that a row of x takes as digits; 0 where the kernel takes it as it is. */
+/* Whether this processor can compute with weights of a type and of rows so long. */
+int linear_knows(int64_t type, long n_in) {
+#ifndef HAS_FP16
+    if (type == FP16) return 0;
+#endif
+    return type != INT8_DYNAMIC || digits_of(type, n_in);
+}
+
+/* Bytes that a row of x takes as digits. */
 long linear_digit_bytes(int64_t type, long n_in) {
 #ifdef DOT
-    if (type == INT8 && n_in <= LONGEST_ROW) return sizeof(digit_row) + DIGITS * padded(n_in);
+    if (digits_of(type, n_in)) return digit_row_bytes(digits_of(type, n_in), n_in);
 #endif
     return 0;
 }
 
 /* Row i of x into digits, if the kernel wants them. */
-static void prepare_row(const Linear *l, const float *x, char *digits, long i) {
+static void prepare_row(const Linear *l, const float *x, char *out, long i) {
 #ifdef DOT
-    long bytes = linear_digit_bytes(l->type, l->n_in);
-    if (bytes) split_into_digits(x + i * l->n_in, digits + i * bytes, l->n_in);
+    int digits = digits_of(l->type, l->n_in);
+    if (digits) split_into_digits(digits, x + i * l->n_in, out + i * digit_row_bytes(digits, l->n_in), l->n_in);
 #endif
 }
 
 /* All rows; called by all threads of a parallel region, which wait until it is done. */
-static void prepare(const Linear *l, const float *x, char *digits, long n_x) {
-    if (linear_digit_bytes(l->type, l->n_in)) {
+static void prepare(const Linear *l, const float *x, char *out, long n_x) {
+    if (digits_of(l->type, l->n_in)) {
         _Pragma("omp for schedule(static)")
-        for (long i = 0; i < n_x; i++) prepare_row(l, x, digits, i);
+        for (long i = 0; i < n_x; i++) prepare_row(l, x, out, i);
     }
 }
 
@@ -410,10 +422,11 @@ static void prepare(const Linear *l, const float *x, char *digits, long n_x) {
 static void multiply(const Linear *l, const float *x, const char *digits, float *y, long n_x, int add) {
     long n_out = l->n_out, n_in = l->n_in;
 #ifdef DOT
-    if (linear_digit_bytes(l->type, n_in)) {
-        STRIPS(digit_strip, digits, 1);
-        return;
-    }
+    if (digits_of(l->type, n_in) == 1) {
+        STRIPS(digit_strip, digits, 1, 1);
+    } else if (digits_of(l->type, n_in)) {
+        STRIPS(digit_strip, digits, 1, MOST_DIGITS);
+    } else
 #endif
     if (l->type == FP32) {
         STRIPS(strip, x, 4, 4, load_vec_fp32, load_one_fp32);

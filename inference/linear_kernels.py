@@ -37,14 +37,13 @@ import torch.nn.functional as F
 
 from inference.native_code import cache_folder, load_native, processor
 
-DTYPES = {
+DTYPES = {  # in the order of the types in linear_kernels.c
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int8": torch.int8,
     "int8_dynamic": torch.int8,
 }
-NATIVE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # in the order of linear_kernels.c
 ROW_BUCKETS = (1, 4, 16, 64)  # measured are 1, 2–4, 5–16, 17–64 and more rows of x
 TOLERANCE = 5e-4  # relative error of a product that counts as the same
 ADVANTAGE = 0.75  # a way that stands later in the list has to take less than this share of the time
@@ -61,6 +60,11 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weight = weight.detach().float()
     scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127  # (N,)
     return (weight / scale.unsqueeze(1)).round().clamp_(-127, 127).to(torch.int8), scale
+
+
+def kind_of(weight: torch.Tensor) -> str:
+    """The name of a weight's type, the first such key of `DTYPES`."""
+    return next(name for name, dtype in DTYPES.items() if dtype == weight.dtype)
 
 
 class InferenceLinear(nn.Module):
@@ -102,7 +106,7 @@ class InferenceLinear(nn.Module):
     @property
     def weights(self) -> str:
         """The name of its kind of weights, a key of `DTYPES`."""
-        return "int8_dynamic" if self.int8_inputs else next(k for k, v in DTYPES.items() if v == self.weight.dtype)
+        return "int8_dynamic" if self.int8_inputs else kind_of(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, K) → (…, N), in the type of x."""
@@ -130,13 +134,16 @@ class InferenceLinear(nn.Module):
     def _ways(self) -> dict[str, Callable[[], Product]]:
         """What can compute this layer on a CPU: name → a function that prepares it. `plain` is always there."""
         weight, scale, bias = self.weight, self.scale, self.bias
+        native = native_knows(self.weights, self.in_features)
         if self.int8_inputs:
+            if native:
+                return {"native": lambda: native_product(weight, scale, bias, self.weights)}
             if integer_kernel_limit():
                 return {"integers": lambda: integer_product(weight, scale, bias, digits=1)}
             return {"plain": lambda: lambda x: plain_linear(round_inputs(x), weight, scale, bias)}
         ways: dict[str, Callable[[], Product]] = {}
-        if native_reads(weight.dtype):
-            ways["native"] = lambda: native_product(weight, scale, bias)
+        if native:
+            ways["native"] = lambda: native_product(weight, scale, bias, self.weights)
         elif weight.dtype == torch.float32:
             ways["prepacked"] = lambda: onednn_product(weight, bias)
         elif weight.dtype == torch.float16:
@@ -214,7 +221,8 @@ class NativeLinear(ctypes.Structure):
     """A layer as linear_kernels.c sees it; it keeps the tensors alive whose addresses it holds.
 
     Args:
-        weight, scale, bias: those of `InferenceLinear`, on a CPU; the type of `weight` is one of `NATIVE_TYPES`.
+        weight, scale, bias: those of `InferenceLinear`, on a CPU.
+        weights: the kind of weights, one of `DTYPES`.
     """
 
     _fields_ = [
@@ -222,11 +230,13 @@ class NativeLinear(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n_out", "n_in", "type")),
     ]
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, weights: str
+    ) -> None:
         bias = None if bias is None else bias.float()
         self.tensors = weight.detach().contiguous(), scale, bias
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
-        super().__init__(*addresses, *weight.shape, NATIVE_TYPES.index(weight.dtype))
+        super().__init__(*addresses, *weight.shape, list(DTYPES).index(weights))
 
 
 @functools.cache
@@ -237,20 +247,22 @@ def native_library() -> ctypes.CDLL | None:
         pointer, number = ctypes.c_void_p, ctypes.c_long
         library.linear.argtypes = [ctypes.POINTER(NativeLinear), pointer, pointer, pointer, number, ctypes.c_int]
         library.linear.restype = None
-        library.linear_digit_bytes.argtypes = [ctypes.c_int64, number]
+        library.linear_knows.argtypes = library.linear_digit_bytes.argtypes = [ctypes.c_int64, number]
         library.linear_digit_bytes.restype = number
     return library
 
 
-def native_reads(dtype: torch.dtype) -> bool:
-    """Whether the compiled kernels are there and read weights of a type; not every processor reads FP16."""
+def native_knows(weights: str, n_in: int) -> bool:
+    """Whether the compiled kernels are there and compute with a kind of weights, one of `DTYPES`, in rows of `n_in`."""
     library = native_library()
-    return library is not None and bool(library.linear_reads(ctypes.c_int64(NATIVE_TYPES.index(dtype))))
+    return library is not None and bool(library.linear_knows(list(DTYPES).index(weights), n_in))
 
 
-def native_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> Product:
+def native_product(
+    weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, weights: str
+) -> Product:
     """The compiled kernel; it reads the weights where they are."""
-    library, layer = native_library(), NativeLinear(weight, scale, bias)
+    library, layer = native_library(), NativeLinear(weight, scale, bias, weights)
     function, reference = library.linear, ctypes.byref(layer)
     n_out, n_in = weight.shape
     digit_bytes = library.linear_digit_bytes(layer.type, n_in)

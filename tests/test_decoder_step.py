@@ -12,6 +12,7 @@ from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference import decoder_step
 from inference.decoder_step import DecoderStep
 from inference.engine import Engine
+from inference.linear_kernels import DTYPES, native_knows
 from inference.paged_attention import FEW_TOKENS, PagedCache
 from inference.quantizer import prepare_for_inference
 from inference.sampling import SamplingParams
@@ -62,14 +63,17 @@ def largest_difference(model, cache_dtype=torch.float32, steps=((3, 1, FEW_TOKEN
 
 
 @needs_compiler
-@pytest.mark.parametrize("weights", [None, "fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("weights", [None, *DTYPES])
 @pytest.mark.parametrize("architecture", ["gpt2", "modern"])
 def test_it_is_the_models_forward_pass(architecture, weights):
     """Both presets and all kinds of weights: single tokens and pieces of prompts, several requests at once."""
+    if weights and not native_knows(weights, 64):
+        pytest.skip("not on this processor")
     model = random_model(architecture)
     if weights:
         model = prepare_for_inference(model, weights)
-    assert largest_difference(model) < 2e-6
+    # Where inputs are rounded to 8 bits, a last digit can decide between two of these
+    assert largest_difference(model) < (0.02 if weights == "int8_dynamic" else 2e-6)
 
 
 @needs_compiler
@@ -161,15 +165,13 @@ def test_weights_may_change_in_place_move_and_gain_adapters():
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["int8_dynamic", "half precision", "mixed types"])
+@pytest.mark.parametrize("kind", ["half precision", "mixed types"])
 def test_what_it_does_not_know_goes_through_pytorch(kind):
     model = random_model()
     if kind == "half precision":
         model = model.bfloat16()
-    elif kind == "mixed types":
-        model.layers[0].feed_forward.up_proj.bfloat16()
     else:
-        model = prepare_for_inference(model, kind)
+        model.layers[0].feed_forward.up_proj.bfloat16()
     assert DecoderStep.of(model, PagedCache(model.config, 96, 1)) is None
 
 

@@ -16,14 +16,15 @@ from inference.linear_kernels import (
     InferenceLinear,
     integer_kernel_limit,
     integer_product,
-    native_reads,
+    kind_of,
+    native_knows,
     plain_linear,
     quantize_rows,
     round_inputs,
 )
 
 WEIGHT_ONLY = [name for name in DTYPES if name != "int8_dynamic"]
-needs_native = pytest.mark.skipif(not native_reads(torch.int8), reason="no compiler")
+needs_native = pytest.mark.skipif(not native_knows("int8", 64), reason="no compiler")
 needs_integer_kernel = pytest.mark.skipif(not integer_kernel_limit(), reason="no exact integer kernel")
 
 
@@ -36,7 +37,7 @@ def own_memory(tmp_path, monkeypatch):
 @pytest.fixture
 def no_compiler(monkeypatch):
     """A machine where nothing can be compiled."""
-    monkeypatch.setattr(linear_kernels, "native_reads", lambda dtype: False)
+    monkeypatch.setattr(linear_kernels, "native_knows", lambda weights, n_in: False)
 
 
 def layer_and_twin(weights, n_in=96, n_out=130, bias=True):
@@ -92,7 +93,7 @@ def test_a_layer_is_the_exact_product_with_its_rounded_weights(weights, bias, co
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
 def test_native_kernels_read_every_number_of_their_type(dtype):
     """Subnormal and negative numbers, the largest and the smallest: one weight each, expanded exactly."""
-    if not native_reads(dtype):
+    if not native_knows(kind_of(torch.empty(0, dtype=dtype)), 16):
         pytest.skip("this processor does not read FP16")
     if dtype == torch.int8:
         weight = torch.arange(-128, 128).to(torch.int8)
@@ -103,7 +104,7 @@ def test_native_kernels_read_every_number_of_their_type(dtype):
     weight = weight.repeat(20, 1).T.contiguous()[:, :16]  # 16 equal numbers a row
     x = torch.zeros(1, 16)
     x[0, 5] = 1
-    y = linear_kernels.native_product(weight, None, None)(x)
+    y = linear_kernels.native_product(weight, None, None, kind_of(weight))(x)
     assert torch.equal(y[0], weight[:, 0].float())
 
 
@@ -112,9 +113,9 @@ def test_native_kernels_read_every_number_of_their_type(dtype):
 def test_native_rows_are_independent_to_the_last_bit(weights):
     """What a row gives depends neither on its neighbours, one of which is enormous, nor on the number of threads."""
     layer, _ = layer_and_twin(weights, 643, 517)
-    if not native_reads(layer.weight.dtype):
+    if not native_knows(weights, 643):
         pytest.skip("this processor does not read FP16")
-    product = linear_kernels.native_product(layer.weight, layer.scale, layer.bias)
+    product = linear_kernels.native_product(layer.weight, layer.scale, layer.bias, weights)
     x = torch.randn(40, 643)
     x[7] *= 1e6
     together = product(x)
@@ -122,6 +123,29 @@ def test_native_rows_are_independent_to_the_last_bit(weights):
         assert torch.equal(product(x[start:end].contiguous()), together[start:end])
     torch.set_num_threads(3)
     assert torch.equal(product(x), together)
+
+
+@needs_native
+@pytest.mark.parametrize("weights", ["int8", "int8_dynamic"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_spoil_their_row_visibly_and_no_other(weights, bad):
+    """As integers they would be some number."""
+    layer, _ = layer_and_twin(weights)
+    x = torch.randn(3, 96)
+    x[1, 40] = bad
+    finite = layer(x).isfinite()
+    assert finite[[0, 2]].all() and not finite[1].any()
+
+
+@needs_native
+@pytest.mark.parametrize("n_in", [65536, 65600])
+def test_sums_of_the_largest_integers_do_not_overflow(n_in):
+    """The longest row that integers sum up, and one that is left to floating point."""
+    weight = torch.full((4, n_in), 127, dtype=torch.int8)
+    weight[1] = -127
+    x = torch.tensor([[1.0], [-1.0], [0.25]]).repeat(1, n_in)
+    y = InferenceLinear(weight, torch.ones(4))(x)
+    torch.testing.assert_close(y, x @ weight.float().T, rtol=1e-4, atol=0)
 
 
 def test_inputs_of_any_kind():
