@@ -145,7 +145,7 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
                     place(model, &layer->key_norm, s.key + head, positions[t], head_dim);
                     store_token(cache, index, slots[t], positions[t], g, s.key + head, s.value + head);
                 }
-            #pragma omp for collapse(2) schedule(dynamic)
+            #pragma omp for collapse(2) schedule(dynamic, 2)
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t h = 0; h < heads; h++) {
                     int64_t head = (t * heads + h) * head_dim;

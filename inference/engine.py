@@ -23,6 +23,7 @@ what was found in the cache; except that sums in another order differ in their l
 from __future__ import annotations
 
 import heapq
+import itertools
 import logging
 import threading
 import time
@@ -312,9 +313,10 @@ class Engine:
     def _find_weights(self) -> None:
         """Weights may have moved between two requests, and layers may have been replaced or gained adapters."""
         self._has_new_requests = False
-        addresses = [weight.data_ptr() for weight in self.model.parameters()]
+        model = self.model
+        addresses = [tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())]
         if addresses != self._addresses:
-            self._addresses, self._decoder_step = addresses, DecoderStep.of(self.model, self.cache)
+            self._addresses, self._decoder_step = addresses, DecoderStep.of(model, self.cache)
 
     def _leave(self) -> None:
         for request in self._cancelled:

@@ -204,6 +204,8 @@ class GenerationConfig:
         complaints = self.params.complaints()  # once more when the model, and so its vocabulary, is known
         if self.num_beams != 1:
             complaints += self.beams.complaints(self.n) + unheeded(self.params)
+            if self.cache_dtype != GenerationConfig.cache_dtype:
+                complaints.append("num_beams and cache_dtype do not go together; leave one out")
         return [
             *(["--prompt is missing; give a text"] if not self.prompt else []),
             *(["--prompt is empty; give at least one character"] if "" in self.prompt else []),

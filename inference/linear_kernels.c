@@ -131,7 +131,7 @@ INLINE float load_one_fp16(const void *row, long k) { return ((const __fp16 *)ro
 INLINE vec load_rest(const void *row, long k, long n_in, load_one_fn load_one) {
     float lanes[LANES] = {0};
     vec v;
-    for (long i = 0; k + i < n_in; i++) lanes[i] = load_one(row, k + i);
+    _Pragma("GCC unroll 1") for (long i = 0; k + i < n_in; i++) lanes[i] = load_one(row, k + i);
     memcpy(&v, lanes, sizeof v);
     return v;
 }
@@ -411,34 +411,41 @@ static void prepare(const Linear *l, const float *x, char *out, long n_x) {
     }
 }
 
-#define STRIPS(name, x, bytes, ...)                                                                   \
-    _Pragma("omp for schedule(static) nowait")                                                        \
-    for (long j = 0; j < n_out; j += W_ROWS)                                                          \
-        name(x, l->weight + j * n_in * bytes, l->scale ? l->scale + j : 0, l->bias ? l->bias + j : 0, \
-             y + j, n_x, n_out, n_in, add, n_out - j, ##__VA_ARGS__)
+/* For each kind of weights a function of its own, or the compiler would run out of registers. */
+#define MULTIPLY(name, x_type, bytes, strip, ...)                                                                      \
+    static __attribute__((noinline)) void name(const Linear *l, const x_type *x, float *y, long n_x, int add) {       \
+        _Pragma("omp for schedule(static) nowait")                                                                    \
+        for (long j = 0; j < l->n_out; j += W_ROWS)                                                                   \
+            strip(x, l->weight + j * l->n_in * bytes, l->scale ? l->scale + j : 0, l->bias ? l->bias + j : 0, y + j, \
+                  n_x, l->n_out, l->n_in, add, l->n_out - j, __VA_ARGS__);                                            \
+    }
+MULTIPLY(multiply_fp32, float, 4, strip, 4, load_vec_fp32, load_one_fp32)
+MULTIPLY(multiply_bf16, float, 2, strip, 2, load_vec_bf16, load_one_bf16)
+MULTIPLY(multiply_int8, float, 1, strip, 1, load_vec_int8, load_one_int8)
+#ifdef HAS_FP16
+MULTIPLY(multiply_fp16, float, 2, strip, 2, load_vec_fp16, load_one_fp16)
+#endif
+#ifdef DOT
+MULTIPLY(multiply_digits, char, 1, digit_strip, MOST_DIGITS)
+MULTIPLY(multiply_digit, char, 1, digit_strip, 1)
+#endif
 
 /* y (n_x, n_out) = x (n_x, n_in) Wᵀ, or with `add` plus that. Called by all threads of a parallel region, each takes
    its part, and none waits for the others. */
 static void multiply(const Linear *l, const float *x, const char *digits, float *y, long n_x, int add) {
-    long n_out = l->n_out, n_in = l->n_in;
 #ifdef DOT
-    if (digits_of(l->type, n_in) == 1) {
-        STRIPS(digit_strip, digits, 1, 1);
-    } else if (digits_of(l->type, n_in)) {
-        STRIPS(digit_strip, digits, 1, MOST_DIGITS);
-    } else
-#endif
-    if (l->type == FP32) {
-        STRIPS(strip, x, 4, 4, load_vec_fp32, load_one_fp32);
-    } else if (l->type == INT8) {
-        STRIPS(strip, x, 1, 1, load_vec_int8, load_one_int8);
-    } else if (l->type == BF16) {
-        STRIPS(strip, x, 2, 2, load_vec_bf16, load_one_bf16);
-#ifdef HAS_FP16
-    } else if (l->type == FP16) {
-        STRIPS(strip, x, 2, 2, load_vec_fp16, load_one_fp16);
-#endif
+    int n_digits = digits_of(l->type, l->n_in);
+    if (n_digits) {
+        (n_digits == 1 ? multiply_digit : multiply_digits)(l, digits, y, n_x, add);
+        return;
     }
+#endif
+#ifdef HAS_FP16
+    if (l->type == FP16) multiply_fp16(l, x, y, n_x, add);
+#endif
+    if (l->type == FP32) multiply_fp32(l, x, y, n_x, add);
+    if (l->type == BF16) multiply_bf16(l, x, y, n_x, add);
+    if (l->type == INT8) multiply_int8(l, x, y, n_x, add);
 }
 
 /* y (n_x, n_out) = x (n_x, n_in) Wᵀ; `digits` has room for n_x times linear_digit_bytes. */

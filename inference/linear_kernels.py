@@ -4,7 +4,7 @@
 one scale for each output channel); inputs and results are FP32, so that the rounding of the weights is the only error.
 On a CPU the ways to compute the product are
 
-    native     the project's own C kernels (linear_kernels.c), for every type of weights: one row of x takes as long as
+    native     the project's own C kernels (linear_kernels.c), for every kind of weights: one row of x takes as long as
                reading W, and a row gives the same to the last bit alone and in a batch
     plain      `F.linear`, with other weights than FP32 expanded block by block; it works everywhere
 

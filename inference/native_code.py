@@ -2,7 +2,8 @@
 
 `load_native(source)` compiles a C file with the system's compiler for exactly this processor and loads it with ctypes.
 The result is kept in a per-user cache, so that only the first use waits (about a second). Where there is no compiler,
-or it fails, the answer is None and `why_not(source)` says why: callers then take a slower way in PyTorch.
+or it fails, the answer is None, the log has a warning and `why_not(source)` says why: callers then take a slower way in
+PyTorch.
 
 Rules for the C files: no #include of omp.h (clang on macOS has none), and each `#pragma omp parallel` takes its
 num_threads from an argument that is `torch.get_num_threads()`. Their parallel regions run in the thread pool that
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -31,6 +33,8 @@ COMPILE_FLAGS = ["-O3", "-fPIC", "-mcpu=native" if ARM else "-march=native"]
 OPENMP_FLAGS = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
 TIMEOUT = 120  # seconds for a compiler that hangs, e.g. on a network drive
 
+logger = logging.getLogger(__name__)
+
 _lock = threading.Lock()
 _loaded: dict[Path, ctypes.CDLL | None] = {}
 _reasons: dict[Path, str] = {}
@@ -47,6 +51,8 @@ def load_native(source: Path) -> ctypes.CDLL | None:
             try:
                 _loaded[source] = _load(source)
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                if not _reasons:
+                    logger.warning("generation takes the slower way through PyTorch: %s", error)
                 _loaded[source], _reasons[source] = None, str(error)
         return _loaded[source]
 

@@ -149,7 +149,7 @@ void paged_attention(const Cache *cache, int64_t layer, Rows query, Rows key, Ro
             for (int64_t g = 0; g < cache->kv_heads; g++)
                 store_token(cache, layer, slots[t], positions[t], g, head_of(key, t, g), head_of(value, t, g));
         /* all threads have waited for each other: tokens of one prompt see each other */
-        #pragma omp for collapse(2) schedule(dynamic)
+        #pragma omp for collapse(2) schedule(dynamic, 2)
         for (int64_t t = 0; t < attending; t++)
             for (int64_t h = 0; h < heads; h++)
                 attend_token(cache, layer, slots[t], positions[t], h, head_of(query, t, h),

@@ -21,7 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,9 @@ from command_line import UserError, option, parse_config, run_main
 from conversation_data import load_conversations
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
+from inference.engine import Engine
 from inference.linear_kernels import DTYPES, InferenceEmbedding, InferenceLinear, quantize_rows
+from inference.sampling import SamplingParams
 from text_files import iter_documents
 
 QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
@@ -194,16 +196,17 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def decode_speed(model: GPTModel, batch_size: int = 1, n_tokens: int = 64, seconds: float = 1.0) -> float:
-    """Tokens a second (over all rows) when generating from one-token prompts: the best of several runs."""
-    prompt = torch.full((batch_size, 1), (model.config.pad_token_id + 1) % model.config.vocab_size)
-    n_tokens = min(n_tokens, model.config.max_seq_len - 1)
-    model.generate(prompt, max_gen_len=2, temperature=0)
+    """Tokens a second (over all rows) that the engine generates after one-token prompts: the best of several runs."""
+    prompts = [[(model.config.pad_token_id + 1) % model.config.vocab_size]] * batch_size
+    params = SamplingParams(min(n_tokens, model.config.max_seq_len - 1), temperature=0)
+    engine = Engine(model, None, max_running=batch_size)
+    engine.run(prompts, replace(params, max_gen_len=2))
     fastest, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        model.generate(prompt, max_gen_len=n_tokens, temperature=0)
+        engine.run(prompts, params)
         fastest = min(fastest, time.perf_counter() - start)
-    return batch_size * n_tokens / fastest
+    return batch_size * params.max_gen_len / fastest
 
 
 @torch.inference_mode()

@@ -112,7 +112,7 @@ class SamplingParams:
             if outside:
                 found.append(f"{name} has {outside[0]!r}, which is no token id of a vocabulary of {vocab_size}")
         if not all(_is_number(bias) and bias < unlimited for bias in self.logit_bias.values()):
-            found.append("logit_bias must map token ids to finite numbers")
+            found.append("logit_bias must map token ids to numbers; minus infinity bans a token")
         if len(set(self.banned_tokens)) == vocab_size:
             found.append("banned_tokens holds the whole vocabulary: leave at least one token")
         if self.overflow not in OVERFLOWS:
