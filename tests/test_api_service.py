@@ -472,6 +472,19 @@ def test_a_start_that_cannot_work_ends_with_one_sentence(environment, expected):
     assert "Traceback" not in errors
 
 
+def test_damaged_weights_end_the_start_with_one_sentence(model_path, tmp_path):
+    checkpoint = torch.load(model_path, weights_only=True)
+    state = {name: weight.clone() for name, weight in checkpoint["model"].items()}
+    state["final_norm.weight"][3] = float("nan")
+    config, tokenizer = GPTConfig(**checkpoint["config"]), load_model(model_path)[1]
+    damaged = save_checkpoint(tmp_path / "nan.pth", model_state=state, config=config, tokenizer=tokenizer, stage="sft")
+    process, _ = uvicorn({"MODEL_PATH": str(damaged)}, stderr=subprocess.PIPE, text=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "nan.pth is damaged: final_norm.weight holds NaN or infinity" in errors
+    assert "Traceback" not in errors
+
+
 @pytest.mark.parametrize("variable", ["NUM_THREADS", "MAX_QUEUE", "MAX_BATCH"])
 @pytest.mark.parametrize("value", ["many", "0", "-1", "1.5"])
 def test_settings_that_are_no_counts_are_refused_by_name(monkeypatch, model_path, variable, value):
