@@ -211,19 +211,20 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
     UNROLL for (int i = 0; i < x_rows; i++) finish(sums[i], w_rows, 1, scale, bias, y + i * n_out, add);
 }
 
-/* All rows of x with W_ROWS rows of W, or with the fewer that are left; these stay in the first cache. */
+/* Some rows of x with W_ROWS rows of W, or with the fewer that are left; these stay in the first cache. `ahead` is for
+   the first of them. */
 INLINE void strip(const float *x, const char *w, const float *scale, const float *bias, float *y, long n_x, long n_out,
-                  long n_in, int add, long left, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
+                  long n_in, int add, long left, long ahead, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
     long i = 0;
-    if (left >= W_ROWS && n_x == 1)
+    if (left >= W_ROWS && ahead == READ_ONCE)
         tile(1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, bytes, READ_ONCE, load_vec, load_one);
     else if (left >= W_ROWS) {
-        for (; i + X_ROWS <= n_x; i += X_ROWS)
-            tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes,
-                 i ? 0 : READ_AGAIN, load_vec, load_one);
-        for (; i < n_x; i++)
-            tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, i ? 0 : READ_AGAIN,
-                 load_vec, load_one);
+        for (; i + X_ROWS <= n_x; i += X_ROWS, ahead = 0)
+            tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, ahead, load_vec,
+                 load_one);
+        for (; i < n_x; i++, ahead = 0)
+            tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, ahead, load_vec,
+                 load_one);
     } else
         for (; i < n_x; i++)
             for (long j = 0; j < left; j++)
@@ -341,20 +342,18 @@ INLINE void digit_tile(int digits, int x_rows, int w_rows, const char *x, const 
     }
 }
 
-/* All rows of x, as digits, with W_ROWS rows of W, or with the fewer that are left. */
+/* The same of rows of x that are written as digits. */
 INLINE void digit_strip(const char *x, const char *w, const float *scale, const float *bias, float *y, long n_x,
-                        long n_out, long n_in, int add, long left, int digits) {
+                        long n_out, long n_in, int add, long left, long ahead, int digits) {
     const int x_rows = DIGIT_SUMS / digits;
     long i = 0, row_bytes = digit_row_bytes(digits, n_in);
-    if (left >= W_ROWS && n_x == 1)
+    if (left >= W_ROWS && ahead == READ_ONCE)
         digit_tile(digits, 1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, READ_ONCE);
     else if (left >= W_ROWS) {
-        for (; i + x_rows <= n_x; i += x_rows)
-            digit_tile(digits, x_rows, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add,
-                       i ? 0 : READ_AGAIN);
-        for (; i < n_x; i++)
-            digit_tile(digits, 1, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add,
-                       i ? 0 : READ_AGAIN);
+        for (; i + x_rows <= n_x; i += x_rows, ahead = 0)
+            digit_tile(digits, x_rows, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add, ahead);
+        for (; i < n_x; i++, ahead = 0)
+            digit_tile(digits, 1, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add, ahead);
     } else
         for (; i < n_x; i++)
             for (long j = 0; j < left; j++)
@@ -411,23 +410,41 @@ static void prepare(const Linear *l, const float *x, char *out, long n_x) {
     }
 }
 
+/* Many rows of x are taken in blocks that stay in a core's cache, each with a group of rows of W that stays there, too:
+   otherwise all of x would come from further away for every few rows of W. */
+enum { X_BYTES = 512 << 10, W_BYTES = 32 << 10 };
+
+INLINE long at_most(long count, long limit) { return count < limit ? count : limit; }
+
+/* Into how many rows all are cut, in equal blocks of at most X_BYTES and of whole tiles. */
+INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
+    long n_blocks = (n_x * row_bytes + X_BYTES - 1) / X_BYTES, rows = (n_x + n_blocks - 1) / n_blocks;
+    return (rows + tile_rows - 1) / tile_rows * tile_rows;
+}
+
 /* For each kind of weights a function of its own, or the compiler would run out of registers. */
-#define MULTIPLY(name, x_type, bytes, strip, ...)                                                                      \
+#define MULTIPLY(name, x_type, x_row_bytes, x_tile, bytes, strip, ...)                                                \
     static __attribute__((noinline)) void name(const Linear *l, const x_type *x, float *y, long n_x, int add) {       \
+        long n_in = l->n_in, n_out = l->n_out, block = rows_of_block(n_x, x_row_bytes, x_tile);                       \
+        long group = (1 + W_BYTES / (W_ROWS * n_in * bytes)) * W_ROWS, ahead = n_x == 1 ? READ_ONCE : READ_AGAIN;     \
+        if (n_x <= block) group = W_ROWS;                                                                             \
         _Pragma("omp for schedule(static) nowait")                                                                    \
-        for (long j = 0; j < l->n_out; j += W_ROWS)                                                                   \
-            strip(x, l->weight + j * l->n_in * bytes, l->scale ? l->scale + j : 0, l->bias ? l->bias + j : 0, y + j, \
-                  n_x, l->n_out, l->n_in, add, l->n_out - j, __VA_ARGS__);                                            \
+        for (long g = 0; g < n_out; g += group)                                                                       \
+            for (long i = 0; i < n_x; i += block)                                                                     \
+                for (long j = g; j < at_most(g + group, n_out); j += W_ROWS)                                          \
+                    strip(x + i * (x_row_bytes / (long)sizeof *x), l->weight + j * n_in * bytes,                      \
+                          l->scale ? l->scale + j : 0, l->bias ? l->bias + j : 0, y + i * n_out + j,                  \
+                          at_most(block, n_x - i), n_out, n_in, add, n_out - j, i ? 0 : ahead, __VA_ARGS__);          \
     }
-MULTIPLY(multiply_fp32, float, 4, strip, 4, load_vec_fp32, load_one_fp32)
-MULTIPLY(multiply_bf16, float, 2, strip, 2, load_vec_bf16, load_one_bf16)
-MULTIPLY(multiply_int8, float, 1, strip, 1, load_vec_int8, load_one_int8)
+MULTIPLY(multiply_fp32, float, 4 * n_in, X_ROWS, 4, strip, 4, load_vec_fp32, load_one_fp32)
+MULTIPLY(multiply_bf16, float, 4 * n_in, X_ROWS, 2, strip, 2, load_vec_bf16, load_one_bf16)
+MULTIPLY(multiply_int8, float, 4 * n_in, X_ROWS, 1, strip, 1, load_vec_int8, load_one_int8)
 #ifdef HAS_FP16
-MULTIPLY(multiply_fp16, float, 2, strip, 2, load_vec_fp16, load_one_fp16)
+MULTIPLY(multiply_fp16, float, 4 * n_in, X_ROWS, 2, strip, 2, load_vec_fp16, load_one_fp16)
 #endif
 #ifdef DOT
-MULTIPLY(multiply_digits, char, 1, digit_strip, MOST_DIGITS)
-MULTIPLY(multiply_digit, char, 1, digit_strip, 1)
+MULTIPLY(multiply_digits, char, digit_row_bytes(MOST_DIGITS, n_in), DIGIT_SUMS / MOST_DIGITS, 1, digit_strip, MOST_DIGITS)
+MULTIPLY(multiply_digit, char, digit_row_bytes(1, n_in), DIGIT_SUMS, 1, digit_strip, 1)
 #endif
 
 /* y (n_x, n_out) = x (n_x, n_in) Wᵀ, or with `add` plus that. Called by all threads of a parallel region, each takes

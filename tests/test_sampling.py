@@ -332,7 +332,7 @@ def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(params, value):
         (dict(repetition_penalty=0), "repetition_penalty must be above 0"),
         (dict(presence_penalty=math.nan), "presence_penalty must be a number, not nan"),
         (dict(logit_bias={50: 1.0}), "logit_bias has 50, which is no token id of a vocabulary of 50"),
-        (dict(logit_bias={5: math.inf}), "logit_bias must map token ids to numbersnumbers"),
+        (dict(logit_bias={5: math.inf}), "logit_bias must map token ids to numbers"),
         (dict(banned_tokens=(-1,)), "banned_tokens has -1"),
         (dict(banned_tokens=tuple(range(50))), "leave at least one token"),
         (dict(stop_token_ids=("a",)), "stop_token_ids has 'a'"),
