@@ -418,7 +418,7 @@ INLINE long at_most(long count, long limit) { return count < limit ? count : lim
 
 /* Into how many rows all are cut, in equal blocks of at most X_BYTES and of whole tiles. */
 INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
-    long n_blocks = (n_x * row_bytes + X_BYTES - 1) / X_BYTES, rows = (n_x + n_blocks - 1) / n_blocks;
+    long n_blocks = 1 + n_x * row_bytes / X_BYTES, rows = (n_x + n_blocks - 1) / n_blocks;
     return (rows + tile_rows - 1) / tile_rows * tile_rows;
 }
 

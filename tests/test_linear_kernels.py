@@ -126,6 +126,18 @@ def test_native_rows_are_independent_to_the_last_bit(weights):
 
 
 @needs_native
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_rows_that_do_not_fit_into_a_cache_are_computed_in_blocks(weights):
+    """Which changes nothing, for blocks and groups that do not come out even."""
+    layer, _ = layer_and_twin(weights, 3100, 39)
+    x = torch.randn(131, 3100)
+    together = layer(x)
+    for row in (0, 40, 64, 65, 66, 130):
+        assert torch.equal(layer(x[row : row + 1]), together[row : row + 1])
+    assert layer(x[:0]).shape == (0, 39)
+
+
+@needs_native
 @pytest.mark.parametrize("weights", ["int8", "int8_dynamic"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_inputs_that_are_not_finite_spoil_their_row_visibly_and_no_other(weights, bad):
