@@ -77,7 +77,7 @@ class _Scratch(ctypes.Structure):
 class DecoderStep:
     """The forward pass of a model over a cache; `DecoderStep.of` makes one where that is possible.
 
-    The weights are read where they are and may change there; where they move, another one must be made.
+    The weights are read where they are and may change there, as in training; where they move, another one must be made.
     """
 
     @classmethod
@@ -95,7 +95,8 @@ class DecoderStep:
         function.restype = None
         config = model.config
         linears, tables = [*_linears(model), model.lm_head], _tables(model)
-        self.keep_alive = list(model.parameters()), list(model.buffers())
+        # Should the weights move while requests run, the old ones are read until the next request comes
+        self.keep_alive = [tensor.detach() for tensor in _tensors(model)]
         self.model = _Model(
             (_Layer * config.n_layers)(*map(_layer, model.layers)),
             _norm(model.final_norm),
@@ -142,13 +143,33 @@ class DecoderStep:
 
 def _is_known(model: GPTModel) -> bool:
     linears, tables = [*_linears(model), model.lm_head], _tables(model)
+    if not all(type(linear) is nn.Linear or isinstance(linear, InferenceLinear) for linear in linears):
+        return False
+    matrices = {id(layer.weight) for layer in [*linears, *tables]}
     return (
-        model.dtype == torch.float32
-        and all(type(linear) is nn.Linear or isinstance(linear, InferenceLinear) for linear in linears)
+        all(isinstance(table, nn.Embedding | InferenceEmbedding) for table in tables)
+        and all(isinstance(norm, nn.LayerNorm | RMSNorm | nn.Identity) for norm in _norms(model))
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        # Plain memory, and not a part of a tensor that is spread over several ranks
+        and all(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_cpu for tensor in _tensors(model))
+        and all(tensor.is_contiguous() for tensor in _tensors(model))
+        and all(tensor.dtype == torch.float32 for tensor in _tensors(model) if id(tensor) not in matrices)
         and len({_weights(linear) for linear in linears}) == 1  # what shares its input must take it in one form
-        and all(layer.weight.is_contiguous() for layer in [*linears, *tables])
         and all(native_knows(_weights(layer), layer.weight.size(1)) for layer in [*linears, *tables])
     )
+
+
+def _tensors(model: GPTModel) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _norms(model: GPTModel) -> list[nn.Module]:
+    return [model.final_norm, *(norm for layer in model.layers for norm in _norms_of(layer))]
+
+
+def _norms_of(layer: TransformerDecoderLayer) -> list[nn.Module]:
+    attention = layer.attention
+    return [layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm]
 
 
 def _weights(layer: nn.Module) -> str:
@@ -190,6 +211,4 @@ def _norm(norm: nn.Module) -> _Norm:
 
 
 def _layer(layer: TransformerDecoderLayer) -> _Layer:
-    attention = layer.attention
-    norms = layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm
-    return _Layer(*map(_norm, norms), *map(_native, _linears_of(layer)))
+    return _Layer(*map(_norm, _norms_of(layer)), *map(_native, _linears_of(layer)))

@@ -288,8 +288,6 @@ class Engine:
             with self._changed:
                 self._leave()
                 self._admit()
-                if self._has_new_requests:
-                    self._find_weights()
             spans: list[Span] = []
             try:
                 spans = self._plan()
@@ -396,6 +394,8 @@ class Engine:
         Returns:
             whether each span's hidden states are finite; the indices of the spans that are continued; their tokens.
         """
+        if self._has_new_requests:
+            self._find_weights()
         ids, ends, complete = [], [], []
         for index, (request, n_new) in enumerate(spans):
             start = request.sequence.length
@@ -407,7 +407,7 @@ class Engine:
         before_model = time.perf_counter()
         hidden, logits = self.forward(ids, [ends[index] - 1 for index in complete])  # (N, D), (B, V)
         finite = [True] * len(spans)
-        if len(ids) > len(spans):  # of a chunk, not every row reaches the logits
+        if len(ids) > len(complete):  # of a chunk, not every row reaches the logits
             rows_finite = hidden.sum(dim=-1).isfinite().tolist()
             finite = [all(rows_finite[end - n_new : end]) for end, (_, n_new) in zip(ends, spans, strict=True)]
         if self.device.type == "cuda":

@@ -274,9 +274,13 @@ INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) 
         largest_bits = bits > largest_bits ? bits : largest_bits;
     }
     memcpy(&largest, &largest_bits, sizeof largest);
-    row->scale = largest / most;
     float factor = largest > 1e-30f ? most / largest : 0;
-    if (largest_bits >= 0x7f800000) row->scale = NAN, factor = 0; /* infinities and NaN spoil the row, visibly */
+    memset(row, 0, digit_row_bytes(digits, n_in));
+    if (largest_bits >= 0x7f800000) { /* infinities and NaN spoil the row, visibly */
+        row->scale = NAN;
+        return;
+    }
+    row->scale = largest / most;
     for (long k = 0; k < n_in; k++) {
         float scaled = x[k] * factor;
         int32_t number = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
@@ -289,7 +293,6 @@ INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) 
         high[k] = (int8_t)number;
     }
     for (int d = 0; d < digits; d++) {
-        memset(high + d * padded(n_in) + n_in, 0, padded(n_in) - n_in);
         int_vec sum = {0};
         for (long k = 0; k < padded(n_in); k += BYTES) {
             bytes_vec some;
@@ -428,7 +431,7 @@ INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
         long n_in = l->n_in, n_out = l->n_out, block = rows_of_block(n_x, x_row_bytes, x_tile);                       \
         long group = (1 + W_BYTES / (W_ROWS * n_in * bytes)) * W_ROWS, ahead = n_x == 1 ? READ_ONCE : READ_AGAIN;     \
         if (n_x <= block) group = W_ROWS;                                                                             \
-        _Pragma("omp for schedule(static) nowait")                                                                    \
+        _Pragma("omp for collapse(2) schedule(static) nowait")                                                        \
         for (long g = 0; g < n_out; g += group)                                                                       \
             for (long i = 0; i < n_x; i += block)                                                                     \
                 for (long j = g; j < at_most(g + group, n_out); j += W_ROWS)                                          \

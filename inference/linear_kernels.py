@@ -8,10 +8,11 @@ On a CPU the ways to compute the product are
                reading W, and a row gives the same to the last bit alone and in a batch
     plain      `F.linear`, with other weights than FP32 expanded block by block; it works everywhere
 
-and, only where native is missing, for want of a compiler, these, which keep a second, packed copy of the weights:
+and, only where native is missing, for want of a compiler or of the instructions that INT8 inputs take, these, which
+keep a second, packed copy of the weights:
 
     prepacked  FP32 in oneDNN's order;  FP16 in fbgemm's
-    digits     INT8 by integer arithmetic (fbgemm), see `integer_linear`
+    digits     INT8 by integer arithmetic (fbgemm), see `integer_linear`;  integers: the same with INT8 inputs
     expanded   FP32, for an INT8 layer that a core's cache can hold: reading it costs nothing anyway
 
 Which one is used is measured at the first call, for each shape and number of rows, and remembered in the user's cache,
@@ -218,7 +219,8 @@ def plain_linear(
 
 
 class NativeLinear(ctypes.Structure):
-    """A layer as linear_kernels.c sees it; it keeps the tensors alive whose addresses it holds.
+    """A layer as linear_kernels.c sees it. It keeps the tensors alive whose addresses it holds; a structure that it is
+    copied into does not.
 
     Args:
         weight, scale, bias: those of `InferenceLinear`, on a CPU.

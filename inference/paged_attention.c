@@ -107,8 +107,13 @@ static inline void store(void *cell, int64_t stride, float *scale, const float *
         return;
     }
     float largest = 1e-30f * 127;
-    for (int64_t i = 0; i < head_dim; i++) largest = fmaxf(largest, fabsf(row[i]));
-    *scale = largest / 127;
+    int finite = 1;
+    for (int64_t i = 0; i < head_dim; i++) {
+        largest = fmaxf(largest, fabsf(row[i]));
+        finite &= isfinite(row[i]) != 0;
+    }
+    *scale = finite ? largest / 127 : NAN; /* it shows, where an integer would be some number */
+    if (!finite) return;
     for (int64_t i = 0; i < head_dim; i++) ((int8_t *)cell)[i * stride] = (int8_t)rintf(row[i] / *scale);
 }
 

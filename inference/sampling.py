@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -212,12 +213,16 @@ def sample_batch(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> Samp
         for row in adjusted:
             samplers[row].adjust(scores[row])
     chosen, finite = _likeliest(scores)
-    sampled = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
-    with_top_k = [row for row in sampled if samplers[row].params.top_k]
-    for rows in (with_top_k, [row for row in sampled if row not in with_top_k]):
-        if rows:
-            group = scores if len(rows) == len(samplers) else scores[rows]
-            for row, token_id in zip(rows, _drawn(group, [samplers[row] for row in rows]), strict=True):
+    groups: dict[int, list[int]] = defaultdict(list)  # top-k → rows
+    for row, sampler in enumerate(samplers):
+        if not sampler.greedy:
+            groups[sampler.params.top_k].append(row)
+    for top_k, same in groups.items():
+        for rows, candidates in _candidates(scores, same, top_k):
+            these = _rows(scores, rows) if candidates is None else _rows(scores, rows).gather(1, candidates)
+            index = _drawn(these, [samplers[row] for row in rows])  # (b,)
+            drawn = index if candidates is None else candidates.gather(1, index.unsqueeze(1)).squeeze(1)
+            for row, token_id in zip(rows, drawn.tolist(), strict=True):
                 chosen[row] = token_id
     for row in adjusted:
         samplers[row].record(chosen[row])
@@ -234,31 +239,38 @@ def _likeliest(scores: torch.Tensor) -> tuple[list[int], list[bool]]:
     return ids.squeeze(1).tolist(), scores.gather(1, ids).squeeze(1).isfinite().tolist()
 
 
-def _drawn(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
-    """A random token for each row of scores (B, V); its sampler says how."""
+def _rows(scores: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return scores if len(rows) == len(scores) else scores[rows]
+
+
+def _candidates(
+    scores: torch.Tensor, rows: list[int], top_k: int
+) -> list[tuple[list[int], torch.Tensor | None]]:
+    """The rows that have this top-k, with the tokens that it leaves, (b, k) in the order of their ids; with None those
+    for which all tokens must be looked at: without top-k, or where more tokens are as good as the last one left.
+
+    How a row is computed does not depend on the others.
+    """
+    if not 0 < top_k < scores.size(-1):
+        return [(rows, None)]
+    best, ids = _rows(scores, rows).topk(top_k + 1)  # (b, k + 1) each
+    tied = (best[:, -1] == best[:, -2]).tolist()
+    few = [index for index in range(len(rows)) if not tied[index]]
+    more = [row for row, is_tied in zip(rows, tied, strict=True) if is_tied]
+    parts = [([rows[index] for index in few], _rows(ids, few)[:, :top_k].sort(dim=-1).values), (more, None)]
+    return [part for part in parts if part[0]]
+
+
+def _drawn(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tensor:
+    """An index into each row of scores (B, V), by its sampler's temperature, truncations and random number; (B,)."""
     params = [sampler.params for sampler in samplers]
     temperatures = [p.temperature for p in params]
     if set(temperatures) != {1.0}:
         scores = scores / scores.new_tensor(temperatures).unsqueeze(1)  # (B, V)
     top_k = [min(p.top_k, scores.size(-1)) for p in params]
-    candidates = _candidates(scores, top_k) if all(top_k) else None  # (B, k)
-    if candidates is not None:
-        scores = scores.gather(1, candidates)
     scores = truncate(scores, top_k, [p.top_p for p in params], [p.min_p for p in params])
     uniforms = torch.tensor([sampler.uniform() for sampler in samplers], dtype=torch.float64)  # (B,)
-    drawn = draw(scores.softmax(dim=-1), uniforms)  # (B,)
-    return (drawn if candidates is None else candidates.gather(1, drawn.unsqueeze(1)).squeeze(1)).tolist()
-
-
-def _candidates(scores: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor | None:
-    """The tokens (B, k) that top-k leaves of scores (B, V), at least, in the order of their ids; None if a score is as
-    good as the last one that is left, so that more may stay."""
-    width = max(top_k) + 1
-    if width > scores.size(-1):
-        return None
-    values, ids = scores.topk(width)  # (B, width) each
-    last = values.gather(1, torch.tensor(top_k, device=scores.device).unsqueeze(1) - 1)  # (B, 1)
-    return ids.sort(dim=-1).values if bool((values[:, -1:] < last).all()) else None
+    return draw(scores.softmax(dim=-1), uniforms)
 
 
 def _reported(

@@ -116,11 +116,13 @@ def test_threads_change_nothing(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
-def test_numbers_that_are_not_finite_stay_visible(weights, bad):
-    """An engine that could not see them would answer nonsense."""
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("place", ["feed_forward_norm", "attention.key_proj", "attention.value_proj"])
+def test_numbers_that_are_not_finite_stay_visible(place, cache_dtype, weights, bad):
+    """An engine that could not see them would answer nonsense; as integers they would be some number."""
     model = prepare_for_inference(random_model(), weights)
-    model.layers[1].feed_forward_norm.bias.data[5] = bad
-    cache = PagedCache(model.config, 400, 3)
+    model.layers[1].get_submodule(place).bias.data[5] = bad
+    cache = PagedCache(model.config, 400, 3, cache_dtype)
     cache.begin_step([(cache.open([0]), 1)])
     hidden, logits = DecoderStep.of(model, cache)([7], [0])
     assert not hidden.sum().isfinite() and not logits.isfinite().any()
@@ -165,17 +167,35 @@ def test_weights_may_change_in_place_move_and_gain_adapters():
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["half precision", "mixed types"])
+def test_weights_that_move_under_a_running_request_are_not_pulled_away_from_it():
+    """Their old memory stays until a new request comes."""
+    model = random_model()
+    expected = Engine(model, None).run([[1, 2, 3]], GREEDY)[0].token_ids
+    engine = Engine(model, None)
+    request = engine.submit([1, 2, 3], GREEDY)
+    for _ in range(3):
+        engine.step()
+    model.double().float()
+    torch.full((1 << 20,), math.nan)  # takes memory that has become free
+    assert request.result().token_ids == expected
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["half precision", "mixed types", "one norm in half precision", "a hook"])
 def test_what_it_does_not_know_goes_through_pytorch(kind):
     model = random_model()
     if kind == "half precision":
         model = model.bfloat16()
-    else:
+    elif kind == "mixed types":
         model.layers[0].feed_forward.up_proj.bfloat16()
+    elif kind == "one norm in half precision":
+        model.layers[2].attention_norm.bfloat16()
+    else:
+        model.layers[1].register_forward_hook(lambda layer, inputs, output: output * 2)
     assert DecoderStep.of(model, PagedCache(model.config, 96, 1)) is None
 
 
-def test_without_a_compiler_the_answers_are_the_same(monkeypatch):
+def test_step_by_step_through_pytorch_the_answers_are_the_same(monkeypatch):
     model = random_model("modern")
     prompts = [[1, 2, 3], [9] * 20]
     expected = [answer.token_ids for answer in Engine(model, None).run(prompts, GREEDY)]
