@@ -62,6 +62,17 @@ class Ours:
         return self.engine.run([list(prompt)], SamplingParams(n_tokens, temperature=0))[0].token_ids
 
 
+class OursInPieces(Ours):
+    """The same, reading a prompt in pieces so small that the engine computes them as it computes single tokens."""
+
+    def prefill(self, prompt: Sequence[int]) -> np.ndarray:
+        engine, steps = Engine(self.model, None, max_running=1, prefill_chunk=16), []
+        forward = engine.forward
+        engine.forward = lambda *step: steps.append(forward(*step)) or steps[-1]
+        engine.run([list(prompt)], SamplingParams(1, temperature=0))
+        return steps[-1][1][0].float().cpu().numpy()  # (V,)
+
+
 class Transformers:
     """`GPT2LMHeadModel` of Hugging Face `transformers`, with our weights and its own `generate`."""
 
