@@ -46,31 +46,25 @@ class Generator(Protocol):
 
 
 class Ours:
-    """This project's model, in whatever precision its layers have."""
+    """This project's engine, with a model in whatever precision its layers have; it notes the logits of each step."""
 
     def __init__(self, model: GPTModel) -> None:
-        self.model, self.device = model, model.device
-        self.engine = Engine(model, None, max_running=1)
+        self.model = model
+        self.engine = Engine(model, None, max_running=1, reuse_prefixes=False)
+        compute = self.engine.forward
 
-    @torch.inference_mode()
+        def forward(ids: list[int], last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden, self.logits = compute(ids, last)
+            return hidden, self.logits
+
+        self.engine.forward = forward
+
     def prefill(self, prompt: Sequence[int]) -> np.ndarray:
-        cache = self.model.new_cache(1, len(prompt))
-        hidden = self.model.hidden_states(torch.tensor([prompt], device=self.device), cache=cache)  # (1, T, D)
-        return self.model.lm_head(hidden[:, -1])[0].float().cpu().numpy()  # (V,)
+        self.generate(prompt, 1)
+        return self.logits[0].float().cpu().numpy()  # (V,)
 
     def generate(self, prompt: Sequence[int], n_tokens: int) -> list[int]:
         return self.engine.run([list(prompt)], SamplingParams(n_tokens, temperature=0))[0].token_ids
-
-
-class OursInPieces(Ours):
-    """The same, reading a prompt in pieces so small that the engine computes them as it computes single tokens."""
-
-    def prefill(self, prompt: Sequence[int]) -> np.ndarray:
-        engine, steps = Engine(self.model, None, max_running=1, prefill_chunk=16), []
-        forward = engine.forward
-        engine.forward = lambda *step: steps.append(forward(*step)) or steps[-1]
-        engine.run([list(prompt)], SamplingParams(1, temperature=0))
-        return steps[-1][1][0].float().cpu().numpy()  # (V,)
 
 
 class Transformers:

@@ -3,9 +3,9 @@
 All tokens of one step of the engine stand in one row, whichever requests they belong to: linear layers see one matrix.
 Attention alone looks at the requests separately. It stores the new keys and values in their cells, and then
 
-    few tokens of a request   (its next one, the rest of a prompt) go through paged_attention.c, compiled for this
-                              machine, which reads each cell once where it lies
-    many tokens of a prompt   gather the cells of their request and go through PyTorch's attention
+    few tokens of a request   (its next one, the rest of a prompt), or those of a short one go through
+                              paged_attention.c, compiled for this machine, which reads each cell where it lies
+    many tokens of a long one gather the cells of their request and go through PyTorch's attention
     elsewhere                 (on a GPU, in other precisions, without a compiler) all go that second way, single tokens
                               of requests of similar length together
 
@@ -29,7 +29,8 @@ from inference.native_code import load_native
 from transformer_components import attend
 
 SOURCE = Path(__file__).with_suffix(".c")
-FEW_TOKENS = 32  # of one request in one step: up to here gathering costs more than it brings
+FEW_TOKENS = 32  # of one request in one step, or
+SHORT = 512  # tokens of it in all: up to here gathering costs more than it brings
 WORTH_THREADS = 1 << 17  # multiplications with keys in one layer
 
 Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows (n, T), blocks (n, S / BLOCK), visible (n, 1, T, S)
@@ -181,9 +182,10 @@ class PagedCache:
         """Say which tokens come next: so many new ones of each sequence, in this order, those with fewest first."""
         self.slots, self.positions = array("q"), array("q")
         gathered: dict[tuple[int, int], list[int]] = defaultdict(list)  # tokens, class of length → first rows
-        self._n_native = 0
+        self._n_native, in_place = 0, self.native is not None
         for sequence, n_new in spans:
-            if self.native is not None and n_new <= FEW_TOKENS:
+            in_place = in_place and (n_new <= FEW_TOKENS or sequence.length + n_new <= SHORT)
+            if in_place:
                 self._n_native += n_new
             else:
                 # Single tokens are gathered together if their lengths are within a factor of 2

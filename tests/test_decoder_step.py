@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from alignment.lora import LoRAOptions, attach_lora
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
-from inference import decoder_step
+from inference import decoder_step, paged_attention
 from inference.decoder_step import DecoderStep
 from inference.engine import Engine
 from inference.linear_kernels import DTYPES, native_knows
@@ -133,6 +133,7 @@ def test_numbers_that_are_not_finite_stay_visible(place, cache_dtype, weights, b
 
 @needs_compiler
 def test_the_engine_uses_it_and_long_prompts_take_the_other_way(monkeypatch):
+    monkeypatch.setattr(paged_attention, "SHORT", 0)
     model, n_tokens = random_model(), []
     usual = DecoderStep.__call__
     monkeypatch.setattr(DecoderStep, "__call__", lambda *step: n_tokens.append(len(step[1])) or usual(*step))

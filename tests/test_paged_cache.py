@@ -122,8 +122,10 @@ def by_hand(query, keys, values):
 
 @pytest.mark.parametrize("n_kv_heads, head_dim", [(4, 8), (2, 16), (1, 37)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.int8, 2e-2)])
-def test_every_token_attends_to_its_own_past(way, n_kv_heads, head_dim, dtype, tolerance):
+@pytest.mark.parametrize("short", [0, 70, 512])
+def test_every_token_attends_to_its_own_past(way, short, n_kv_heads, head_dim, dtype, tolerance, monkeypatch):
     """Steps of single tokens, short and long chunks of several sequences at once, against a loop over heads."""
+    monkeypatch.setattr(paged_attention, "SHORT", short)
     config = GPTConfig(8, 32, 2, 4, max_seq_len=160, n_kv_heads=n_kv_heads, head_dim=head_dim)
     generator = torch.Generator().manual_seed(0)
     cache = PagedCache(config, 640, 4, dtype, reuse_prefixes=False)
