@@ -206,7 +206,7 @@ class SampledTokens:
 @torch.no_grad()
 def sample_batch(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> SampledTokens:
     """The next token of each row of logits (B, V), by the settings of the row's own sampler."""
-    scores = logits.float()  # (B, V)
+    scores = logits.detach().float()  # (B, V)
     adjusted = [row for row, sampler in enumerate(samplers) if sampler.penalizes or sampler.bias]
     if adjusted:
         scores = scores.clone()
@@ -267,7 +267,7 @@ def _drawn(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tens
     temperatures = [p.temperature for p in params]
     if set(temperatures) != {1.0}:
         scores = scores / scores.new_tensor(temperatures).unsqueeze(1)  # (B, V)
-    top_k = [min(p.top_k, scores.size(-1)) for p in params]
+    top_k = [p.top_k if p.top_k < scores.size(-1) else 0 for p in params]
     scores = truncate(scores, top_k, [p.top_p for p in params], [p.min_p for p in params])
     uniforms = torch.tensor([sampler.uniform() for sampler in samplers], dtype=torch.float64)  # (B,)
     return draw(scores.softmax(dim=-1), uniforms)
