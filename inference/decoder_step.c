@@ -46,8 +46,7 @@ INLINE float sum_of(const float *x, long n, long whole, float minus, int squared
         vec v = load_vec_fp32(x, k) - minus;
         sums += squared ? v * v : v;
     }
-    quarter four = quarters(sums);
-    float sum = (four[0] + four[1]) + (four[2] + four[3]);
+    float sum = sum_of_lanes(sums);
     for (long k = whole; k < n; k++) sum += squared ? (x[k] - minus) * (x[k] - minus) : x[k] - minus;
     return sum;
 }

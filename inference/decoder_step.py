@@ -35,6 +35,11 @@ ALIGNMENT = 64  # bytes, a cache line
 WORTH_THREADS = 1 << 19  # multiplications with the weights of one layer
 
 
+def weight_addresses(model: GPTModel) -> list[int]:
+    """Where a model's weights are; as long as this stays the same, so may its `DecoderStep`."""
+    return [tensor.data_ptr() for tensor in _tensors(model)]
+
+
 class _Norm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),

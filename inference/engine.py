@@ -23,7 +23,6 @@ what was found in the cache; except that sums in another order differ in their l
 from __future__ import annotations
 
 import heapq
-import itertools
 import logging
 import threading
 import time
@@ -37,7 +36,7 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTModel
 from inference.cache_blocks import BLOCK
-from inference.decoder_step import DecoderStep
+from inference.decoder_step import DecoderStep, weight_addresses
 from inference.engine_statistics import EngineStatistics
 from inference.paged_attention import PagedCache
 from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, checked_ids
@@ -311,10 +310,9 @@ class Engine:
     def _find_weights(self) -> None:
         """Weights may have moved between two requests, and layers may have been replaced or gained adapters."""
         self._has_new_requests = False
-        model = self.model
-        addresses = [tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())]
+        addresses = weight_addresses(self.model)
         if addresses != self._addresses:
-            self._addresses, self._decoder_step = addresses, DecoderStep.of(model, self.cache)
+            self._addresses, self._decoder_step = addresses, DecoderStep.of(self.model, self.cache)
 
     def _leave(self) -> None:
         for request in self._cancelled:

@@ -145,6 +145,11 @@ INLINE quarter quarters(vec v) {
     return sum;
 }
 
+INLINE float sum_of_lanes(vec v) {
+    quarter four = quarters(v);
+    return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
 /* What the lanes of four vectors sum up to, one number for each. */
 INLINE quarter sums_of_four(const vec *v) {
 #if LANES == 16
@@ -160,10 +165,7 @@ INLINE quarter sums_of_four(const vec *v) {
     return quarters(FOURS(PAIRS(v[0], v[1]), PAIRS(v[2], v[3])));
 #else
     quarter sums;
-    for (int j = 0; j < 4; j++) {
-        quarter four = quarters(v[j]);
-        sums[j] = (four[0] + four[1]) + (four[2] + four[3]);
-    }
+    for (int j = 0; j < 4; j++) sums[j] = sum_of_lanes(v[j]);
     return sums;
 #endif
 }
@@ -408,7 +410,7 @@ static void prepare_row(const Linear *l, const float *x, char *out, long i) {
 /* All rows; called by all threads of a parallel region, which wait until it is done. */
 static void prepare(const Linear *l, const float *x, char *out, long n_x) {
     if (digits_of(l->type, l->n_in)) {
-        _Pragma("omp for schedule(static)")
+        #pragma omp for schedule(static)
         for (long i = 0; i < n_x; i++) prepare_row(l, x, out, i);
     }
 }
@@ -419,7 +421,7 @@ enum { X_BYTES = 512 << 10, W_BYTES = 32 << 10 };
 
 INLINE long at_most(long count, long limit) { return count < limit ? count : limit; }
 
-/* Into how many rows all are cut, in equal blocks of at most X_BYTES and of whole tiles. */
+/* How many rows a block has: all blocks are equal, of about X_BYTES at most and of whole tiles. */
 INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
     long n_blocks = 1 + n_x * row_bytes / X_BYTES, rows = (n_x + n_blocks - 1) / n_blocks;
     return (rows + tile_rows - 1) / tile_rows * tile_rows;
@@ -470,7 +472,7 @@ static void multiply(const Linear *l, const float *x, const char *digits, float 
 
 /* y (n_x, n_out) = x (n_x, n_in) Wᵀ; `digits` has room for n_x times linear_digit_bytes. */
 void linear(const Linear *l, const float *x, char *digits, float *y, long n_x, int threads) {
-    _Pragma("omp parallel num_threads(threads)")
+    #pragma omp parallel num_threads(threads)
     {
         prepare(l, x, digits, n_x);
         multiply(l, x, digits, y, n_x, 0);
