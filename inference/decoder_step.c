@@ -105,7 +105,7 @@ static void expand_row(const Linear *table, int64_t index, float *out, int add) 
         float number = table->type == FP32 ? load_one_fp32(row, k)
                        : table->type == INT8 ? load_one_int8(row, k)
                        : table->type == BF16 ? load_one_bf16(row, k)
-                                             : LOAD_ONE_FP16(row, k);
+                                             : load_one_fp16(row, k);
         out[k] = number * scale + (add ? out[k] : 0);
     }
 }

@@ -8,12 +8,13 @@ On a CPU the ways to compute the product are
                reading W, and a row gives the same to the last bit alone and in a batch
     plain      `F.linear`, with other weights than FP32 expanded block by block; it works everywhere
 
-and, only where native is missing, for want of a compiler or of the instructions that INT8 inputs take, these, which
-keep a second, packed copy of the weights:
+and, only where native is missing, for want of a compiler, these, which keep a second, packed copy of the weights:
 
     prepacked  FP32 in oneDNN's order;  FP16 in fbgemm's
-    digits     INT8 by integer arithmetic (fbgemm), see `integer_linear`;  integers: the same with INT8 inputs
+    integers   INT8, with and without INT8 inputs, by integer arithmetic (fbgemm), see `integer_linear`
     expanded   FP32, for an INT8 layer that a core's cache can hold: reading it costs nothing anyway
+
+INT8 inputs are the same integers on every processor and are multiplied exactly, so that they give the same numbers.
 
 Which one is used is measured at the first call, for each shape and number of rows, and remembered in the user's cache,
 so that the next process computes in the same way. A way that fails, or whose result differs from `plain`, is out.
@@ -46,12 +47,14 @@ DTYPES = {  # in the order of the types in linear_kernels.c
     "int8_dynamic": torch.int8,
 }
 ROW_BUCKETS = (1, 4, 16, 64)  # measured are 1, 2–4, 5–16, 17–64 and more rows of x
-TOLERANCE = 5e-4  # relative error of a product that counts as the same
+TOLERANCE = 1e-5  # relative error of a product that counts as the same
 ADVANTAGE = 0.75  # a way that stands later in the list has to take less than this share of the time
 MEASURE_SECONDS = 1e-3  # all ways together
 SINGLE_THREAD = 1 << 17  # below so many multiplications, waking a second thread takes longer than they do
 TINY_LAYER = 1 << 18  # so many weights take 1 MiB when expanded
 BLOCK = 1 << 20  # so many weights are expanded at once: they stay in the cache until they are used
+ROUGH = 127  # an input of 8 bits is a whole number of −ROUGH … ROUGH and the scale of its row
+PRECISE = 127 << 16  # one of 24 bits, as many as fp32 has
 
 Product = Callable[[torch.Tensor], torch.Tensor]  # x (…, K) fp32, contiguous → x Wᵀ + bias (…, N) fp32
 
@@ -140,7 +143,7 @@ class InferenceLinear(nn.Module):
             if native:
                 return {"native": lambda: native_product(weight, scale, bias, self.weights)}
             if integer_kernel_limit():
-                return {"integers": lambda: integer_product(weight, scale, bias, digits=1)}
+                return {"integers": lambda: integer_product(weight, scale, bias, ROUGH)}
             return {"plain": lambda: lambda x: plain_linear(round_inputs(x), weight, scale, bias)}
         ways: dict[str, Callable[[], Product]] = {}
         if native:
@@ -153,7 +156,7 @@ class InferenceLinear(nn.Module):
             if weight.numel() <= TINY_LAYER:
                 ways["expanded"] = lambda: functools.partial(F.linear, weight=weight * scale.unsqueeze(1), bias=bias)
             if integer_kernel_limit():
-                ways["digits"] = lambda: integer_product(weight, scale, bias, digits=2)
+                ways["integers"] = lambda: integer_product(weight, scale, bias, PRECISE)
         ways["plain"] = lambda: functools.partial(plain_linear, weight=weight, scale=scale, bias=bias)
         return ways
 
@@ -241,11 +244,10 @@ class NativeLinear(ctypes.Structure):
         super().__init__(*addresses, *weight.shape, list(DTYPES).index(weights))
 
 
-@functools.cache
 def native_library() -> ctypes.CDLL | None:
     """The compiled kernels; None where this machine has none."""
     library = load_native(Path(__file__).with_suffix(".c"))
-    if library is not None:
+    if library is not None and not library.linear.argtypes:
         pointer, number = ctypes.c_void_p, ctypes.c_long
         library.linear.argtypes = [ctypes.POINTER(NativeLinear), pointer, pointer, pointer, number, ctypes.c_int]
         library.linear.restype = None
@@ -298,13 +300,13 @@ def fbgemm_fp16_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Prod
 
 
 def integer_product(
-    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, digits: int, limit: int | None = None
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, most: int, limit: int | None = None
 ) -> Product:
     """INT8 weights packed for `integer_linear`."""
     packed, limit = pack_weights(weight, scale), limit or integer_kernel_limit()
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        y = integer_linear(x, packed, digits, limit)  # (M, N)
+        y = integer_linear(x, packed, most, limit)  # (M, N)
         return y if bias is None else y.add_(bias)
 
     return in_rows(product)
@@ -319,35 +321,38 @@ def pack_weights(weight: torch.Tensor, scale: torch.Tensor) -> torch.ScriptObjec
     return torch.ops.quantized.linear_prepack(quantized, None)
 
 
-def input_scale(x: torch.Tensor, limit: int) -> torch.Tensor:
-    """The scale of each row of x (…, K) by which it becomes −limit … limit, (…, 1)."""
-    return x.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / limit
+def input_scale(x: torch.Tensor, most: int) -> torch.Tensor:
+    """The scale of each row of x (…, K) by which it becomes −most … most, (…, 1)."""
+    return x.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / most
 
 
 def round_inputs(x: torch.Tensor) -> torch.Tensor:
-    """x (…, K) as 8-bit integers would give it back: what `integer_linear` with one digit computes with."""
-    scale = input_scale(x.detach(), 127)
+    """x (…, K) as 8-bit integers would give it back."""
+    scale = input_scale(x.detach(), ROUGH)
     return x + ((x.detach() / scale).round() * scale - x.detach())  # the gradient passes as if nothing were rounded
 
 
-def integer_linear(x: torch.Tensor, packed: torch.ScriptObject, digits: int, limit: int) -> torch.Tensor:
+def integer_linear(x: torch.Tensor, packed: torch.ScriptObject, most: int, limit: int) -> torch.Tensor:
     """x (M, K) fp32 times packed INT8 weights by integer arithmetic, as (M, N) fp32; each row as if it were alone.
 
-    One 8-bit number for an input loses more than the weights do, far more where one feature is an outlier. With two
-    digits to base 2 · limit, which pass the kernel as two rows, the rounding of the weights is all but the only error.
+    An input is rounded to a whole number of −most … most, `ROUGH` or `PRECISE`, and a scale: the only error, at most
+    half a unit for each. The kernel multiplies 8 bits at most, so the numbers pass it digit by digit, each as a row.
 
     Args:
-        digits: integers that an input is written with, 1 or 2.
-        limit: a digit is −limit … limit; see `integer_kernel_limit`.
+        limit: the largest digit that the kernel takes, see `integer_kernel_limit`; the smallest is −limit − 1.
     """
-    scale = input_scale(x, limit)  # (M, 1)
-    x = x / scale
-    high = x.round()
-    rows = high if digits == 1 else torch.cat((high, (x - high) * (2 * limit)))  # the kernel rounds
-    y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, limit + 1, packed)
-    if digits == 2:
-        high, low = y.chunk(2)  # (M, N) each
-        y = torch.add(high, low, alpha=1 / (2 * limit))
+    base, scale = 2 * (limit + 1), input_scale(x, most)  # (M, 1)
+    rows, left, digits = (x / scale).round(), most, []  # whole numbers, which fp32 and divisions by powers of two keep
+    while left > limit:
+        higher = ((rows + base // 2) / base).floor()
+        digits.append(rows - base * higher)
+        rows, left = higher, (left + base // 2) // base
+    products = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        torch.cat((*digits, rows)), 1.0, limit + 1, packed
+    ).chunk(len(digits) + 1)  # (M, N) each, the lowest digit first
+    y = products[-1]
+    for lower in reversed(products[:-1]):
+        y = torch.add(lower, y, alpha=base)
     return y.mul_(scale)
 
 
@@ -363,10 +368,10 @@ def integer_kernel_limit() -> int:
     x = torch.ones(3, 256) * torch.tensor([[1.0], [-1.0], [0.5]])
     for limit in (127, 63):
         try:
-            product = integer_product(weight, torch.ones(32), None, digits=2, limit=limit)(x)
+            product = integer_product(weight, torch.ones(32), None, PRECISE, limit)(x)
         except (RuntimeError, AttributeError, NotImplementedError):
             return 0  # another kind of processor, or a PyTorch that no longer has these operators
-        if torch.allclose(product, x @ weight.float().T, rtol=1e-3):
+        if torch.allclose(product, x @ weight.float().T, rtol=1e-6):
             return limit
     return 0
 
@@ -428,7 +433,6 @@ def _memory() -> Path:
     return cache_folder() / "linear_kernels.json"
 
 
-@functools.cache
 def _machine() -> str:
     sources = [Path(__file__).with_suffix(ending).read_bytes() for ending in (".py", ".c")]
     return hashlib.sha256(repr((processor(), torch.__version__, sources)).encode()).hexdigest()[:16]

@@ -1,5 +1,7 @@
 """What the tests share: one small tokenizer, small random models of both architectures, one CPU thread."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ sys.path.insert(0, str(ROOT))  # the project is run from its folder, not install
 
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
+from machine import CPU_LEVELS, possible_levels  # noqa: E402
 
 CORPUS = [
     "法国的首都是巴黎。",
@@ -22,6 +25,48 @@ CORPUS = [
 ] * 4
 
 TINY = dict(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=32)
+
+
+HAS_COMPILER = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]))
+NO_COMPILER = "no compiler"
+
+
+def shown_levels():
+    """The processors that tests can be run as in this process, from the least: up to what CPU_LEVEL limits it to."""
+    if not HAS_COMPILER:
+        return []
+    levels = possible_levels()
+    return levels[: levels.index(os.environ.get("CPU_LEVEL") or levels[-1]) + 1] if levels else ["native"]
+
+
+def stand_in_for(level, monkeypatch):
+    """From now on the project's kernels are those of a processor of this level, or there are none."""
+    if level == NO_COMPILER:
+        monkeypatch.setenv("CC", "")
+    elif level in CPU_LEVELS:
+        monkeypatch.setenv("CPU_LEVEL", level)
+
+
+@pytest.fixture(params=shown_levels())
+def native_level(request, monkeypatch):
+    """Each level of instructions in turn."""
+    stand_in_for(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[*shown_levels(), NO_COMPILER])
+def cpu_level(request, monkeypatch):
+    """Each level of instructions in turn, and no compiler."""
+    stand_in_for(request.param, monkeypatch)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What this machine, or CPU_LEVEL, does not let the tests show is said, not skipped in silence."""
+    shown = ", ".join(shown_levels()) or "none, as there is no C compiler"
+    missing = ", ".join(name for name in CPU_LEVELS if name not in shown_levels()) or "none"
+    torch_uses = torch.backends.cpu.get_cpu_capability()
+    terminalreporter.write_line(
+        f"kernels as on processors with: {shown}; not to be shown here: {missing}; PyTorch used {torch_uses}"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference import decoder_step, paged_attention
 from inference.decoder_step import DecoderStep
 from inference.engine import Engine
-from inference.linear_kernels import DTYPES, native_knows
+from inference.linear_kernels import DTYPES
 from inference.paged_attention import FEW_TOKENS, PagedCache
 from inference.quantizer import prepare_for_inference
 from inference.sampling import SamplingParams
@@ -65,10 +65,8 @@ def largest_difference(model, cache_dtype=torch.float32, steps=((3, 1, FEW_TOKEN
 @needs_compiler
 @pytest.mark.parametrize("weights", [None, *DTYPES])
 @pytest.mark.parametrize("architecture", ["gpt2", "modern"])
-def test_it_is_the_models_forward_pass(architecture, weights):
+def test_it_is_the_models_forward_pass(architecture, weights, native_level):
     """Both presets and all kinds of weights: single tokens and pieces of prompts, several requests at once."""
-    if weights and not native_knows(weights, 64):
-        pytest.skip("not on this processor")
     model = random_model(architecture)
     if weights:
         model = prepare_for_inference(model, weights)
@@ -91,17 +89,17 @@ def test_it_is_the_models_forward_pass(architecture, weights):
     ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
 )
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
-def test_every_switch_of_the_architecture(changes, weights):
+def test_every_switch_of_the_architecture(changes, weights, native_level):
     assert largest_difference(prepare_for_inference(random_model(**changes), weights)) < 2e-6
 
 
 @needs_compiler
-def test_it_reads_and_writes_an_int8_cache():
+def test_it_reads_and_writes_an_int8_cache(native_level):
     assert largest_difference(random_model("modern"), torch.int8) < 1e-5
 
 
 @needs_compiler
-def test_threads_change_nothing(monkeypatch):
+def test_threads_change_nothing(monkeypatch, native_level):
     """To the last bit: each number is summed up by one thread."""
     monkeypatch.setattr(decoder_step, "WORTH_THREADS", 0)
     model, results = prepare_for_inference(random_model("modern"), "int8"), []
@@ -118,7 +116,7 @@ def test_threads_change_nothing(monkeypatch):
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("place", ["feed_forward_norm", "attention.key_proj", "attention.value_proj"])
-def test_numbers_that_are_not_finite_stay_visible(place, cache_dtype, weights, bad):
+def test_numbers_that_are_not_finite_stay_visible(place, cache_dtype, weights, bad, native_level):
     """An engine that could not see them would answer nonsense; as integers they would be some number."""
     model = prepare_for_inference(random_model(), weights)
     model.layers[1].get_submodule(place).bias.data[5] = bad

@@ -13,7 +13,7 @@ from inference.sampling import SamplingParams
 
 
 @pytest.fixture(params=["gpt2", "modern"])
-def model(request, random_model):
+def model(request, random_model, cpu_level):
     return random_model(request.param, max_seq_len=CONTEXT)
 
 
