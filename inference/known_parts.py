@@ -22,8 +22,14 @@ from inference.linear_kernels import InferenceEmbedding, InferenceLinear, kind_o
 from inference.paged_attention import PagedCache
 from transformer_components import FeedForwardNetwork, MultiHeadAttention, RMSNorm, TransformerDecoderLayer
 
+
+class Missing:
+    """The class of what is not there."""
+
+
 NONE = type(None)
 NORM, LINEAR, TABLE = (nn.LayerNorm, RMSNorm), (nn.Linear, InferenceLinear), (nn.Embedding, InferenceEmbedding)
+MISSING = Missing()
 DROPOUT = (nn.Dropout, nn.Identity)
 WEIGHT, BUFFER, INTEGER, NUMBER, SWITCH = (nn.Parameter,), (torch.Tensor,), (int,), (float, int), (bool,)
 
@@ -31,7 +37,7 @@ WEIGHT, BUFFER, INTEGER, NUMBER, SWITCH = (nn.Parameter,), (torch.Tensor,), (int
 KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
     GPTModel: dict(
         config=(GPTConfig,), recompute_activations=SWITCH, token_embedding=TABLE,
-        position_embedding=(nn.Embedding, NONE), position_table=(*BUFFER, NONE), rotary_table=(*BUFFER, NONE),
+        position_embedding=(nn.Embedding, Missing), position_table=(*BUFFER, Missing), rotary_table=(*BUFFER, Missing),
         embedding_dropout=DROPOUT, layers=(nn.ModuleList,), final_norm=NORM, lm_head=LINEAR,
     ),
     nn.ModuleList: {},  # and, under their numbers, the layers
@@ -128,7 +134,7 @@ def _look_at(part: object, path: str, classes: tuple[type, ...], facts: list[obj
     """Add the facts of one part, and of all that it holds."""
     kind = type(part)
     if kind not in classes:
-        raise UnknownPart(f"{path or 'the model'} is a {kind.__name__}")
+        raise UnknownPart(f"{path or 'the model'} is of the class {kind.__name__}")
     if issubclass(kind, torch.Tensor):
         facts.append((part.data_ptr(), part.shape, part.dtype))
     elif kind is GPTConfig:
@@ -147,7 +153,7 @@ def _look_at(part: object, path: str, classes: tuple[type, ...], facts: list[obj
         for name in held.keys() - known.keys() - OF_EVERY_MODULE:
             raise UnknownPart(f"{path or 'the model'} has {name}")
         for name, its_classes in known.items():
-            _look_at(held.get(name), f"{path}.{name}" if path else name, its_classes, facts)
+            _look_at(held.get(name, MISSING), f"{path}.{name}" if path else name, its_classes, facts)
 
 
 def _look_at_config(model: GPTModel) -> None:

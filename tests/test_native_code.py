@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from inference import native_code
-from inference.native_code import load_native, why_not
+from inference.native_code import check_layout, load_native, why_not
 
 SOURCE = """
 void add(const float *x, const float *y, float *sum, long n, int threads) {
@@ -142,6 +142,41 @@ def test_threads_that_ask_at_once_get_one_library(source):
     for thread in threads:
         thread.join()
     assert len({id(library) for library in found}) == 1 and is_right(found[0])
+
+
+class Point(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_int32), ("y", ctypes.c_double)]
+
+
+POINT = """
+#include "layout.h"
+typedef struct { int32_t x; double y; } Point;
+LAYOUT(Point, FIELD(Point, x), FIELD(Point, y));
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("int32_t x; double y;", "double y; int32_t x;"),
+        ("int32_t x;", "int64_t x;"),
+        ("double y;", "double y; int32_t z;"),
+        ("double y;", "float y;"),
+        ("FIELD(Point, x), ", ""),
+        ("{ int32_t x; double y; }", "{ int32_t x, z; double y; }"),
+    ],
+    ids=lambda change: change[1],
+)
+def test_a_struct_that_python_sees_otherwise_is_refused(source, change):
+    """Other order, size, or a field more or less; a field that fits into a gap is listed or it changes nothing."""
+    (source.parent / "layout.h").write_text((Path(native_code.__file__).parent / "layout.h").read_text())
+    source.write_text(POINT)
+    check_layout(load_native(source), Point=Point)
+    forget()
+    source.write_text(POINT.replace(*change).replace("y));", "y), FIELD(Point, z));" if "z;" in change[1] else "y));"))
+    with pytest.raises(RuntimeError, match="the struct Point of .* differs from Point in Python.*change both together"):
+        check_layout(load_native(source), Point=Point)
 
 
 @needs_compiler
