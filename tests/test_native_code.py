@@ -201,3 +201,25 @@ print(len(set(re.findall(r"/\\S*lib(?:g|i)?omp\\S*", Path("/proc/self/maps").rea
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "1"
+
+
+@needs_compiler
+@pytest.mark.skipif("address" not in os.environ.get("NATIVE_CFLAGS", ""), reason="only in tests/with_sanitizers.sh")
+def test_a_write_beyond_the_end_is_seen(source):
+    """The flags reach the compiler, and a mistake ends the process with a report."""
+    program = f"""
+import torch
+from pathlib import Path
+from inference.native_code import load_native
+from tests.test_native_code import is_right
+add = load_native(Path({str(source)!r})).add
+assert is_right(load_native(Path({str(source)!r})))
+print("right", flush=True)
+x, y = torch.ones(1001), torch.ones(1000)
+add(x.data_ptr(), x.data_ptr(), y.data_ptr(), 1001, 1)
+print("not seen")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode and result.stdout == "right\n"
+    assert "heap-buffer-overflow" in result.stderr and "WRITE of size 4" in result.stderr
