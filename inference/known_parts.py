@@ -124,36 +124,36 @@ def facts_of(model: nn.Module) -> list[object]:
         raise UnknownPart("apply_rotary has been replaced")
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         raise UnknownPart("there are hooks on all modules")
+    if type(model) is not GPTModel:
+        raise UnknownPart(f"the model is of the class {type(model).__name__}")
     facts: list[object] = []
-    _look_at(model, "", (GPTModel,), facts)
+    _look_at(model, "", facts)
     _look_at_config(model)
     return facts
 
 
-def _look_at(part: object, path: str, classes: tuple[type, ...], facts: list[object]) -> None:
-    """Add the facts of one part, and of all that it holds."""
-    kind = type(part)
-    if kind not in classes:
-        raise UnknownPart(f"{path or 'the model'} is of the class {kind.__name__}")
-    if issubclass(kind, torch.Tensor):
-        facts.append((part.data_ptr(), part.shape, part.dtype))
-    elif kind is GPTConfig:
-        facts.append(list(vars(part).values()))
-    elif not issubclass(kind, nn.Module):
-        facts.append(part)
-    else:
-        if part._forward_hooks or part._forward_pre_hooks:
-            raise UnknownPart(f"{path or 'the model'} has hooks")
-        if kind is nn.Dropout and part.training and part.p:
-            raise UnknownPart(f"{path} is in training mode")
-        facts.append(kind)
-        layers = part._modules if kind is nn.ModuleList else ()
-        known = KNOWN[kind] or dict.fromkeys(layers, (TransformerDecoderLayer,))
-        held = {**part._parameters, **part._buffers, **part._modules, **vars(part)}
-        for name in held.keys() - known.keys() - OF_EVERY_MODULE:
-            raise UnknownPart(f"{path or 'the model'} has {name}")
-        for name, its_classes in known.items():
-            _look_at(held.get(name, MISSING), f"{path}.{name}" if path else name, its_classes, facts)
+def _look_at(module: nn.Module, path: str, facts: list[object]) -> None:
+    """Add the facts of a module of a known class, and of all that it holds."""
+    kind = type(module)
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise UnknownPart(f"{path or 'the model'} has hooks")
+    if kind is nn.Dropout and module.training and module.p:
+        raise UnknownPart(f"{path} is in training mode")
+    facts.append(kind)
+    known = dict.fromkeys(module._modules, (TransformerDecoderLayer,)) if kind is nn.ModuleList else KNOWN[kind]
+    held = {**module._parameters, **module._buffers, **module._modules, **vars(module)}
+    for name in held.keys() - known.keys() - OF_EVERY_MODULE:
+        raise UnknownPart(f"{path or 'the model'} has {name}")
+    for name, classes in known.items():
+        value = held.get(name, MISSING)
+        if type(value) not in classes:
+            raise UnknownPart(f"{path}.{name} is of the class {type(value).__name__}".lstrip("."))
+        if isinstance(value, nn.Module):
+            _look_at(value, f"{path}.{name}".lstrip("."), facts)
+        elif isinstance(value, torch.Tensor):
+            facts.append((value.data_ptr(), value.shape, value.dtype))
+        else:
+            facts.append(list(vars(value).values()) if name == "config" else value)
 
 
 def _look_at_config(model: GPTModel) -> None:
