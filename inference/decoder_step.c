@@ -11,11 +11,15 @@ typedef struct {
     int64_t size, is_rms;
     double eps;
 } Norm;
+LAYOUT(Norm, FIELD(Norm, weight), FIELD(Norm, bias), FIELD(Norm, size), FIELD(Norm, is_rms), FIELD(Norm, eps));
 
 typedef struct {
     Norm attention_norm, query_norm, key_norm, feed_forward_norm;
     Linear query, key, value, output, up, down, gate; /* gate without weight: GELU, otherwise SwiGLU */
 } Layer;
+LAYOUT(Layer, FIELD(Layer, attention_norm), FIELD(Layer, query_norm), FIELD(Layer, key_norm),
+       FIELD(Layer, feed_forward_norm), FIELD(Layer, query), FIELD(Layer, key), FIELD(Layer, value),
+       FIELD(Layer, output), FIELD(Layer, up), FIELD(Layer, down), FIELD(Layer, gate));
 
 typedef struct {
     const Layer *layers;
@@ -24,20 +28,28 @@ typedef struct {
     int64_t n_layers, d_model, d_ff, max_seq_len;
     Linear head, tokens, positions; /* the last two are tables (n_out, d_model); rotary models have none of positions */
 } Model;
+LAYOUT(Model, FIELD(Model, layers), FIELD(Model, final_norm), FIELD(Model, rotary), FIELD(Model, n_layers),
+       FIELD(Model, d_model), FIELD(Model, d_ff), FIELD(Model, max_seq_len), FIELD(Model, head), FIELD(Model, tokens),
+       FIELD(Model, positions));
 
 typedef struct { /* the tokens of a step */
     const int64_t *ids, *slots, *positions; /* (tokens,); their cells in the cache must be there */
     const int64_t *last;                    /* (n_last,): of which tokens logits are wanted */
     int64_t tokens, n_last;
 } Tokens;
+LAYOUT(Tokens, FIELD(Tokens, ids), FIELD(Tokens, slots), FIELD(Tokens, positions), FIELD(Tokens, last),
+       FIELD(Tokens, tokens), FIELD(Tokens, n_last));
 
 typedef struct { /* room for the intermediate results of a step */
     float *hidden;      /* (tokens, d_model): the residual stream; at the end what comes out of the final norm */
     float *normed;      /* (tokens, d_model) */
     float *query, *key, *value, *attended; /* (tokens, heads or kv_heads, head_dim) */
-    float *inner, *gate; /* (tokens, d_ff) */
+    float *inner, *gate; /* (tokens, d_ff), rounded up to whole BLOCKs, see activate */
     char *digits;       /* (tokens, the most bytes that a layer's linear_digit_bytes asks for) */
 } Scratch;
+LAYOUT(Scratch, FIELD(Scratch, hidden), FIELD(Scratch, normed), FIELD(Scratch, query), FIELD(Scratch, key),
+       FIELD(Scratch, value), FIELD(Scratch, attended), FIELD(Scratch, inner), FIELD(Scratch, gate),
+       FIELD(Scratch, digits));
 
 /* The sum of x - minus, or of the squares of that; the first `whole` of n numbers fill whole vectors. */
 INLINE float sum_of(const float *x, long n, long whole, float minus, int squared) {

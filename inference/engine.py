@@ -36,8 +36,9 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTModel
 from inference.cache_blocks import BLOCK
-from inference.decoder_step import DecoderStep, weight_addresses
+from inference.decoder_step import DecoderStep
 from inference.engine_statistics import EngineStatistics
+from inference.known_parts import refuse_other_forward
 from inference.paged_attention import PagedCache
 from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, checked_ids
 from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, sample_batch
@@ -65,7 +66,7 @@ class Engine:
         reuse_prefixes: compute what prompts have in common at their beginning only once.
 
     Raises:
-        UserError: a setting that cannot be.
+        UserError: a setting that cannot be, or a model that computes its logits in another way than `GPTModel`.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Engine:
         for name, value in (("max_running", max_running), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
+        refuse_other_forward(model)
         self.model, self.tokenizer = model, tokenizer
         self.eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
         self.max_running, self.max_waiting, self.prefill_chunk = max_running, max_waiting, prefill_chunk
@@ -95,7 +97,6 @@ class Engine:
             raise UserError(f"cache_tokens is {cache_tokens}; one request may need the model's context, {context}")
         self.cache = PagedCache(config, cache_tokens, max_running, dtype, self.device, reuse_prefixes)
         self._decoder_step: DecoderStep | None = None
-        self._addresses: list[int] = []  # of the weights that the decoder step reads
         self._has_new_requests = False
         self.running: list[Request] = []  # oldest first
         self.waiting: OrderedDict[Request, None] = OrderedDict()
@@ -307,12 +308,11 @@ class Engine:
                 elsewhere = statistics.model_seconds + statistics.sampling_seconds - elsewhere
                 statistics.overhead_seconds += time.perf_counter() - began - elsewhere
 
-    def _find_weights(self) -> None:
+    def _look_at_model(self) -> None:
         """Weights may have moved between two requests, and layers may have been replaced or gained adapters."""
+        refuse_other_forward(self.model)
+        self._decoder_step = DecoderStep.of(self.model, self.cache, self._decoder_step)
         self._has_new_requests = False
-        addresses = weight_addresses(self.model)
-        if addresses != self._addresses:
-            self._addresses, self._decoder_step = addresses, DecoderStep.of(self.model, self.cache)
 
     def _leave(self) -> None:
         for request in self._cancelled:
@@ -393,7 +393,7 @@ class Engine:
             whether each span's hidden states are finite; the indices of the spans that are continued; their tokens.
         """
         if self._has_new_requests:
-            self._find_weights()
+            self._look_at_model()
         ids, ends, complete = [], [], []
         for index, (request, n_new) in enumerate(spans):
             start = request.sequence.length

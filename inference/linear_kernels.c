@@ -15,6 +15,7 @@
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
+#include "layout.h"
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -444,6 +445,8 @@ typedef struct {
     const float *scale, *bias; /* (n_out,) or NULL */
     int64_t n_out, n_in, type;
 } Linear;
+LAYOUT(Linear, FIELD(Linear, weight), FIELD(Linear, scale), FIELD(Linear, bias), FIELD(Linear, n_out), FIELD(Linear, n_in),
+       FIELD(Linear, type));
 
 /* With how many digits x is written, or 0: as it is. */
 INLINE int digits_of(int64_t type, long n_in) {

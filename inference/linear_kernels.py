@@ -37,7 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from inference.native_code import cache_folder, load_native, processor
+from inference.native_code import cache_folder, check_layout, load_native, processor
 
 DTYPES = {  # in the order of the types in linear_kernels.c
     "fp32": torch.float32,
@@ -248,6 +248,7 @@ def native_library() -> ctypes.CDLL | None:
     """The compiled kernels; None where this machine has none."""
     library = load_native(Path(__file__).with_suffix(".c"))
     if library is not None and not library.linear.argtypes:
+        check_layout(library, Linear=NativeLinear)
         pointer, number = ctypes.c_void_p, ctypes.c_long
         library.linear.argtypes = [ctypes.POINTER(NativeLinear), pointer, pointer, pointer, number, ctypes.c_int]
         library.linear.restype = None

@@ -30,7 +30,8 @@ import torch
 
 from machine import compiler_flags
 
-COMPILE_FLAGS = ["-O3", "-fPIC"]
+EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))  # for compiling and linking, such as -fsanitize=address
+COMPILE_FLAGS = ["-O3", "-fPIC", *EXTRA_FLAGS]
 OPENMP_FLAGS = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
 TIMEOUT = 120  # seconds for a compiler that hangs, e.g. on a network drive
 
@@ -67,6 +68,29 @@ def _key(source: Path) -> tuple:
     return source.resolve(), os.environ.get("CC"), compiler_flags()
 
 
+class _Field(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("offset", ctypes.c_int64), ("size", ctypes.c_int64)]
+
+
+def check_layout(library: ctypes.CDLL, **structures: type[ctypes.Structure]) -> None:
+    """Compare what Python passes with what C reads: for each structure, by its name in C, all fields' names and places.
+
+    Raises:
+        RuntimeError: the C file, whose structs with a LAYOUT (layout.h) these are, was changed without the Python file.
+    """
+    for name, structure in structures.items():
+        places = [(field, getattr(structure, field)) for field, _ in structure._fields_]
+        ours = [(field.encode(), place.offset, place.size) for field, place in places]
+        ours.append((None, 0, ctypes.sizeof(structure)))
+        for expected, field in zip(ours, (_Field * len(ours)).in_dll(library, f"layout_of_{name}"), strict=True):
+            found = (field.name, field.offset, field.size)
+            if found != expected:
+                raise RuntimeError(
+                    f"the struct {name} of {library._name} differs from {structure.__qualname__} in Python: (name,"
+                    f" offset, size) is {found} in C and {expected} in Python; change both together"
+                )
+
+
 def cache_folder() -> Path:
     """Where this user's compiled functions and measurements are kept; it may not exist yet.
 
@@ -98,6 +122,7 @@ def _load(source: Path) -> ctypes.CDLL:
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
     openmp = _openmp_of_torch()
     link_flags = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else OPENMP_FLAGS
+    link_flags = [*link_flags, *EXTRA_FLAGS]
     key = hashlib.sha256(_whole_text(source) + version)
     compile_flags = [*COMPILE_FLAGS, *compiler_flags()]
     key.update(repr((compiler, compile_flags, link_flags, processor())).encode())

@@ -7,8 +7,10 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include "layout.h"
 
 enum { BLOCK = 16 };
+const int64_t cells_of_a_block = BLOCK; /* cache_blocks.py knows the number, too */
 
 typedef float Lanes __attribute__((vector_size(4 * BLOCK), aligned(4), may_alias));
 typedef int32_t IntLanes __attribute__((vector_size(4 * BLOCK), aligned(4)));
@@ -20,11 +22,15 @@ typedef struct {
     const int32_t *table;              /* (slots, blocks_per_slot): the blocks of each sequence, in order */
     int64_t heads, kv_heads, blocks, head_dim, blocks_per_slot;
 } Cache;
+LAYOUT(Cache, FIELD(Cache, keys), FIELD(Cache, values), FIELD(Cache, key_scales), FIELD(Cache, value_scales),
+       FIELD(Cache, table), FIELD(Cache, heads), FIELD(Cache, kv_heads), FIELD(Cache, blocks), FIELD(Cache, head_dim),
+       FIELD(Cache, blocks_per_slot));
 
 typedef struct {                       /* of a tensor (1, heads, tokens, head_dim) */
     const float *data;
     int64_t head_stride, token_stride;
 } Rows;
+LAYOUT(Rows, FIELD(Rows, data), FIELD(Rows, head_stride), FIELD(Rows, token_stride));
 
 static inline Lanes exponential(Lanes x) {  /* of x <= 0; relative error below 3e-7 */
     const Lanes lowest = (Lanes){0} - 87.0f;

@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from command_line import UserError
 from gpt_model import GPTConfig
 from inference.cache_blocks import BLOCK, NOWHERE, BlockPool, Sequence
-from inference.native_code import load_native
+from inference.native_code import check_layout, load_native
 from transformer_components import attend
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -70,6 +71,7 @@ class PagedCache:
         key_scales, value_scales: (n_layers, G, blocks, BLOCK) fp32 for INT8 cells, otherwise None.
         table: (n_slots, blocks of the longest sequence) int32, on the CPU: the blocks of each sequence.
         slots, positions: of each token of the present step, arrays of 64-bit integers.
+        sizes: n_layers, H, G, K and max_seq_len of the model that it is for.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class PagedCache:
         self.config, self.device, self.reuse_prefixes = config, torch.device(device), reuse_prefixes
         n_blocks, blocks_per_slot = -(-n_tokens // BLOCK), -(-config.max_seq_len // BLOCK)
         self.pool = BlockPool(n_blocks)
+        self.sizes = (config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim, config.max_seq_len)
         shape = (config.n_layers, config.n_kv_heads, n_blocks)
         self.keys = _zeros((*shape, config.head_dim, BLOCK), dtype, self.device)
         self.values = _zeros((*shape, BLOCK, config.head_dim), dtype, self.device)
@@ -97,6 +100,9 @@ class PagedCache:
         if self.device.type == "cpu" and dtype in (torch.float32, torch.int8):
             self.native = load_native(SOURCE)
         if self.native is not None:
+            check_layout(self.native, Cache=NativeCache, Rows=_Rows)
+            if ctypes.c_int64.in_dll(self.native, "cells_of_a_block").value != BLOCK:
+                raise RuntimeError(f"a block has {BLOCK} cells here, and not in {SOURCE.name}; change both together")
             tensors = (self.keys, self.values, self.key_scales, self.value_scales, self.table)
             self.native_cache = NativeCache(
                 *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
@@ -220,10 +226,24 @@ class PagedCache:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Store key and value (1, G, N, K) and attend from query (1, H, N, K) to each token's own past."""
+        """Store key and value (1, G, N, K) and attend from query (1, H, N, K) to each token's own past.
+
+        Raises:
+            UserError: a layer asks for attention of another kind or size.
+        """
+        if mask is not None:
+            raise UserError("the engine's attention takes no mask; use GPTModel.generate for a model that needs one")
+        _, n_heads, n_kv_heads, head_dim, _ = self.sizes
+        n_tokens = len(self.positions)
+        queries, keys = (1, n_heads, n_tokens, head_dim), (1, n_kv_heads, n_tokens, head_dim)
+        if query.shape != queries or key.shape != keys or value.shape != keys:
+            found = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+            raise UserError(
+                f"the cache takes queries {queries} and keys and values {keys} from this model's configuration, and a"
+                f" layer gives it {found}; use GPTModel.generate"
+            )
         if self.native is not None:  # made for fp32 and for heads in one piece, which they nearly always are
             query, key, value = (x.float() if x.stride(3) == 1 else x.float().contiguous() for x in (query, key, value))
-        n_heads, n_tokens, head_dim = query.shape[1:]
         attended = query.new_empty(n_tokens, n_heads, head_dim)  # (N, H, K)
         if self.native is None:
             self._store(layer, key[0], value[0])

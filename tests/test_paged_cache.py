@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from command_line import UserError
 from gpt_model import GPTConfig
 from inference import paged_attention
 from inference.cache_blocks import BLOCK, BlockPool, Sequence
@@ -146,6 +147,26 @@ def test_every_token_attends_to_its_own_past(way, short, n_kv_heads, head_dim, d
                     row += 1
         for sequence, size in spans:
             cache.stored(sequence, [], size)
+
+
+def test_what_the_cache_cannot_do_is_refused(way):
+    """A mask, and heads of other numbers and sizes than it was made for: C would write beyond the end of its memory."""
+    config = GPTConfig(vocab_size=8, d_model=32, n_layers=1, n_heads=4, max_seq_len=64, n_kv_heads=2)
+    cache = PagedCache(config, 64, 1)
+    cache.begin_step([(cache.open([0] * 9), 9)])
+    query, key, value = rows(config, 9, torch.Generator().manual_seed(5))
+    with pytest.raises(UserError, match="takes no mask"):
+        cache.attend(0, query, key, value, torch.ones(9, 9, dtype=torch.bool).tril())
+    for wrong in (
+        (query[:, :2], key, value),
+        (query, query, value),
+        (query, key, query),
+        (query[..., :4], key[..., :4], value[..., :4]),
+        (query, key, value[:, :, :8]),
+        (query[:, :, :8], key[:, :, :8], value[:, :, :8]),
+    ):
+        with pytest.raises(UserError, match="from this model's configuration, and a layer gives it"):
+            cache.attend(0, *wrong, None)
 
 
 def test_threads_share_the_work_and_change_nothing(monkeypatch):
