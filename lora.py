@@ -15,7 +15,7 @@ nothing else, and records the base; `checkpoint.restore_model` puts the two toge
 A checkpoint of adapters can be given wherever a model is wanted. For use elsewhere, alignment/lora_export.py turns it
 into a plain checkpoint or into `peft`'s format:
 
-    python -m alignment.lora --adapter models/sft_lora/sft_best.pth --output_path models/sft_lora/merged.pth
+    python -m alignment.lora_export --adapter models/sft_lora/sft_best.pth --output_path models/sft_lora/merged.pth
 """
 
 from __future__ import annotations
@@ -247,10 +247,3 @@ def lora_settings(model: nn.Module) -> dict[str, Any] | None:
     """What a checkpoint has to know to attach the adapters again: the options and the path of the base, or None."""
     layer = next(iter(lora_layers(model).values()), None)
     return layer and {**asdict(layer.options), "base": layer.base_path}
-
-
-if __name__ == "__main__":
-    from alignment.lora_export import main  # stands below, and has to see this module under its own name
-    from command_line import run_main
-
-    run_main(main)

@@ -2,8 +2,8 @@
 
 It counts which token follows which few tokens, and so shows how much of a test can be had by copying phrases:
 
-    python ngram_baseline.py --order 5
-    python ngram_baseline.py --tokenizer_dir models/bpe_tokenizer --output_path models/ngram_eval.json
+    python -m evaluation.ngram_baseline --order 5
+    python -m evaluation.ngram_baseline --tokenizer_dir models/bpe_tokenizer --output_path models/ngram_eval.json
 
 It learns from the same text and conversations and answers the same questions before the same checker as `evaluator.py`,
 twice: in the same chat template, where a short context holds nothing but the heading of the answer, and without
@@ -19,12 +19,19 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from answer_report import answers_summary, answers_table, check_writable, load_questions, report_answers, write_json
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import option, parse_config, run_main
-from conversation_data import load_conversations
-from text_files import iter_documents
-from text_generation import Generation
+from evaluation.answer_report import (
+    answers_summary,
+    answers_table,
+    check_writable,
+    load_questions,
+    report_answers,
+    write_json,
+)
+from inference.request import Generation
+from text.conversation_data import load_conversations
+from text.text_files import iter_documents
 
 
 class NGramModel:

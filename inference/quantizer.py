@@ -40,13 +40,13 @@ from checkpoint import (
     weight_fingerprint,
 )
 from command_line import UserError, option, parse_config, run_main
-from conversation_data import load_conversations
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
 from inference.engine import Engine
 from inference.linear_kernels import DTYPES, InferenceEmbedding, InferenceLinear, quantize_rows
 from inference.sampling import SamplingParams
-from text_files import iter_documents
+from text.conversation_data import load_conversations
+from text.text_files import iter_documents
 
 QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
 MAX_PERPLEXITY_RISE = 0.005

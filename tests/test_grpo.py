@@ -12,7 +12,7 @@ import finetune
 from alignment.grpo import GRPOConfig, RecordDataset, call_reward, group_advantages, load_reward, train_grpo
 from alignment.rollouts import answer_log_probs
 from command_line import UserError
-from run_log import read_metrics
+from training.run_log import read_metrics
 
 
 def random_batch(loop, spread=0.4):
@@ -208,7 +208,7 @@ def test_a_reward_that_cannot_be_loaded_is_named(tmp_path, monkeypatch, place, m
 
 def test_a_reward_is_found_from_the_working_folder_or_the_projects(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert load_reward("answer_checker.py:preference_reward")([], [], []) == []
+    assert load_reward("evaluation/answer_checker.py:preference_reward")([], [], []) == []
     (tmp_path / "mine.py").write_text("def reward(prompts, responses, records):\n    return [3]\n")
     assert load_reward("mine.py:reward")([], [], []) == [3]
     assert load_reward(f"{tmp_path}/mine.py:reward")([], [], []) == [3]

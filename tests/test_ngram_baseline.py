@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-import ngram_baseline
 from byte_level_bpe import ByteLevelBPETokenizer
-from ngram_baseline import NGramModel
+from evaluation import ngram_baseline
+from evaluation.ngram_baseline import NGramModel
 
 A, B, C, END = 0, 1, 2, 3
 
