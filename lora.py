@@ -12,10 +12,8 @@ nothing else, and records the base; `checkpoint.restore_model` puts the two toge
 
     with adapters_disabled(model): …        # the model that training started from: no second copy as a reference
 
-A checkpoint of adapters can be given wherever a model is wanted. For use elsewhere, alignment/lora_export.py turns it
-into a plain checkpoint or into `peft`'s format:
-
-    python -m alignment.lora_export --adapter models/sft_lora/sft_best.pth --output_path models/sft_lora/merged.pth
+A checkpoint of adapters can be given wherever a model is wanted. For use elsewhere, `python -m alignment.lora_export`
+turns it into a plain checkpoint or into `peft`'s format.
 """
 
 from __future__ import annotations

@@ -209,19 +209,6 @@ def decode_speed(model: GPTModel, batch_size: int = 1, n_tokens: int = 64, secon
     return batch_size * params.max_gen_len / fastest
 
 
-@torch.inference_mode()
-def compare_logits(model: GPTModel, quantized: GPTModel, input_ids: torch.Tensor) -> tuple[float, float]:
-    """How far the quantized logits are from the model's: relative error ‖difference‖ / ‖logits‖, and the share of
-    positions where both have the same likeliest token.
-
-    Args:
-        input_ids: (B, T) int64.
-    """
-    reference, logits = model(input_ids)["logits"], quantized(input_ids)["logits"]  # (B, T, V)
-    error = (logits - reference).norm() / reference.norm()
-    return error.item(), (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
-
-
 def held_out_samples(
     path: str | Path, tokenizer: ByteLevelBPETokenizer, max_seq_len: int, max_tokens: int
 ) -> list[tuple[list[int], list[int]]]:

@@ -1,8 +1,4 @@
-"""Which process this is, of how many, and what they tell each other.
-
-Started by `torchrun`, every process finds its rank in the environment; started plainly, there is one rank and every
-function here is the identity.
-"""
+"""Which process this is, of how many; started without `torchrun`, the only one: every function is the identity."""
 
 from __future__ import annotations
 

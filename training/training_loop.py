@@ -22,13 +22,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import (
-    load_checkpoint,
-    require_disk_space,
-    require_same_model,
-    save_checkpoint,
-    weight_fingerprint,
-)
+from checkpoint import load_checkpoint, require_disk_space, require_same_model, save_checkpoint, weight_fingerprint
 from command_line import Interrupted, UserError
 from data_loader import Batch, BatchOrder
 from gpt_model import GPTConfig
