@@ -189,6 +189,7 @@ def test_records_stay_beside_their_prompts(tokenizer):
     [
         ("rewards.py", "--reward rewards.py must be a file and a function in it, such as my_rewards.py:reward"),
         ("missing.py:reward", "the file of --reward missing.py does not exist; give PATH.py:FUNCTION"),
+        ("answer_checker.py:preference_reward", "not exist; .* such as evaluation/answer_checker.py:preference_reward"),
         ("rewards.py:absent", "rewards.py has no function absent; it has good, broken"),
         ("syntax.py:reward", r"syntax.py cannot be imported: SyntaxError: .* \(syntax.py, line 1\); mend it"),
         ("raises.py:reward", r"raises.py cannot be imported: KeyError: 'no' \(raises.py, line 2\); mend it"),
