@@ -1,109 +1,90 @@
-"""The processor that programs run on, and any lesser one that it can stand in for.
-
-    CPU_LEVEL=avx2 bash run_tests.sh        any command, as on a processor with nothing wider than AVX2
-
-The variable limits what the project's own kernels are compiled for and what PyTorch's parts (ATen, oneDNN, MKL, fbgemm)
-choose from. It is read when this module is imported, which has to be before PyTorch computes anything: from then on a
-process keeps to what it has found.
-"""
+"""The machine: which device and precision to compute in, its peak speed, and the memory used."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
-import platform
+import math
+import resource
 import sys
-from dataclasses import dataclass
-from pathlib import Path
+import time
+
+import torch
 
 from command_line import UserError
+from cpu_level import cpu_level
 
-ARM = platform.machine().lower() in ("arm64", "aarch64")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+# Dense bf16 peak of common accelerators, TFLOP/s, from the makers' data sheets
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
+PEAK_TFLOPS |= {"RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 4070": 58, "RTX 3080": 59}
 
 
-@dataclass(frozen=True)
-class CPULevel:
-    """A set of instructions.
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device to compute on: `auto` takes a CUDA GPU, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {name!r} is not available here; use --device cpu or auto") from error
+    return device
 
-    Attributes:
-        name: what CPU_LEVEL is set to.
-        needs: words that /proc/cpuinfo has among the flags of such a processor.
-        compiler_flags: for GCC and Clang.
-        libraries: environment variables by which PyTorch's parts keep to it.
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: `auto` takes bf16 or fp16 where the hardware is fast in it, otherwise fp32.
+
+    fp16 is for CUDA GPUs before Ampere. On a CPU bf16 pays only with AMX matrix units: elsewhere PyTorch's bf16 matrix
+    products are 2–10 times slower than fp32.
     """
-
-    name: str
-    needs: frozenset[str]
-    compiler_flags: tuple[str, ...]
-    libraries: dict[str, str]
-
-
-def _x86(name: str, needs: str, compiler_flags: str, aten: str, onednn: str, mkl: str, fbgemm: str) -> CPULevel:
-    libraries = {
-        "ATEN_CPU_CAPABILITY": aten,
-        "ONEDNN_MAX_CPU_ISA": onednn,
-        "MKL_ENABLE_INSTRUCTIONS": mkl,
-        "FBGEMM_ENABLE_INSTRUCTIONS": fbgemm,
-    }
-    return CPULevel(name, frozenset(needs.split()), tuple(compiler_flags.split()), libraries)
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name != "auto":
+        if name == "fp16" and device.type == "cpu":
+            raise UserError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+        return named[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported() and not cpu_level():
+        return torch.bfloat16
+    return torch.float32
 
 
-AVX2 = "avx2 fma f16c bmi2"
-AVX512 = f"{AVX2} avx512f avx512bw avx512dq avx512vl"
-X86_LEVELS = [  # from the least to the most
-    _x86("sse2", "", "-march=x86-64", "default", "SSE41", "SSE4_2", "SSE4_2"),
-    _x86("avx2", AVX2, "-march=haswell", "avx2", "AVX2", "AVX2", "AVX2"),
-    _x86("avx2_vnni", f"{AVX2} avx_vnni", "-march=haswell -mavxvnni", "avx2", "AVX2_VNNI", "AVX2", "AVX2"),
-    _x86("avx512", AVX512, "-march=skylake-avx512", "avx512", "AVX512_CORE", "AVX512", "AVX512"),
-    _x86("avx512_vnni", f"{AVX512} avx512_vnni", "-march=cascadelake", "avx512", "AVX512_CORE_VNNI", "AVX512_E1",
-         "AVX512_VNNI"),
-]  # fmt: skip
-ARM_LEVELS = [
-    CPULevel("neon", frozenset({"asimd"}), ("-march=armv8-a",), {}),
-    CPULevel("neon_dotprod", frozenset({"asimd", "asimddp"}), ("-march=armv8.2-a+dotprod",), {}),
-]
-CPU_LEVELS = {level.name: level for level in X86_LEVELS + ARM_LEVELS}
-NATIVE_FLAGS = ("-mcpu=native",) if ARM else ("-march=native",)
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Compute matrix products in `dtype`; parameters and the loss stay in fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @functools.cache
-def cpu_flags() -> frozenset[str]:
-    """The processor's instruction sets as Linux names them; elsewhere none is known."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(word for line in lines if line.startswith(("flags", "Features")) for word in line.split()[2:])
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The machine's peak in FLOP/s: from the data sheet of a known GPU, measured for a CPU or an unknown GPU.
 
-
-def possible_levels() -> list[str]:
-    """The names of the levels that this processor has, from the least to the most."""
-    return [level.name for level in (ARM_LEVELS if ARM else X86_LEVELS) if cpu_flags() and level.needs <= cpu_flags()]
-
-
-def cpu_level() -> CPULevel | None:
-    """The level that CPU_LEVEL asks for; None, if it is not set, is all that the processor has.
-
-    Raises:
-        UserError: no such level, or the processor does not have it.
+    The random numbers are its own: the generators that dropout uses stand untouched, as exact resuming needs.
     """
-    name = os.environ.get("CPU_LEVEL")
-    if not name:
-        return None
-    if name not in possible_levels():
-        here = ", ".join(possible_levels()) or "none, as only Linux says what a processor has"
-        raise UserError(f"CPU_LEVEL={name} cannot be had on this machine; it has {here}")
-    return CPU_LEVELS[name]
-
-
-def compiler_flags() -> tuple[str, ...]:
-    """What GCC and Clang may use of the processor."""
-    level = cpu_level()
-    return level.compiler_flags if level else NATIVE_FLAGS
-
-
-try:
-    os.environ.update(level.libraries if (level := cpu_level()) else {})
-except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for key, tflops in PEAK_TFLOPS.items():
+            if key in name:
+                return tflops * 1e12
+    size = 1024 if device.type == "cpu" else 4096
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -54,7 +54,7 @@ from inference.engine import Engine
 from inference.quantizer import load_any
 from inference.request import QueueFull, RequestFailed, encode_prompt
 from inference.sampling import SamplingParams
-from optimization import resolve_device
+from machine import resolve_device
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS_BEST_FIRST = (

@@ -27,8 +27,8 @@ from inference.engine import Engine
 from inference.quantizer import load_any
 from inference.request import Generation, Prompt, RequestFailed, encode_prompt
 from inference.sampling import OVERFLOWS, SamplingParams
-from optimization import resolve_device
-from text_generation import generate_texts
+from inference.text_generation import generate_texts
+from machine import resolve_device
 from transformer_components import KVCache
 
 __all__ = ["Generation", "KVCache", "generate_texts", "generate_with_kv_cache"]

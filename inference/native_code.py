@@ -1,9 +1,9 @@
 """C functions, compiled on the machine that runs them.
 
 `load_native(source)` compiles a C file with the system's compiler for exactly this processor, or for the lesser one
-that CPU_LEVEL asks for (machine.py), and loads it with ctypes. The result is kept in a per-user cache, so that only the
-first use waits (about a second). Where there is no compiler, or it fails, the answer is None, the log has a warning and
-`why_not(source)` says why: callers then take a slower way in PyTorch.
+that CPU_LEVEL asks for (cpu_level.py), and loads it with ctypes. The result is kept in a per-user cache, so that only
+the first use waits (about a second). Where there is no compiler, or it fails, the answer is None, the log has a warning
+and `why_not(source)` says why: callers then take a slower way in PyTorch.
 
 Rules for the C files: no #include of omp.h (clang on macOS has none), and each `#pragma omp parallel` takes its
 num_threads from an argument that is `torch.get_num_threads()`. Their parallel regions run in the thread pool that
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from machine import compiler_flags
+from cpu_level import compiler_flags
 
 EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))  # for compiling and linking, such as -fsanitize=address
 COMPILE_FLAGS = ["-O3", "-fPIC", *EXTRA_FLAGS]

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is run from its folder, not installed
 
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
+from cpu_level import CPU_LEVELS, possible_levels  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
-from machine import CPU_LEVELS, possible_levels  # noqa: E402
 
 CORPUS = [
     "法国的首都是巴黎。",

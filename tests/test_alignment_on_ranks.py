@@ -18,13 +18,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from conftest import CORPUS, randomize  # noqa: E402
 
-import distributed  # noqa: E402
 import finetune  # noqa: E402
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from checkpoint import load_model, save_checkpoint  # noqa: E402
 from command_line import parse_config  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
-from run_log import read_metrics  # noqa: E402
+from training import ranks  # noqa: E402
+from training.run_log import read_metrics  # noqa: E402
 
 STEPS = 3
 COMMON = "--device cpu --precision fp32 --num_threads 1 --log_interval 1 --eval_interval 3 --val_fraction 0.3"
@@ -71,7 +71,7 @@ def folder(tmp_path_factory):
         port = free.getsockname()[1]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "WORLD_SIZE": "2"}
     shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
+    processes = [
         subprocess.Popen(
             [sys.executable, __file__], cwd=path, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE, text=True,
@@ -84,9 +84,9 @@ def folder(tmp_path_factory):
         run_all(1)
     finally:
         os.chdir(before)
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors[-3000:]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-3000:]
     return path
 
 
@@ -115,4 +115,4 @@ def test_two_ranks_leave_the_model_of_one(name, folder):
 
 if __name__ == "__main__":
     run_all(2)
-    distributed.stop()
+    ranks.stop()

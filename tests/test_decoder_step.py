@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn as nn
 
-from alignment.lora import LoRAOptions, attach_lora
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference import decoder_step, paged_attention
 from inference.decoder_step import DecoderStep
@@ -16,6 +15,7 @@ from inference.linear_kernels import DTYPES
 from inference.paged_attention import FEW_TOKENS, PagedCache
 from inference.quantizer import prepare_for_inference
 from inference.sampling import SamplingParams
+from lora import LoRAOptions, attach_lora
 
 VOCAB = 211
 GREEDY = SamplingParams(12, temperature=0)

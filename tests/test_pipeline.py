@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from command_line import Interrupted, UserError, parse_config
+from evaluation.report import write_report
 from pipeline import PipelineConfig, Stage, build_stages, free_port, run_stage, running_service, settle
-from report import write_report
-from run_log import plot_metrics
+from training.run_log import plot_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 

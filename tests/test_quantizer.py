@@ -20,7 +20,6 @@ from inference.kv_cache_infer import generate_texts
 from inference.linear_kernels import DTYPES, InferenceEmbedding, InferenceLinear
 from inference.quantizer import (
     QUANTIZED,
-    compare_logits,
     held_out_samples,
     load_any,
     load_quantized_model,
@@ -71,6 +70,14 @@ def checkpoint_path(model, tokenizer, tmp_path):
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def compare_logits(model, quantized, input_ids):
+    """The relative error of the logits, and the share of positions where both have the same likeliest token."""
+    reference, logits = model(input_ids)["logits"], quantized(input_ids)["logits"]  # (B, T, V)
+    error = (logits - reference).norm() / reference.norm()
+    return error.item(), (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])

@@ -12,12 +12,12 @@ import torch
 from policy_loops import ALGORITHMS, COMMON, PROMPTS, fixed_rollout, letters, make_loop, two_steps
 
 import finetune
-from alignment.lora import lora_layers
 from alignment.reward_model import RewardModel
 from alignment.rollouts import kl_terms, masked_mean, select, write_answers
 from checkpoint import load_checkpoint, load_model
 from command_line import UserError
-from run_log import read_metrics
+from lora import lora_layers
+from training.run_log import read_metrics
 
 HERE = Path(__file__).resolve().parent
 both = pytest.mark.parametrize("algorithm", ALGORITHMS)

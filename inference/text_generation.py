@@ -14,16 +14,6 @@ from inference.engine import Engine
 from inference.request import Generation, Prompt, RequestFailed, encode_prompt
 from inference.sampling import SamplingParams
 
-__all__ = ["Generation", "Prompt", "encode_prompt", "generate_texts", "left_pad"]
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as one int64 tensor, padded on the left, and its mask (1 = token, 0 = padding), both (B, T)."""
-    width = max(map(len, rows))
-    input_ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows])  # (B, T)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])  # (B, T)
-    return input_ids, mask
-
 
 def generate_texts(
     model: GPTModel,

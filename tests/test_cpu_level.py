@@ -7,9 +7,9 @@ import sys
 import pytest
 from conftest import ROOT, shown_levels
 
-from machine import CPU_LEVELS, cpu_level, possible_levels
+from cpu_level import CPU_LEVELS, cpu_level, possible_levels
 
-PROGRAM = "import machine, torch; torch.ones(9).exp(); print(torch.backends.cpu.get_cpu_capability())"
+PROGRAM = "import cpu_level, torch; torch.ones(9).exp(); print(torch.backends.cpu.get_cpu_capability())"
 
 
 X86_LEVELS = [level for level in shown_levels() if "ATEN_CPU_CAPABILITY" in CPU_LEVELS[level].libraries]
