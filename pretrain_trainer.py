@@ -16,7 +16,7 @@ import numpy as np
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model, require_same_model
-from command_line import UserError, option, parse_config, run_main
+from command_line import UserError, complaints_about, option, parse_config, run_main
 from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     choice = fit_machine(config)
     if config.depth:
         choice = turn_depth_dial(config)
-        complaints = config.validate()
+        complaints = complaints_about(config)
         if complaints:
             raise UserError("; ".join(complaints))
     trainer = GPTTrainer(config)
