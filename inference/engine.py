@@ -347,7 +347,7 @@ class Engine:
         )
 
     def _plan(self) -> list[Span]:
-        """The tokens of this step: the next one of each answer, and prompts in order of arrival, `prefill_chunk` tokens at most."""
+        """The tokens of this step: the next one of each answer; of prompts, the oldest first, up to `prefill_chunk`."""
         spans: list[Span] = []
         budget = self.prefill_chunk
         for request in self.running.copy():
