@@ -409,19 +409,18 @@ INLINE void digit_tile(int digits, int x_rows, int w_rows, const char *x, const 
                        const float *bias, float *y, long n_out, long n_in, int add, long ahead) {
     int_vec sums[DIGIT_SUMS][W_ROWS] = {{{0}}};
     long k = 0, row_bytes = digit_row_bytes(digits, n_in);
-    const digit_row *rows[DIGIT_SUMS];
-    UNROLL for (int i = 0; i < x_rows; i++) {
-        rows[i] = (const digit_row *)(x + i * row_bytes);
+    UNROLL for (int i = 0; i < x_rows; i++)
         UNROLL for (int d = 0; d < digits; d++)
             UNROLL for (int j = 0; j < w_rows; j++)
-                memcpy(&sums[i * digits + d][j], rows[i]->begin[d], sizeof(int_vec));
-    }
-    x += sizeof(digit_row);
+                memcpy(&sums[i * digits + d][j], ((const digit_row *)(x + i * row_bytes))->begin[d], sizeof(int_vec));
+    x += sizeof(digit_row); /* to the digits */
     for (; k + DIGITS <= n_in; k += DIGITS)
         add_dots(sums, digits, x_rows, w_rows, x + k * sizeof(digit), w + k, DIGITS, n_in, ahead);
     if (k < n_in) add_dots(sums, digits, x_rows, w_rows, x + k * sizeof(digit), w + k, n_in - k, n_in, 0);
-    UNROLL for (int i = 0; i < x_rows; i++)
-        finish(put_together(digits, sums + i * digits), w_rows, rows[i]->scale, scale, bias, y + i * n_out, add);
+    UNROLL for (int i = 0; i < x_rows; i++) {
+        float x_scale = ((const digit_row *)(x + i * row_bytes) - 1)->scale;
+        finish(put_together(digits, sums + i * digits), w_rows, x_scale, scale, bias, y + i * n_out, add);
+    }
 }
 
 /* The same of rows of x that are written as digits. */
