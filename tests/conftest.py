@@ -24,11 +24,19 @@ CORPUS = [
     "Twelve plus thirty is forty-two.",
 ] * 4
 
+# What takes longest, longest first: workers that take whole files then end at about the same time
+LONGEST = (
+    "test_readme", "test_distributed", "test_api_service", "test_training_loop", "test_rollouts", "test_alignment_sft",
+    "test_engine", "test_linear_kernels", "test_quantizer", "test_decoder_step", "test_ppo",
+    "test_pretrain_trainer", "test_alignment_on_ranks", "test_beam_search", "test_dpo", "test_lora_export", "test_sample_data", "test_bad_input", "test_distillation", "test_checkpoint",
+    "test_reward_model",
+)  # fmt: skip
+
 TINY = dict(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=32)
-
-
 HAS_COMPILER = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]))
 NO_COMPILER = "no compiler"
+
+torch.set_num_threads(1)  # also for what is set up once for several tests
 
 
 def shown_levels():
@@ -67,6 +75,12 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(
         f"kernels as on processors with: {shown}; not to be shown here: {missing}; PyTorch used {torch_uses}"
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files that take longest first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(autouse=True)

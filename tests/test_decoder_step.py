@@ -13,6 +13,7 @@ from inference.engine import Engine
 from inference.kernels import decoder_step
 from inference.kernels.decoder_step import DecoderStep
 from inference.kernels.linear_products import DTYPES
+from inference.kernels.paged_attention import BLOCK_SIZE
 from inference.paged_cache import FEW_TOKENS, PagedCache
 from inference.quantizer import prepare_for_inference
 from inference.sampling import SamplingParams
@@ -126,6 +127,18 @@ def test_numbers_that_are_not_finite_stay_visible(place, cache_dtype, weights, b
     cache.begin_step([(cache.open([0]), 1)])
     hidden, logits = DecoderStep.of(model, cache.native)([7], cache.slots, cache.positions, [0])
     assert not hidden.sum().isfinite() and not logits.isfinite().any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_tokens", [1, 2, 5])
+def test_the_inner_layer_has_room_for_whole_blocks(n_tokens):
+    """C goes over it block by block, whatever its width; what else it has is as large as its numbers."""
+    model = random_model(d_model=36, n_heads=2, d_ff=7)
+    step = DecoderStep.of(model, PagedCache(model.config, 96, 1).native)
+    step._make_room(n_tokens)
+    sizes = [len(room) // 4 for room in step.rooms]
+    inner = -(-n_tokens * 7 // BLOCK_SIZE) * BLOCK_SIZE
+    assert sizes == [n_tokens * 36] * 6 + [inner] * 2 + [0]
 
 
 # -- where it is used --------------------------------------------------------------------------------------------------

@@ -104,12 +104,12 @@ class DecoderStep:
             return None
         check_layout(library, Cache=NativeCache, Linear=NativeLinear, Norm=_Norm, Layer=_Layer, Model=_Model,
                      Tokens=_Tokens, Scratch=_Scratch)  # fmt: skip
-        return cls(model, attention.cache, facts, library.decoder_step)
+        return cls(model, attention, facts, library.decoder_step)
 
     def __init__(
-        self, model: GPTModel, cache: NativeCache, facts: list[object], function: Callable[..., None]
+        self, model: GPTModel, attention: PagedAttention, facts: list[object], function: Callable[..., None]
     ) -> None:
-        self.cache, self.config, self.facts, self.function = cache, model.config, facts, function
+        self.attention, self.config, self.facts, self.function = attention, model.config, facts, function
         function.argtypes = [*map(ctypes.POINTER, (_Model, NativeCache, _Tokens, _Scratch)), ctypes.c_void_p,
                              ctypes.c_int]  # fmt: skip
         function.restype = None
@@ -152,7 +152,7 @@ class DecoderStep:
         tokens = _Tokens(*(each.buffer_info()[0] for each in numbers), n_tokens, len(last))
         logits = torch.empty(len(last), self.config.vocab_size)
         threads = torch.get_num_threads() if n_tokens * self.layer_weights > WORTH_THREADS else 1
-        self.function(self.model, self.cache, tokens, self.scratch, logits.data_ptr(), threads)
+        self.function(self.model, self.attention.cache, tokens, self.scratch, logits.data_ptr(), threads)
         return self.hidden, logits
 
     def _make_room(self, n_tokens: int) -> None:
