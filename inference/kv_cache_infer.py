@@ -186,18 +186,15 @@ class GenerationConfig:
     @property
     def params(self) -> SamplingParams:
         """The sampling parameters among the options."""
-        names = set(vars(SamplingParams())) & set(vars(self))
-        return SamplingParams(**{**{name: getattr(self, name) for name in names}, "stop": tuple(self.stop)})
+        return SamplingParams(**{**self._options_of(SamplingParams()), "stop": tuple(self.stop)})
 
     @property
     def beams(self) -> BeamSettings:
         """The settings of beam search among the options."""
-        return BeamSettings(
-            self.num_beams,
-            self.length_penalty,
-            num_beam_groups=self.num_beam_groups,
-            diversity_penalty=self.diversity_penalty,
-        )
+        return BeamSettings(**self._options_of(BeamSettings()))
+
+    def _options_of(self, settings: object) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name in vars(settings)}
 
     def validate(self) -> list[str]:
         complaints = self.params.complaints()  # once more when the model, and so its vocabulary, is known

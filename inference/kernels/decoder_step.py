@@ -116,7 +116,7 @@ class DecoderStep:
         config = model.config
         linears, tables = [*_linears(model), model.lm_head], _tables(model)
         # Should the weights move while requests run, the old ones are read until the next request comes
-        self.keep_alive = [tensor.detach() for tensor in _tensors(model)]
+        self.keep_alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         self.model = _Model(
             (_Layer * config.n_layers)(*map(_layer, model.layers)),
             _norm(model.final_norm),
@@ -173,15 +173,6 @@ def _say_once(reason: str) -> None:
     logger.info("the engine computes through PyTorch: %s", reason)
 
 
-def _tensors(model: GPTModel) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
-def _norms_of(layer: TransformerDecoderLayer) -> list[nn.Module]:
-    attention = layer.attention
-    return [layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm]
-
-
 def _linears(model: GPTModel) -> list[nn.Module]:
     return [linear for layer in model.layers for linear in _linears_of(layer)]
 
@@ -217,4 +208,6 @@ def _norm(norm: nn.Module) -> _Norm:
 
 
 def _layer(layer: TransformerDecoderLayer) -> _Layer:
-    return _Layer(*map(_norm, _norms_of(layer)), *map(_native, _linears_of(layer)))
+    attention = layer.attention
+    norms = (layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm)
+    return _Layer(*map(_norm, norms), *map(_native, _linears_of(layer)))
