@@ -174,7 +174,7 @@ def test_what_the_cache_cannot_do_is_refused(way):
 def test_c_and_python_must_agree_about_the_size_of_a_block(monkeypatch):
     if paged_attention.load_native(paged_attention.SOURCE) is None:
         pytest.skip("no C compiler")
-    monkeypatch.setattr(paged_attention, "BLOCK", 8)
+    monkeypatch.setattr(paged_attention, "BLOCK_SIZE", 8)
     with pytest.raises(RuntimeError, match="a block has 8 cells here, and not in paged_attention.c"):
         PagedCache(GPTConfig(vocab_size=8, d_model=32, n_layers=1, n_heads=4, max_seq_len=64), 64, 1)
 
