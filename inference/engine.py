@@ -35,11 +35,11 @@ import torch
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTModel
-from inference.cache_blocks import BLOCK
-from inference.decoder_step import DecoderStep
 from inference.engine_statistics import EngineStatistics
-from inference.known_parts import refuse_other_forward
-from inference.paged_attention import PagedCache
+from inference.kernels.decoder_step import DecoderStep
+from inference.kernels.known_parts import refuse_other_forward
+from inference.kernels.paged_attention import BLOCK_SIZE
+from inference.paged_cache import PagedCache
 from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, checked_ids
 from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, sample_batch
 from inference.text_stream import TextStream
@@ -311,7 +311,7 @@ class Engine:
     def _look_at_model(self) -> None:
         """Weights may have moved between two requests, and layers may have been replaced or gained adapters."""
         refuse_other_forward(self.model)
-        self._decoder_step = DecoderStep.of(self.model, self.cache, self._decoder_step)
+        self._decoder_step = DecoderStep.of(self.model, self.cache.native, self._decoder_step)
         self._has_new_requests = False
 
     def _leave(self) -> None:
@@ -337,7 +337,7 @@ class Engine:
 
     def _is_being_computed(self, request: Request) -> bool:
         """Whether waiting pays: a running request is about to store a further block of this one's prompt."""
-        n_shared = self.cache.known_length(request.context) + BLOCK
+        n_shared = self.cache.known_length(request.context) + BLOCK_SIZE
         if not self.cache.reuse_prefixes or len(request.context) <= n_shared:
             return False
         beginning = request.context[:n_shared]
@@ -431,7 +431,7 @@ class Engine:
             the final, normed hidden states (N, D); logits (len(last), V).
         """
         if self._decoder_step is not None and self.cache.is_read_in_place:
-            return self._decoder_step(ids, last)
+            return self._decoder_step(ids, self.cache.slots, self.cache.positions, last)
         input_ids, positions = torch.tensor([ids], device=self.device), torch.tensor([self.cache.positions])  # (1, N)
         hidden = self.model.hidden_states_at(input_ids, positions.to(self.device), cache=self.cache)[0]  # (N, D)
         rows = hidden if len(last) == len(ids) else hidden[torch.tensor(last, dtype=torch.int64)]

@@ -25,13 +25,12 @@ from gpt_model import GPTModel
 from inference.beam_search import BeamSettings, beam_search
 from inference.engine import Engine
 from inference.quantizer import load_any
-from inference.request import Generation, Prompt, RequestFailed, encode_prompt
+from inference.request import Prompt, RequestFailed, encode_prompt
 from inference.sampling import OVERFLOWS, SamplingParams
-from inference.text_generation import generate_texts
 from machine import resolve_device
 from transformer_components import KVCache
 
-__all__ = ["Generation", "KVCache", "generate_texts", "generate_with_kv_cache"]
+__all__ = ["KVCache", "generate_with_kv_cache"]
 
 HEEDED_BY_BEAMS = ("max_gen_len", "temperature", "top_k", "top_p", "min_p", "stop_token_ids", "ignore_eos", "seed", "n")
 

@@ -27,9 +27,9 @@ CORPUS = [
 # What takes longest, longest first: workers that take whole files then end at about the same time
 LONGEST = (
     "test_readme", "test_distributed", "test_api_service", "test_training_loop", "test_rollouts", "test_alignment_sft",
-    "test_engine", "test_linear_kernels", "test_quantizer", "test_decoder_step", "test_ppo",
-    "test_pretrain_trainer", "test_alignment_on_ranks", "test_beam_search", "test_dpo", "test_lora_export", "test_sample_data", "test_bad_input", "test_distillation", "test_checkpoint",
-    "test_reward_model",
+    "test_engine", "test_linear_kernels", "test_quantizer", "test_decoder_step", "test_ppo", "test_pretrain_trainer",
+    "test_alignment_on_ranks", "test_beam_search", "test_dpo", "test_lora_export", "test_sample_data",
+    "test_bad_input", "test_distillation", "test_checkpoint", "test_reward_model",
 )  # fmt: skip
 
 TINY = dict(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=32)

@@ -3,7 +3,7 @@
    One parallel region computes the whole step: the threads stay together from the first norm to the last, and wait for
    each other only where one needs what another has made. The mathematics is that of transformer_components.py. */
 
-#include "linear_kernels.c"
+#include "linear_products.c"
 #include "paged_attention.c"
 
 typedef struct {
@@ -44,7 +44,7 @@ typedef struct { /* room for the intermediate results of a step */
     float *hidden;      /* (tokens, d_model): the residual stream; at the end what comes out of the final norm */
     float *normed;      /* (tokens, d_model) */
     float *query, *key, *value, *attended; /* (tokens, heads or kv_heads, head_dim) */
-    float *inner, *gate; /* (tokens, d_ff), rounded up to whole BLOCKs, see activate */
+    float *inner, *gate; /* (tokens, d_ff), rounded up to whole blocks of BLOCK_SIZE, see activate */
     char *digits;       /* (tokens, the most bytes that a layer's linear_digit_bytes asks for) */
 } Scratch;
 LAYOUT(Scratch, FIELD(Scratch, hidden), FIELD(Scratch, normed), FIELD(Scratch, query), FIELD(Scratch, key),
@@ -96,7 +96,7 @@ static inline Lanes sigmoid(Lanes x) { /* 1 / (1 + e^-x), from e^-|x|, which doe
     return (Lanes)((negative & (IntLanes)e) | (~negative & (IntLanes)((Lanes){0} + 1.0f))) / (1 + e);
 }
 
-/* BLOCK numbers of the inner layer: SwiGLU (arXiv:2002.05202), or GELU with tanh, whose (1 + tanh z) / 2 is
+/* BLOCK_SIZE numbers of the inner layer: SwiGLU (arXiv:2002.05202), or GELU with tanh, whose (1 + tanh z) / 2 is
    sigmoid(2 z). */
 static void activate(float *inner, const float *gate) {
     Lanes x = *(Lanes *)inner;
@@ -177,7 +177,7 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
             #pragma omp barrier
 
             #pragma omp for schedule(static)
-            for (int64_t i = 0; i < tokens * d_ff; i += BLOCK)
+            for (int64_t i = 0; i < tokens * d_ff; i += BLOCK_SIZE)
                 activate(s.inner + i, layer->gate.weight ? s.gate + i : NULL);
             prepare(&layer->down, s.inner, s.digits, tokens);
             multiply(&layer->down, s.inner, s.digits, s.hidden, tokens, 1);

@@ -18,8 +18,9 @@ import torch.nn as nn
 import transformer_components
 from command_line import UserError
 from gpt_model import GPTConfig, GPTModel
-from inference.linear_kernels import InferenceEmbedding, InferenceLinear, kind_of, native_knows
-from inference.paged_attention import PagedCache
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear
+from inference.kernels.linear_products import kind_of, native_knows
+from inference.kernels.paged_attention import Sizes
 from transformer_components import FeedForwardNetwork, MultiHeadAttention, RMSNorm, TransformerDecoderLayer
 
 
@@ -170,7 +171,7 @@ def _look_at_config(model: GPTModel) -> None:
             raise UnknownPart(f"{table} does not fit {config.position} positions")
 
 
-def check_numbers(model: GPTModel, cache: PagedCache) -> None:
+def check_numbers(model: GPTModel, cache_sizes: Sizes) -> None:
     """That a model of known parts has the sizes, types and memory that the C code takes for granted.
 
     Raises:
@@ -178,7 +179,7 @@ def check_numbers(model: GPTModel, cache: PagedCache) -> None:
     """
     config = model.config
     sizes = (config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim, config.max_seq_len)
-    if len(model.layers) != config.n_layers or cache.sizes != sizes:
+    if len(model.layers) != config.n_layers or cache_sizes != sizes:
         raise UnknownPart("the model, its configuration and the cache differ in their sizes")
     shapes, kinds = _shapes(config), set()
     for path, module in model.named_modules():
@@ -204,7 +205,7 @@ def check_numbers(model: GPTModel, cache: PagedCache) -> None:
 
 
 def weights_of(layer: nn.Module) -> str:
-    """The kind of weights of a linear layer or an embedding, a key of `linear_kernels.DTYPES`."""
+    """The kind of weights of a linear layer or an embedding, a key of `linear_products.DTYPES`."""
     return layer.weights if isinstance(layer, InferenceLinear) else kind_of(layer.weight)
 
 
