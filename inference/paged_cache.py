@@ -151,7 +151,7 @@ class PagedCache:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def begin_step(self, spans: Sequence[tuple[CachedSequence, int]]) -> None:
-        """Say which tokens come next: so many new ones of each sequence, in this order, those with fewest first."""
+        """Say which tokens come next: this many new ones of each sequence, in this order, those with fewest first."""
         self.slots, self.positions = array("q"), array("q")
         gathered: dict[tuple[int, int], list[int]] = defaultdict(list)  # tokens, class of length → first rows
         self._n_native, in_place = 0, self.native is not None

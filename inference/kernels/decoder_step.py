@@ -104,19 +104,19 @@ class DecoderStep:
             return None
         check_layout(library, Cache=NativeCache, Linear=NativeLinear, Norm=_Norm, Layer=_Layer, Model=_Model,
                      Tokens=_Tokens, Scratch=_Scratch)  # fmt: skip
-        return cls(model, attention.cache, facts, library.decoder_step)
+        return cls(model, attention, facts, library.decoder_step)
 
     def __init__(
-        self, model: GPTModel, cache: NativeCache, facts: list[object], function: Callable[..., None]
+        self, model: GPTModel, attention: PagedAttention, facts: list[object], function: Callable[..., None]
     ) -> None:
-        self.cache, self.config, self.facts, self.function = cache, model.config, facts, function
+        self.attention, self.config, self.facts, self.function = attention, model.config, facts, function
         function.argtypes = [*map(ctypes.POINTER, (_Model, NativeCache, _Tokens, _Scratch)), ctypes.c_void_p,
                              ctypes.c_int]  # fmt: skip
         function.restype = None
         config = model.config
         linears, tables = [*_linears(model), model.lm_head], _tables(model)
         # Should the weights move while requests run, the old ones are read until the next request comes
-        self.keep_alive = [tensor.detach() for tensor in _tensors(model)]
+        self.keep_alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         self.model = _Model(
             (_Layer * config.n_layers)(*map(_layer, model.layers)),
             _norm(model.final_norm),
@@ -152,7 +152,7 @@ class DecoderStep:
         tokens = _Tokens(*(each.buffer_info()[0] for each in numbers), n_tokens, len(last))
         logits = torch.empty(len(last), self.config.vocab_size)
         threads = torch.get_num_threads() if n_tokens * self.layer_weights > WORTH_THREADS else 1
-        self.function(self.model, self.cache, tokens, self.scratch, logits.data_ptr(), threads)
+        self.function(self.model, self.attention.cache, tokens, self.scratch, logits.data_ptr(), threads)
         return self.hidden, logits
 
     def _make_room(self, n_tokens: int) -> None:
@@ -171,15 +171,6 @@ class DecoderStep:
 @functools.cache
 def _say_once(reason: str) -> None:
     logger.info("the engine computes through PyTorch: %s", reason)
-
-
-def _tensors(model: GPTModel) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
-def _norms_of(layer: TransformerDecoderLayer) -> list[nn.Module]:
-    attention = layer.attention
-    return [layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm]
 
 
 def _linears(model: GPTModel) -> list[nn.Module]:
@@ -217,4 +208,6 @@ def _norm(norm: nn.Module) -> _Norm:
 
 
 def _layer(layer: TransformerDecoderLayer) -> _Layer:
-    return _Layer(*map(_norm, _norms_of(layer)), *map(_native, _linears_of(layer)))
+    attention = layer.attention
+    norms = (layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm)
+    return _Layer(*map(_norm, norms), *map(_native, _linears_of(layer)))

@@ -33,8 +33,8 @@ DTYPES = {  # in the order of the types in linear_products.c
     "int8": torch.int8,
     "int8_dynamic": torch.int8,
 }
-SINGLE_THREAD = 1 << 17  # below so many multiplications, waking a second thread takes longer than they do
-TINY_LAYER = 1 << 18  # so many weights take 1 MiB when expanded
+SINGLE_THREAD = 1 << 17  # below this many multiplications, waking a second thread takes longer than they do
+TINY_LAYER = 1 << 18  # this many weights take 1 MiB when expanded
 EXPANDED_AT_ONCE = 1 << 20  # weights: they stay in the cache until they are used
 ROUGH = 127  # an input of 8 bits is a whole number of −ROUGH … ROUGH and the scale of its row
 PRECISE = 127 << 16  # one of 24 bits, as many as fp32 has
@@ -58,26 +58,22 @@ def ways_to_multiply(
         weight, scale, bias: those of `InferenceLinear`, on a CPU.
         weights: the kind of weights, one of `DTYPES`.
     """
-    native, plain = native_knows(weights, weight.size(1)), partial(plain_linear, weight=weight, scale=scale, bias=bias)
-    if weights == "int8_dynamic":
-        if native:
-            return {"native": lambda: native_product(weight, scale, bias, weights)}
-        if integer_kernel_limit():
-            return {"integers": lambda: integer_product(weight, scale, bias, ROUGH)}
-        return {"plain": lambda: lambda x: plain(round_inputs(x))}
+    plain = partial(plain_linear, weight=weight, scale=scale, bias=bias)
     ways: dict[str, Callable[[], Product]] = {}
-    if native:
+    if native_knows(weights, weight.size(1)):
         ways["native"] = lambda: native_product(weight, scale, bias, weights)
     elif weights == "fp32":
         ways["prepacked"] = lambda: onednn_product(weight, bias)
     elif weights == "fp16":
         ways["prepacked"] = lambda: fbgemm_fp16_product(weight, bias)
-    elif weights == "int8":
-        if weight.numel() <= TINY_LAYER:
-            ways["expanded"] = lambda: partial(F.linear, weight=weight * scale.unsqueeze(1), bias=bias)
-        if integer_kernel_limit():
-            ways["integers"] = lambda: integer_product(weight, scale, bias, PRECISE)
-    ways["plain"] = lambda: plain
+    elif weights == "int8" and weight.numel() <= TINY_LAYER:
+        ways["expanded"] = lambda: partial(F.linear, weight=weight * scale.unsqueeze(1), bias=bias)
+    if scale is not None and "native" not in ways and integer_kernel_limit():
+        ways["integers"] = lambda: integer_product(weight, scale, bias, PRECISE if weights == "int8" else ROUGH)
+    if weights != "int8_dynamic":
+        ways["plain"] = lambda: plain
+    elif not ways:
+        ways["plain"] = lambda: lambda x: plain(round_inputs(x))
     return ways
 
 

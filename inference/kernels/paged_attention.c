@@ -79,7 +79,10 @@ static inline void add_values(float *out, const float *weight, const float *valu
         for (int c = 0; c < count; c++) out[i] += weight[c] * values[c * head_dim + i];
 }
 
-static void attend(const Cache *cache, int64_t base, const float *query, const int32_t *blocks, int64_t length, float *out) {
+/* out (head_dim,) = softmax(query · keys / √head_dim) · values, over the first `length` cells of a sequence. While the
+   blocks go by, `out` is the sum of e^(score − highest) · value and `total` that of e^(score − highest). */
+static void attend(const Cache *cache, int64_t base, const float *query, const int32_t *blocks, int64_t length,
+                   float *out) {
     int64_t head_dim = cache->head_dim, size = head_dim * BLOCK_SIZE;
     int is_int8 = cache->key_scales != NULL;
     float highest = -INFINITY, total = 0, factor = 1 / sqrtf((float)head_dim), score[BLOCK_SIZE], weight[BLOCK_SIZE];
@@ -88,18 +91,20 @@ static void attend(const Cache *cache, int64_t base, const float *query, const i
     for (int64_t start = 0; start < length; start += BLOCK_SIZE) {
         int count = length - start < BLOCK_SIZE ? (int)(length - start) : BLOCK_SIZE;
         int64_t block = base + blocks[start / BLOCK_SIZE];
+        /* All 16 cells are computed, those beyond the last token as well; only `count` of them are counted */
         Lanes lanes = factor * scores(query, as_floats(cache->keys, is_int8, block, size, buffer), head_dim);
         if (is_int8) lanes *= *(const Lanes *)(cache->key_scales + block * BLOCK_SIZE);
         *(Lanes *)score = lanes;
         float highest_before = highest;
         for (int c = 0; c < count; c++) highest = score[c] > highest ? score[c] : highest;
         if (highest > highest_before && start > 0) {
-            float correction = expf(highest_before - highest);
+            float correction = expf(highest_before - highest); /* the sums so far were taken against the old maximum */
             total *= correction;
             for (int64_t i = 0; i < head_dim; i++) out[i] *= correction;
         }
         *(Lanes *)weight = lanes = exponential(lanes - highest);
         for (int c = 0; c < count; c++) total += weight[c];
+        /* The scale of a value goes into its weight, once, in place of head_dim numbers; `total` must not have it */
         if (is_int8) *(Lanes *)weight = lanes * *(const Lanes *)(cache->value_scales + block * BLOCK_SIZE);
         add_values(out, weight, as_floats(cache->values, is_int8, block, size, buffer), count, head_dim);
     }
@@ -135,7 +140,8 @@ static void store_token(const Cache *cache, int64_t layer, int64_t slot, int64_t
     int is_int8 = cache->key_scales != NULL;
     int64_t number_size = is_int8 ? 1 : sizeof(float);
     int32_t block = cache->table[slot * cache->blocks_per_slot + position / BLOCK_SIZE];
-    int64_t first = ((layer * cache->kv_heads + g) * cache->blocks + block) * BLOCK_SIZE, offset = position % BLOCK_SIZE;
+    int64_t first = ((layer * cache->kv_heads + g) * cache->blocks + block) * BLOCK_SIZE;
+    int64_t offset = position % BLOCK_SIZE;
     store((char *)cache->keys + (first * head_dim + offset) * number_size, BLOCK_SIZE,
           is_int8 ? cache->key_scales + first + offset : NULL, key, head_dim);
     store((char *)cache->values + (first + offset) * head_dim * number_size, 1,
@@ -159,7 +165,8 @@ void paged_attention(const Cache *cache, int64_t layer, Rows query, Rows key, Ro
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t g = 0; g < cache->kv_heads; g++)
                 store_token(cache, layer, slots[t], positions[t], g, head_of(key, t, g), head_of(value, t, g));
-        /* all threads have waited for each other: tokens of one prompt see each other */
+        /* all threads have waited for each other: tokens of one prompt see each other. As pasts differ in length, a
+           thread that is done takes the next two heads (dynamic) */
         #pragma omp for collapse(2) schedule(dynamic, 2)
         for (int64_t t = 0; t < attending; t++)
             for (int64_t h = 0; h < heads; h++)

@@ -37,7 +37,8 @@ class PagedAttention:
     """The compiled attention to one cache; `PagedAttention.of` makes one where that is possible.
 
     Attributes:
-        cache: where its cells are. It does not keep them alive.
+        cache: its cells, as the C file sees them.
+        tensors: the same; kept alive here.
         sizes: see `Sizes`.
     """
 
@@ -61,6 +62,7 @@ class PagedAttention:
     def __init__(self, library: ctypes.CDLL, sizes: Sizes, *tensors: torch.Tensor | None) -> None:
         _, n_heads, n_kv_heads, head_dim, _ = self.sizes = sizes
         n_blocks, blocks_per_slot = tensors[0].size(2), tensors[-1].size(1)
+        self.tensors = tensors
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         self.cache = NativeCache(*addresses, n_heads, n_kv_heads, n_blocks, head_dim, blocks_per_slot)
         self._function = library.paged_attention
