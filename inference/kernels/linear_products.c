@@ -12,7 +12,7 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 #include "layout.h"
@@ -191,10 +191,33 @@ INLINE quarter four_of(const float *numbers, int n, float otherwise) {
     return four;
 }
 
+/* sum + a · b, rounded once. Left to itself, a compiler rounds once in some tiles and twice in others, and a row would not
+   give the same in both. */
+INLINE vec add_product(vec sum, vec a, vec b) {
+#if LANES == 16
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif LANES == 8 && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
+INLINE quarter add_four_products(quarter sum, quarter a, quarter b) {
+#if defined(__FMA__)
+    return (quarter)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)sum);
+#elif defined(__aarch64__)
+    return (quarter)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
+
 /* A tile's sums for one row of x become numbers of y: times the scale of x and those of W, plus the bias, and with `add`
    plus what is in y. */
 INLINE void finish(quarter sums, int w_rows, float x_scale, const float *scale, const float *bias, float *y, int add) {
-    quarter result = sums * x_scale * four_of(scale, w_rows, 1) + four_of(bias, w_rows, 0);
+    quarter result = add_four_products(four_of(bias, w_rows, 0), sums * x_scale, four_of(scale, w_rows, 1));
     if (add) result += four_of(y, w_rows, 0);
     memcpy(y, &result, w_rows * sizeof(float));
 }
@@ -215,14 +238,14 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
         UNROLL for (int i = 0; i < x_rows; i++) {
             vec inputs = load_vec_fp32(x + i * n_in, k);
             KEEP_IN_REGISTER(inputs);
-            UNROLL for (int j = 0; j < w_rows; j++) sums[i][j] += inputs * weights[j];
+            UNROLL for (int j = 0; j < w_rows; j++) sums[i][j] = add_product(sums[i][j], inputs, weights[j]);
         }
     }
     if (k < n_in)
         UNROLL for (int j = 0; j < w_rows; j++) {
             vec weights = load_rest(w + j * row_bytes, k, n_in, load_one);
             UNROLL for (int i = 0; i < x_rows; i++)
-                sums[i][j] += load_rest(x + i * n_in, k, n_in, load_one_fp32) * weights;
+                sums[i][j] = add_product(sums[i][j], load_rest(x + i * n_in, k, n_in, load_one_fp32), weights);
         }
     UNROLL for (int i = 0; i < x_rows; i++) finish(sums_of_four(sums[i]), w_rows, 1, scale, bias, y + i * n_out, add);
 }

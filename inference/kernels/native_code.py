@@ -33,7 +33,7 @@ from cpu_level import compiler_flags
 EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))  # for compiling and linking, such as -fsanitize=address
 COMPILE_FLAGS = ["-O3", "-fPIC", *EXTRA_FLAGS]
 OPENMP_FLAGS = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
-TIMEOUT = 120  # seconds for a compiler that hangs, e.g. on a network drive
+TIMEOUT = 600  # seconds for a compiler that hangs, e.g. on a network drive
 
 logger = logging.getLogger(__name__)
 
