@@ -25,10 +25,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
 from command_line import UserError, option, parse_config, run_main
-from text_files import iter_documents
-from tokenizer_files import (
+from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
+from text.text_files import iter_documents
+from text.tokenizer_files import (
     KNOWN_FILES,
     SAVED_FILES,
     SPECIAL_ROLES,

@@ -37,10 +37,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from alignment.lora import LoRAOptions, attach_lora, detach_lora, lora_state, merge_lora
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, require_file
 from gpt_model import GPTConfig, GPTModel
+from lora import LoRAOptions, attach_lora, detach_lora, lora_state, merge_lora
 
 FORMAT = "gpt-checkpoint/1"
 
@@ -246,7 +246,7 @@ def find_base(content: dict[str, Any], path: str | Path, base: str | Path | None
     what = f"{found[0]}, whose weights are others now" if found else f"{wanted[-1]}, which is not there"
     raise UserError(
         f"{path} holds adapters (LoRA) for {what}; bring that model back, or say where it is and merge the two: "
-        f"python -m alignment.lora --adapter {path} --base_model PATH --output_path MERGED"
+        f"python -m alignment.lora_export --adapter {path} --base_model PATH --output_path MERGED"
     )
 
 

@@ -6,7 +6,7 @@ command line, its `--help` and its error messages are derived from that one desc
     @dataclass
     class Config:
         presets: ClassVar[dict] = {"tiny": {"lr": 1e-3}}
-        lr: float = option(2e-4, "peak learning rate")
+        lr: float = option(2e-4, "peak learning rate", above=0)
 
     config = parse_config(Config, argv, description="train a model")
 """
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import operator
 import sys
 import types
 import typing
@@ -33,12 +35,23 @@ class Interrupted(Exception):
     """A run stopped on request (Ctrl-C, SIGTERM) after saving its state. The exit status is 130."""
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] | None = None) -> Any:
+BOUNDS = {  # of a number: how it is compared, and how that is said
+    "above": (operator.gt, "above"),
+    "at_least": (operator.ge, "at least"),
+    "below": (operator.lt, "below"),
+    "at_most": (operator.le, "at most"),
+}
+
+
+def option(default: Any, help: str, *, choices: Sequence[str] | None = None, **bounds: float) -> Any:
     """A dataclass field with a default, a sentence of help and, where it applies, the values that are allowed.
 
-    `default` may also be the word `list` for a field that takes several values and is empty by default.
+    `default` may also be the word `list` for a field that takes several values and is empty by default. A number may
+    have bounds, by the names in `BOUNDS`; it is then never infinite or NaN.
     """
-    metadata = {"help": help, "choices": choices}
+    if bounds.keys() - BOUNDS.keys():
+        raise TypeError(f"option() takes the bounds {', '.join(BOUNDS)}, not {', '.join(bounds)}")
+    metadata = {"help": help, "choices": choices, "bounds": bounds}
     if default is list:
         return dataclasses.field(default_factory=list, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -67,15 +80,33 @@ def _value_type(annotation: Any) -> tuple[Callable[[str], Any], bool]:
     return (_boolean if annotation is bool else annotation), False
 
 
+def _range_of(field: dataclasses.Field) -> str:
+    """The bounds of a field in words; empty if it has none."""
+    return " and ".join(f"{BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata.get("bounds", {}).items())
+
+
+def complaints_about(config: Any) -> list[str]:
+    """A sentence for each number of a config that is beyond the bounds of its field (None is within all), and what its
+    `validate() -> list[str]`, if there is one, has to say of how the fields fit together."""
+    complaints = []
+    for field in dataclasses.fields(config):
+        value, bounds = getattr(config, field.name), field.metadata.get("bounds", {})
+        if not bounds or value is None:
+            continue
+        if not math.isfinite(value) or not all(BOUNDS[name][0](value, bound) for name, bound in bounds.items()):
+            complaints.append(f"--{field.name} must be {_range_of(field)}, not {value}")
+    return complaints + (config.validate() if hasattr(config, "validate") else [])
+
+
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, *, description: str) -> Config:
     """Build a config from command-line arguments.
 
     A class attribute `presets: ClassVar[dict[str, dict]]` adds `--preset NAME`, which sets several fields at once;
-    options given explicitly win over the preset. Where the class has `validate() -> list[str]`, all its complaints
-    are reported together. The names of the options that the user gave are left in `config.given`.
+    options given explicitly win over the preset. All `complaints_about` the config are reported together. The names of
+    the options that the user gave are left in `config.given`.
 
     Raises:
-        UserError: an unknown option, a value of the wrong type, or anything `validate` complains about.
+        UserError: an unknown option, a value of the wrong type, or complaints.
     """
     parser = _Parser(
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -89,12 +120,13 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
         read, several = _value_type(hints[field.name])
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         defaults[field.name] = default
+        allowed = _range_of(field)
         parser.add_argument(
             f"--{field.name}",
             type=read,
             choices=field.metadata["choices"],
             default=argparse.SUPPRESS,  # so that an option given by the user can be told from a default
-            help=f"{field.metadata['help']} (default: {default})",
+            help=f"{field.metadata['help']} ({allowed + '; ' if allowed else ''}default: {default})",
             **({"action": "extend", "nargs": "*" if default == [] else "+"} if several else {}),
             **({"nargs": "?", "const": True} if read is _boolean else {}),  # `--flag` alone means true
             **({} if field.metadata["choices"] else {"metavar": getattr(read, "__name__", "value").strip("_").upper()}),
@@ -104,8 +136,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
     preset = presets.get(given.pop("preset", None), {})
     config = config_class(**{**defaults, **preset, **given})
     config.given = frozenset(names)
-    complaints = config.validate() if hasattr(config, "validate") else []
-    if complaints:
+    if complaints := complaints_about(config):
         raise UserError("; ".join(complaints))
     return config
 

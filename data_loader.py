@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
-from conversation_data import Message, load_conversations
 from gpt_model import IGNORED_LABEL
-from text_files import iter_documents, resolve_files
+from text.conversation_data import Message, load_conversations
+from text.text_files import iter_documents, resolve_files
 
 Batch = dict[str, torch.Tensor]
 
@@ -95,7 +95,7 @@ def tokenize_to_shards(
     """Tokenize the documents of a data path once, with all cores; later calls reuse the shards.
 
     Args:
-        path: file, folder or name without ending, see text_files.py.
+        path: file, folder or name without ending, see text/text_files.py.
         shard_dir: folder for the shards and their manifest.
         part: "all", or "train" / "val": the documents outside / inside the validation part.
         val_fraction: the share of documents in the validation part.

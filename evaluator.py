@@ -23,7 +23,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from alignment.reward_model import RewardModel, compare, load_reward_model, preference_figures
-from answer_report import (
+from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import load_checkpoint
+from command_line import UserError, option, parse_config, run_main
+from data_loader import PreferenceDataset
+from evaluation.answer_report import (
     answers_summary,
     answers_table,
     check_writable,
@@ -34,15 +38,13 @@ from answer_report import (
     report_answers,
     write_json,
 )
-from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import load_checkpoint
-from command_line import UserError, option, parse_config, run_main
-from conversation_data import parse_preference
-from data_loader import PreferenceDataset
 from gpt_model import IGNORED_LABEL, GPTModel
-from optimization import resolve_device
-from text_files import iter_documents, iter_records
-from text_generation import Prompt, generate_texts
+from inference.quantizer import load_any
+from inference.request import Prompt
+from inference.text_generation import generate_texts
+from machine import resolve_device
+from text.conversation_data import parse_preference
+from text.text_files import iter_documents, iter_records
 
 
 class GPTEvaluator:
@@ -317,8 +319,6 @@ def reward_table(report: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate a checkpoint from the command line."""
-    from inference.quantizer import load_any  # a script may look upwards; the library part of this file does not
-
     config = parse_config(EvaluationConfig, argv, description="Evaluate a pretrained, fine-tuned or reward model.")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)

@@ -6,7 +6,7 @@
     python finetune.py --mode dpo    --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode distill --teacher_model models/sft/sft_best.pth
     python finetune.py --mode rlhf   # the reward model, then PPO
-    python finetune.py --mode grpo   --reward answer_checker.py:preference_reward
+    python finetune.py --mode grpo   --reward evaluation/answer_checker.py:preference_reward
 
 `python finetune.py --mode sft --help` lists the options of a mode.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import sys
 
-import distributed
 from alignment.distillation import DistillationConfig, distill
 from alignment.dpo import DPOConfig, dpo
 from alignment.grpo import GRPOConfig, train_grpo
@@ -23,6 +22,7 @@ from alignment.ppo import PPOConfig, rlhf_ppo
 from alignment.reward_model import RewardConfig, RewardModel, train_reward_model
 from alignment.sft import SFTConfig, sft_finetune
 from command_line import UserError, parse_config, run_main
+from training import ranks
 
 __all__ = ["RewardModel", "rlhf_ppo", "sft_finetune", "train_reward_model"]
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if mode == "ppo" and not config.reward_model:
         raise UserError("--mode ppo needs --reward_model PATH; --mode rlhf trains one first")
     run(config)
-    distributed.stop()
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from command_line import Interrupted, UserError, option, parse_config, run_main
-from report import write_report
-from text_files import RECORD_ENDINGS, resolve_files
+from evaluation.report import write_report
+from text.text_files import RECORD_ENDINGS, resolve_files
 
 # What each size changes on the stages' own command lines. The times are for the sample data.
 SIZES: dict[str, dict[str, list[str]]] = {
@@ -217,8 +217,9 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
         Stage(
             "evaluate-ngram",
             "asking a 5-gram model, for comparison",
-            ["ngram_baseline.py", "--tokenizer_dir", str(tokenizer), "--train_data_dir", config.train_data]
-            + ["--sft_data_path", config.sft_data, "--test_data_path", config.sft_test, "--output_path", str(ngram)]
+            ["-m", "evaluation.ngram_baseline", "--tokenizer_dir", str(tokenizer)]
+            + ["--train_data_dir", config.train_data, "--sft_data_path", config.sft_data]
+            + ["--test_data_path", config.sft_test, "--output_path", str(ngram)]
             + sizes["evaluate"],
             [*text, *conversations, *questions, tokenizer / "tokenizer.json"],
             [ngram],

@@ -14,18 +14,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-import distributed
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model, require_same_model
-from command_line import UserError, option, parse_config, run_main
+from command_line import UserError, complaints_about, option, parse_config, run_main
 from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
-from interruptions import advice_if_out_of_memory
-from optimization import resolve_device
-from text_files import iter_documents, resolve_files
-from text_generation import generate_texts
-from training_config import TrainingConfig, prepare_machine
-from training_loop import TrainingLoop
+from inference.text_generation import generate_texts
+from machine import resolve_device
+from text.text_files import iter_documents, resolve_files
+from training import ranks
+from training.interruptions import advice_if_out_of_memory
+from training.training_config import TrainingConfig, prepare_machine
+from training.training_loop import TrainingLoop
 
 SAMPLE_TRAIN, SAMPLE_VAL = "data/pretrain/train", "data/pretrain/val"
 DEFAULT_VAL_FRACTION = 0.05
@@ -160,11 +160,11 @@ class GPTTrainer:
         self.val_path = config.val_data_dir or (SAMPLE_VAL if config.train_data_dir == SAMPLE_TRAIN else "")
         for path in filter(None, (config.train_data_dir, self.val_path)):
             resolve_files(path)  # before the long work of tokenizing
-        if distributed.is_main():
+        if ranks.is_main():
             self.tokenizer = load_or_train_tokenizer(config)
             train_shards, val_shards = self._tokenize()  # the other ranks then find the shards on the disk
-        distributed.barrier()
-        if not distributed.is_main():
+        ranks.barrier()
+        if not ranks.is_main():
             self.tokenizer = load_or_train_tokenizer(config)
             train_shards, val_shards = self._tokenize()
         pad_token_id = self.tokenizer.pad_token_id
@@ -269,12 +269,12 @@ def main(argv: list[str] | None = None) -> None:
     choice = fit_machine(config)
     if config.depth:
         choice = turn_depth_dial(config)
-        complaints = config.validate()
+        complaints = complaints_about(config)
         if complaints:
             raise UserError("; ".join(complaints))
     trainer = GPTTrainer(config)
     loop = trainer.loop
-    if distributed.is_main():
+    if ranks.is_main():
         if choice:
             print(choice)
         print(
@@ -285,12 +285,12 @@ def main(argv: list[str] | None = None) -> None:
             flush=True,
         )
     best = trainer.train()
-    if distributed.is_main():
+    if ranks.is_main():
         print(
             f"pretrained: {loop.best_path}, validation loss {best['val_loss']:.4f} nats a token, "
             f"{best['val_bpb']:.4f} bits a byte, {loop.seconds:.0f} s; curves in {loop.folder / 'curves.png'}"
         )
-    distributed.stop()
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ fail() { echo "error: $1" >&2; exit 2; }
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.10 python}; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python3.10 python}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
@@ -15,7 +15,7 @@ find_python() {
 }
 
 if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-    python=$(find_python) || fail "Python 3.10, 3.11 or 3.12 is needed; install one, or name it in the variable PYTHON"
+    python=$(find_python) || fail "Python 3.10 to 3.14 is needed; install one, or name it in the variable PYTHON"
     echo "making .venv with $("$python" --version)"
     rm -rf .venv
     # Debian's python3 comes without ensurepip; virtualenv brings its own

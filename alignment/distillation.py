@@ -19,18 +19,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-import distributed
 from alignment.log_probabilities import LOGITS_AT_ONCE
 from alignment.sft import fit_context
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model
 from command_line import UserError, option, require_file
-from conversation_data import Message, load_conversations
 from data_loader import GPTPretrainDataset, GPTSFTDataset, set_validation_part_aside, tokenize_to_shards
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
-from text_generation import generate_texts
-from training_config import TrainingConfig, prepare_machine
-from training_loop import TrainingData, TrainingLoop
+from inference.text_generation import generate_texts
+from text.conversation_data import Message, load_conversations
+from training import ranks
+from training.training_config import TrainingConfig, prepare_machine
+from training.training_loop import TrainingData, TrainingLoop
 
 
 @dataclass
@@ -190,7 +190,7 @@ def teacher_answers(
         UserError: the teacher ended no answer by itself.
     """
     path = Path(config.output_dir) / "teacher_answers.jsonl"
-    if distributed.is_main() and not (config.resume and path.is_file()):
+    if ranks.is_main() and not (config.resume and path.is_file()):
         answers = generate_texts(
             teacher,
             tokenizer,
@@ -214,7 +214,7 @@ def teacher_answers(
         lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in taught]
         path.write_text("".join(lines), encoding="utf-8")
         print(f"the teacher wrote {len(taught)} answers, see {path}", flush=True)
-    distributed.barrier()
+    ranks.barrier()
     return load_conversations(path)
 
 
@@ -231,10 +231,10 @@ def load_data(
             shards = tokenize_to_shards(path, tokenizer, config.shard_dir, part=part, val_fraction=config.val_fraction)
             return GPTPretrainDataset(shards, config.max_seq_len, path)
 
-        if distributed.is_main():
+        if ranks.is_main():
             data = [read(*source) for source in sources]
-        distributed.barrier()  # the other ranks then find the shards on the disk
-        return tuple(data if distributed.is_main() else [read(*source) for source in sources])
+        ranks.barrier()  # the other ranks then find the shards on the disk
+        return tuple(data if ranks.is_main() else [read(*source) for source in sources])
     conversations = load_conversations(config.data_path)
     if config.from_text:
         conversations = teacher_answers(config, teacher, tokenizer, conversations)
@@ -284,13 +284,13 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
         device,
         lengths=getattr(train_data, "lengths", None),
     )
-    if distributed.is_main():
+    if ranks.is_main():
         print(
             f"a student of {student.num_parameters() / 1e6:.2f} M parameters learns from {config.teacher_model} "
             f"({teacher.num_parameters() / 1e6:.2f} M), {loop.max_steps} steps"
         )
     best = loop.train()
-    if distributed.is_main():
+    if ranks.is_main():
         loss = best.get("val_cross_entropy", best["val_loss"])
         print(
             f"distilled: {loop.best_path}, validation loss {loss:.4f} nats a token, {loop.seconds:.0f} s; "

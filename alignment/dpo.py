@@ -19,18 +19,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import distributed
 from alignment.log_probabilities import token_log_probs
-from alignment.lora import LoRAOptions, apply_lora
 from alignment.reward_model import split_preferences
 from alignment.sft import fit_context
 from checkpoint import load_model
 from command_line import option, require_file
-from conversation_data import load_conversations
 from data_loader import Batch, BatchOrder, GPTSFTDataset, PreferenceDataset
 from gpt_model import IGNORED_LABEL, GPTModel
-from training_config import TrainingConfig, prepare_machine
-from training_loop import TrainingLoop
+from lora import LoRAOptions, apply_lora
+from text.conversation_data import load_conversations
+from training import ranks
+from training.training_config import TrainingConfig, prepare_machine
+from training.training_loop import TrainingLoop
 
 
 @dataclass
@@ -174,16 +174,16 @@ class DPODataset(PreferenceDataset):
     def ask_reference(self, reference: GPTModel, device: torch.device, batch_size: int) -> None:
         """Compute the log-probabilities of all answers and keep them; ranks share the work."""
         reference.eval()
-        mine = self.samples[distributed.rank() :: distributed.world_size()]
+        mine = self.samples[ranks.rank() :: ranks.world_size()]
         log_probs: list[float] = []
         for start in range(0, len(mine), batch_size):
             batch = super().collate(mine[start : start + batch_size])
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
             labels = self._labels(mine[start : start + batch_size], ids.size(1)).to(device)
             log_probs += answer_log_probs(reference, ids, labels, mask)[0].tolist()
-        for rank, values in enumerate(distributed.gather_objects(log_probs)):
+        for rank, values in enumerate(ranks.gather_objects(log_probs)):
             following = iter(values)
-            for sample in self.samples[rank :: distributed.world_size()]:
+            for sample in self.samples[rank :: ranks.world_size()]:
                 sample["reference_log_probs"] = [next(following) for _ in sample["answers"]]
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
@@ -273,10 +273,10 @@ def dpo(config: DPOConfig | None = None, **settings: Any) -> dict[str, float]:
         device,
         GPTSFTDataset(load_conversations(config.sft_data), tokenizer, config.max_seq_len) if config.sft_data else None,
     )
-    if distributed.is_main():
+    if ranks.is_main():
         print(f"DPO on {len(loop.train_data)} preferences, {loop.max_steps} steps")
     best = loop.train()
-    if distributed.is_main():
+    if ranks.is_main():
         print(
             f"aligned: {loop.best_path}, prefers the better answer in {best['val_rewards/accuracies']:.1%} of "
             f"{len(loop.val_data)} held-out pairs, margin {best['val_rewards/margins']:.2f}, {loop.seconds:.0f} s; "

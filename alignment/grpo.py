@@ -30,20 +30,21 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-import distributed
-from alignment.lora import apply_lora
 from alignment.rollouts import RolloutConfig, RolloutLoop, answer_log_probs, kl_terms, masked_mean
 from alignment.sft import fit_context
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model
 from command_line import UserError, option, require_file
-from conversation_data import parse_prompt
 from data_loader import Batch, GPTPPODataset, set_validation_part_aside
 from gpt_model import GPTModel
-from text_files import iter_records
-from training_config import prepare_machine
+from lora import apply_lora
+from text.conversation_data import parse_prompt
+from text.text_files import iter_records
+from training import ranks
+from training.training_config import prepare_machine
 
 RewardFunction = Callable[[list[str], list[str], list[dict]], Sequence[float]]
+SAMPLE_REWARD = "evaluation/answer_checker.py:preference_reward"  # of the sample data's world
 
 
 @dataclass
@@ -53,7 +54,7 @@ class GRPOConfig(RolloutConfig):
     data_path: str = option("data/sft/sft_data.json", "records with prompts, see the README for their shapes")
     val_data_path: str = option("", "held-out records; empty: --val_fraction of the training data")
     val_fraction: float = option(0.02, "share of the records set aside, if there are no held-out ones")
-    reward: str = option("answer_checker.py:preference_reward", "PATH.py:FUNCTION(prompts, responses, records)")
+    reward: str = option(SAMPLE_REWARD, "PATH.py:FUNCTION(prompts, responses, records)")
     output_dir: str = option("models/grpo", "folder for checkpoints, metrics and curves")
     rollout_batch_size: int = option(128, "answers that each rank writes for one step")
     batch_size: int = option(128, "answers of one forward pass")
@@ -225,13 +226,13 @@ class GRPOLoop(RolloutLoop):
     def before_first_step(self) -> None:
         """Say what the SFT model earns."""
         figures = ", ".join(f"{name} {value:.4f}" for name, value in self.evaluate().items())
-        if distributed.is_main():
+        if ranks.is_main():
             print(f"before training: {figures}", flush=True)
 
     def train_step(self) -> dict[str, float]:
         """Groups of answers and `grpo_epochs` passes of updates over them."""
         self.parallel_model.eval()  # dropout would make the ratio differ from 1 before anything has changed
-        mine = self.order.batch(self.step)[distributed.rank() :: self.ranks]
+        mine = self.order.batch(self.step)[ranks.rank() :: self.ranks]
         grouped = [index for index in mine for _ in range(self.config.group_size)]
         return self.learn_from(self.rollout(self.train_data, grouped))
 
@@ -281,7 +282,8 @@ def load_reward(place: str) -> RewardFunction:
     if not (colon and file and name.isidentifier()):
         raise UserError(f"--reward {place} must be a file and a function in it, such as my_rewards.py:reward")
     path = Path(file) if Path(file).exists() else Path(__file__).parent.parent / file
-    path = require_file(path if path.exists() else file, "the file of --reward", "give PATH.py:FUNCTION")
+    remedy = f"give PATH.py:FUNCTION, such as {SAMPLE_REWARD}"
+    path = require_file(path if path.exists() else file, "the file of --reward", remedy)
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     if spec is None:
         raise UserError(f"--reward {place}: {path} is no Python file; its name must end in .py")
@@ -361,12 +363,12 @@ def train_grpo(config: GRPOConfig | None = None, **settings: Any) -> dict[str, f
     room = config.max_seq_len - config.max_gen_len
     data, val_data = (RecordDataset(part, tokenizer, room) for part in (records, val_records))
     loop = GRPOLoop(config, policy, tokenizer, reward, data, val_data, device)
-    if distributed.is_main():
+    if ranks.is_main():
         n_prompts = loop.order.batch_size
         size = f"{loop.max_steps} steps of {n_prompts} prompts with {config.group_size} answers each"
         print(f"GRPO on {len(data)} prompts, {size}, rewarded by {config.reward}")
     best = loop.train()
-    if distributed.is_main():
+    if ranks.is_main():
         divergence = f", KL {best['val_kl']:.2f} nats an answer" if "val_kl" in best else ""
         print(
             f"aligned: {loop.best_path}, held-out reward {best['val_reward']:.3f}{divergence}, {loop.seconds:.0f} s; "

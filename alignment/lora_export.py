@@ -1,7 +1,7 @@
 """Adapters for use elsewhere: merged into a plain checkpoint, or in the format of Hugging Face's `peft`.
 
-    python -m alignment.lora --adapter models/sft_lora/sft_best.pth --output_path models/sft_lora/merged.pth
-    python -m alignment.lora --adapter models/sft_lora/sft_best.pth --peft_dir models/sft_lora/peft
+    python -m alignment.lora_export --adapter models/sft_lora/sft_best.pth --output_path models/sft_lora/merged.pth
+    python -m alignment.lora_export --adapter models/sft_lora/sft_best.pth --peft_dir models/sft_lora/peft
 
 In `peft`, the adapters fit the model as `transformers` implements it: GPT2LMHeadModel for the `gpt2` architecture,
 Qwen3ForCausalLM for `modern`. GPT-2 has one layer c_attn in the place of our query, key and value layers; the adapters
@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from alignment.reward_model import RewardModel
 from checkpoint import config_of, find_base, load_checkpoint, restore_model, save_checkpoint, tokenizer_of
-from command_line import UserError, option, parse_config
+from command_line import UserError, option, parse_config, run_main
 from gpt_model import GPTConfig
 
 FUSED = ("query_proj", "key_proj", "value_proj")  # what c_attn consists of, from the top down
@@ -137,14 +138,12 @@ def merged_state(content: dict[str, Any], path: str | Path, base: str | Path) ->
     """The weights of the plain model, or reward model, that adapters and their base are together."""
     if content["stage"] != "reward":
         return restore_model(content, path, base=base).state_dict()
-    from alignment.reward_model import RewardModel  # stands below
-
     return restore_model(content, path, RewardModel, base).state_dict()
 
 
 @dataclass
 class ExportConfig:
-    """The command line of `python -m alignment.lora`."""
+    """The command line of `python -m alignment.lora_export`."""
 
     adapter: str = option("models/sft_lora/sft_best.pth", "a checkpoint of adapters")
     base_model: str = option("", "the model that they belong to; empty: where it was in training")
@@ -187,3 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         lora=lora,
     )
     print(f"{done}: {config.output_path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

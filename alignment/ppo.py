@@ -28,18 +28,18 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-import distributed
-from alignment.lora import apply_lora
 from alignment.reward_model import RewardConfig, RewardModel, load_reward_model, split_preferences, train_reward_model
 from alignment.rollouts import RolloutConfig, RolloutLoop, answer_log_probs, kl_terms, masked_mean
 from alignment.sft import fit_context
 from checkpoint import load_model
 from command_line import UserError, option, require_file
-from conversation_data import load_conversations
 from data_loader import Batch, BatchOrder, GPTPPODataset, GPTSFTDataset
 from gpt_model import GPTModel
-from optimization import build_optimizers
-from training_config import prepare_machine
+from lora import apply_lora
+from text.conversation_data import load_conversations
+from training import ranks
+from training.optimization import build_optimizers
+from training.training_config import prepare_machine
 
 
 @dataclass
@@ -281,7 +281,7 @@ class PPOLoop(RolloutLoop):
     def train_step(self) -> dict[str, float]:
         """One batch of answers and `ppo_epochs` passes of updates over it."""
         self.parallel_model.eval()  # dropout would make the ratio differ from 1 before anything has changed
-        rollout = self.rollout(self.train_data, self.order.batch(self.step)[distributed.rank() :: self.ranks])
+        rollout = self.rollout(self.train_data, self.order.batch(self.step)[ranks.rank() :: self.ranks])
         return self.learn_from(rollout)
 
     def learn_from(self, rollout: Batch) -> dict[str, float]:
@@ -319,7 +319,7 @@ class PPOLoop(RolloutLoop):
         if self.sft_data is None:
             return batch
         # Which, depends on the step and the rank alone
-        mine = self.sft_order.batch(self.step)[distributed.rank() :: self.ranks]
+        mine = self.sft_order.batch(self.step)[ranks.rank() :: self.ranks]
         first = self.sft_batches * len(rows) % len(mine)
         self.sft_batches += 1
         sft = self.sft_data.collate([self.sft_data[index] for index in mine[first : first + len(rows)]])
@@ -371,10 +371,10 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
         device,
         GPTSFTDataset(load_conversations(config.sft_data), tokenizer, config.max_seq_len) if config.sft_data else None,
     )
-    if distributed.is_main():
+    if ranks.is_main():
         print(f"PPO on {len(loop.train_data)} prompts, {loop.max_steps} steps of {loop.order.batch_size} answers")
     best = loop.train()
-    if distributed.is_main():
+    if ranks.is_main():
         print(
             f"aligned: {loop.best_path}, held-out reward {best['val_reward']:+.2f} standard deviations above the SFT "
             f"model, KL {best['val_kl']:.2f} nats an answer, {loop.seconds:.0f} s; "

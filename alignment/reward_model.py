@@ -17,17 +17,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import distributed
-from alignment.lora import LoRAOptions, apply_lora
 from alignment.sft import fit_context
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, restore_model, tokenizer_of
 from command_line import UserError, option, require_file
-from conversation_data import load_preferences
 from data_loader import PreferenceDataset, set_validation_part_aside
 from gpt_model import GPTModel
-from training_config import TrainingConfig, prepare_machine
-from training_loop import TrainingLoop
+from lora import LoRAOptions, apply_lora
+from text.conversation_data import load_preferences
+from training import ranks
+from training.training_config import TrainingConfig, prepare_machine
+from training.training_loop import TrainingLoop
 
 
 class RewardModel(nn.Module):
@@ -183,7 +183,7 @@ class RewardLoop(TrainingLoop):
         """See `preference_figures`."""
         mine = range(self.data_rank, len(self.val_data), self.ranks)
         with self.updater.autocast():
-            parts = distributed.gather_objects(compare(self.model, self.val_data, mine, self.config.batch_size))
+            parts = ranks.gather_objects(compare(self.model, self.val_data, mine, self.config.batch_size))
         margins, weights = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # (P,), (P,)
         return {f"val_{name}": value for name, value in preference_figures(margins, weights).items()}
 
@@ -218,10 +218,10 @@ def train_reward_model(config: RewardConfig | None = None, **settings: Any) -> d
         device,
         lengths=train_data.lengths,
     )
-    if distributed.is_main():
+    if ranks.is_main():
         print(f"training a reward model on {len(train_data)} preferences, {loop.max_steps} steps")
     best = loop.train()
-    if distributed.is_main():
+    if ranks.is_main():
         print(
             f"reward model: {loop.best_path}, right on {best['val_accuracy']:.1%} of {len(val_data)} held-out pairs, "
             f"calibration error {best['val_calibration_error']:.3f}, {loop.seconds:.0f} s; "

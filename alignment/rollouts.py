@@ -15,9 +15,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-import distributed
 from alignment.log_probabilities import token_log_probs
-from alignment.lora import LoRAOptions, adapters_disabled, lora_layers
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from data_loader import Batch, GPTPPODataset
@@ -25,9 +23,11 @@ from gpt_model import GPTModel
 from inference.engine import Engine
 from inference.request import RequestFailed
 from inference.sampling import SamplingParams
-from run_log import read_metrics
-from training_config import TrainingConfig
-from training_loop import TrainingLoop
+from lora import LoRAOptions, adapters_disabled, lora_layers
+from training import ranks
+from training.run_log import read_metrics
+from training.training_config import TrainingConfig
+from training.training_loop import TrainingLoop
 
 
 @dataclass
@@ -208,12 +208,12 @@ class RolloutLoop(TrainingLoop):
     def mean_over_answers(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """The means of values of answers, (B,) each, over all ranks."""
         means = {name: float(value.float().mean()) for name, value in values.items()}
-        return {name: distributed.sum_over_ranks(mean, self.device) / self.ranks for name, mean in means.items()}
+        return {name: ranks.sum_over_ranks(mean, self.device) / self.ranks for name, mean in means.items()}
 
     def moments(self, x: torch.Tensor) -> tuple[float, float]:
         """Mean and standard deviation over the values of all ranks."""
         n, total, squares = (
-            distributed.sum_over_ranks(float(value), self.device) for value in (x.numel(), x.sum(), x.square().sum())
+            ranks.sum_over_ranks(float(value), self.device) for value in (x.numel(), x.sum(), x.square().sum())
         )
         mean = total / n
         return mean, max(squares / n - mean * mean, 0.0) ** 0.5
@@ -259,7 +259,7 @@ class RolloutLoop(TrainingLoop):
         """Answers to this rank's share of the held-out prompts, with the same random numbers every time."""
         self.parallel_model.eval()
         generator = torch.Generator().manual_seed(self.config.seed + 1)
-        indices, size = range(distributed.rank(), len(self.val_data), self.ranks), self.config.rollout_batch_size
+        indices, size = range(ranks.rank(), len(self.val_data), self.ranks), self.config.rollout_batch_size
         parts = [indices[start : start + size] for start in range(0, len(indices), size)]
         return [self.rollout(self.val_data, part, generator) for part in parts]
 
@@ -274,7 +274,7 @@ class RolloutLoop(TrainingLoop):
 
     def show(self, rollouts: Iterable[Batch]) -> None:
         """Print the answers to the first held-out prompts, and add them to `samples.jsonl`."""
-        if not distributed.is_main():
+        if not ranks.is_main():
             return
         samples = [
             {

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-import distributed
-from alignment.lora import LoRAOptions, apply_lora
 from checkpoint import load_model
 from command_line import UserError, option, require_file
-from conversation_data import load_conversations
 from data_loader import GPTSFTDataset, set_validation_part_aside
 from gpt_model import GPTModel
-from training_config import TrainingConfig, prepare_machine
-from training_loop import TrainingLoop
+from lora import LoRAOptions, apply_lora
+from text.conversation_data import load_conversations
+from training import ranks
+from training.training_config import TrainingConfig, prepare_machine
+from training.training_loop import TrainingLoop
 
 
 @dataclass
@@ -107,12 +107,12 @@ def sft_finetune(config: SFTConfig | None = None, **settings: Any) -> dict[str, 
         device,
         lengths=train_data.lengths,
     )
-    if distributed.is_main():
+    if ranks.is_main():
         left_out = f" ({train_data.n_dropped} too long, left out)" if train_data.n_dropped else ""
         size = f"{len(train_data)} conversations{left_out}, {loop.max_steps} steps"
         print(f"fine-tuning {config.pretrained_model} on {size}")
     best = loop.train()
-    if distributed.is_main():
+    if ranks.is_main():
         print(
             f"fine-tuned: {loop.best_path}, validation loss {best['val_loss']:.4f} nats a token, {loop.seconds:.0f} s; "
             f"curves in {Path(config.output_dir) / 'curves.png'}"

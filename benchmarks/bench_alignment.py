@@ -9,7 +9,7 @@
     distill          the same student on the same data with the SFT model as its teacher
 
 Each run is the command line that a user would type. Its model then answers the held-out questions of data/sft greedily:
-`exact` is the share of right answers, `preferred` the share that answer_checker.py prefers (right, whole and polite).
+`exact` is the share of right answers, `preferred` the share that answer_checker prefers (right, whole and polite).
 `kl` is the divergence from the SFT model in nats an answer, over answers sampled at temperature 1. `cpu s` are the
 processor's seconds of the whole training process, on all cores together.
 """
@@ -34,9 +34,10 @@ from alignment.log_probabilities import token_log_probs  # noqa: E402
 from benchmarks.tables import Table, about, in_a_sentence, write_section  # noqa: E402
 from checkpoint import load_checkpoint, load_model  # noqa: E402
 from command_line import UserError, option, parse_config, require_file, run_main  # noqa: E402
-from conversation_data import load_conversations  # noqa: E402
 from gpt_model import GPTModel  # noqa: E402
-from text_generation import encode_prompt, generate_texts  # noqa: E402
+from inference.request import encode_prompt  # noqa: E402
+from inference.text_generation import generate_texts  # noqa: E402
+from text.conversation_data import load_conversations  # noqa: E402
 
 LORA = ["--lora_rank", "4", "--lora_targets", "all"]
 STUDENT = ["--d_model", "96", "--n_layers", "2", "--n_heads", "2", "--epochs", "18", "--data_path", "{data}"]

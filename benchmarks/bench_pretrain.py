@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from command_line import option, parse_config, require_file, run_main  # noqa: E402
-from run_log import read_metrics  # noqa: E402
+from training.run_log import read_metrics  # noqa: E402
 
 
 @dataclass

@@ -21,12 +21,12 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, check_answer
 from data.leak_proof import HeldOutOperands, normalise, prove_no_leak
 from data.sample_cases import LANGUAGES, Case, Relation
 from data.sample_phrasings import RELATIONS
 from data.sample_skills import PAIR_SKILLS, SKILLS, SORTING, Skill
 from data.sample_world import WORDS
+from evaluation.answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, check_answer
 
 SEED = "sample world 1"
 TESTS = 18  # questions a skill and language; half of them held out by phrasing (a third for skills that generalise)

@@ -40,13 +40,14 @@ from checkpoint import (
     weight_fingerprint,
 )
 from command_line import UserError, option, parse_config, run_main
-from conversation_data import load_conversations
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
 from inference.engine import Engine
-from inference.linear_kernels import DTYPES, InferenceEmbedding, InferenceLinear, quantize_rows
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
+from inference.kernels.linear_products import DTYPES
 from inference.sampling import SamplingParams
-from text_files import iter_documents
+from text.conversation_data import load_conversations
+from text.text_files import iter_documents
 
 QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
 MAX_PERPLEXITY_RISE = 0.005
@@ -207,19 +208,6 @@ def decode_speed(model: GPTModel, batch_size: int = 1, n_tokens: int = 64, secon
         engine.run(prompts, params)
         fastest = min(fastest, time.perf_counter() - start)
     return batch_size * params.max_gen_len / fastest
-
-
-@torch.inference_mode()
-def compare_logits(model: GPTModel, quantized: GPTModel, input_ids: torch.Tensor) -> tuple[float, float]:
-    """How far the quantized logits are from the model's: relative error ‖difference‖ / ‖logits‖, and the share of
-    positions where both have the same likeliest token.
-
-    Args:
-        input_ids: (B, T) int64.
-    """
-    reference, logits = model(input_ids)["logits"], quantized(input_ids)["logits"]  # (B, T, V)
-    error = (logits - reference).norm() / reference.norm()
-    return error.item(), (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
 
 
 def held_out_samples(

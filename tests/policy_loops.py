@@ -11,9 +11,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from conftest import CORPUS, TINY, randomize  # noqa: E402
 
-import distributed  # noqa: E402
 from alignment.grpo import GRPOConfig, GRPOLoop, RecordDataset  # noqa: E402
-from alignment.lora import apply_lora  # noqa: E402
 from alignment.ppo import PPOConfig, PPOLoop  # noqa: E402
 from alignment.reward_model import RewardModel  # noqa: E402
 from alignment.rollouts import select  # noqa: E402
@@ -21,7 +19,9 @@ from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from checkpoint import save_checkpoint  # noqa: E402
 from data_loader import GPTPPODataset  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
-from training_config import prepare_machine  # noqa: E402
+from lora import apply_lora  # noqa: E402
+from training import ranks  # noqa: E402
+from training.training_config import prepare_machine  # noqa: E402
 
 PROMPTS = ["a", "法国的首都", "What is the capital of France?", "二加三", "The quick brown fox jumps", "hi there"]
 COMMON = dict(device="cpu", precision="fp32", num_threads=1, log_interval=1)
@@ -92,13 +92,13 @@ def fixed_rollout(loop, seed=3, repeat=4):
     return loop.rollout(loop.train_data, [index for index in (0, 2) for _ in range(repeat)], generator)
 
 
-def two_steps(algorithm, folder, tokenizer, ranks):
+def two_steps(algorithm, folder, tokenizer, n_ranks):
     """The figures of two steps on eight answers, all of them here or half of them on this rank."""
     loop = make_loop(
-        algorithm, folder, tokenizer, rollout_batch_size=8 // ranks, batch_size=2, grad_accum_steps=4 // ranks, lr=3e-3,
-        warmup_steps=0,
+        algorithm, folder, tokenizer, rollout_batch_size=8 // n_ranks, batch_size=2, grad_accum_steps=4 // n_ranks,
+        lr=3e-3, warmup_steps=0,
     )  # fmt: skip
-    mine = torch.arange(8).view(ranks, -1)[distributed.rank()]
+    mine = torch.arange(8).view(n_ranks, -1)[ranks.rank()]
     figures = [loop.learn_from(select(fixed_rollout(loop, seed), mine)) for seed in (3, 4)]
     return [{name: value for name, value in step.items() if name != "tokens"} for step in figures]
 
@@ -107,7 +107,7 @@ def work_as_a_rank(folder):
     """Two steps of each algorithm; rank 0 leaves their figures in `folder/results.json`."""
     folder = Path(folder)
     results = {name: two_steps(name, folder / name, make_tokenizer(), 2) for name in ALGORITHMS}
-    if distributed.is_main():
+    if ranks.is_main():
         (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    distributed.barrier()  # who leaves first must not take the connection with it
-    distributed.stop()
+    ranks.barrier()  # who leaves first must not take the connection with it
+    ranks.stop()

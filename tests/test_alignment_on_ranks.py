@@ -15,15 +15,15 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from conftest import CORPUS, randomize  # noqa: E402
-from ranks import run_on_ranks  # noqa: E402
+from on_ranks import run_on_ranks  # noqa: E402
 
-import distributed  # noqa: E402
 import finetune  # noqa: E402
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from checkpoint import load_model, save_checkpoint  # noqa: E402
 from command_line import parse_config  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
-from run_log import read_metrics  # noqa: E402
+from training import ranks  # noqa: E402
+from training.run_log import read_metrics  # noqa: E402
 
 STEPS = 3
 COMMON = "--device cpu --precision fp32 --num_threads 1 --log_interval 1 --eval_interval 3 --val_fraction 0.3"
@@ -50,7 +50,7 @@ def run_all(n_ranks):
 
 def work_as_a_rank():
     run_all(2)
-    distributed.stop()
+    ranks.stop()
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
-from run_log import read_metrics
-from text_files import iter_records
-from text_generation import generate_texts
-from training_loop import newest_sound
+from inference.text_generation import generate_texts
+from text.text_files import iter_records
+from training.run_log import read_metrics
+from training.training_loop import newest_sound
 
 QUESTIONS = {"法国的首都": "巴黎", "意大利的首都": "罗马", "Two plus two?": "four", "Three plus three?": "six",
              "日本的首都": "东京", "埃及的首都": "开罗", "One plus one?": "two", "Capital of Peru?": "Lima.",

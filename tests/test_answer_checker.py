@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, AnswerCheck, check_answer, preference_reward
 from command_line import UserError
+from evaluation.answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, AnswerCheck, check_answer, preference_reward
 
 ENGLISH, CHINESE = "The capital of France is Paris.", "法国的首都是巴黎。"
 

@@ -15,12 +15,12 @@ import torch
 import byte_level_bpe
 import evaluator
 import finetune
-import ngram_baseline
 import pretrain_trainer
 from alignment.reward_model import RewardModel
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import save_checkpoint
 from command_line import run_main
+from evaluation import ngram_baseline
 from gpt_model import GPTConfig, GPTModel
 from inference import kv_cache_infer, quantizer
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from byte_level_bpe import ByteLevelBPETokenizer, main
 from command_line import UserError
-from tokenizer_files import KNOWN_FILES, PRETOKENIZER_PATTERN, SAVED_FILES
+from text.tokenizer_files import KNOWN_FILES, PRETOKENIZER_PATTERN, SAVED_FILES
 
 ROOT = Path(__file__).resolve().parent.parent
 

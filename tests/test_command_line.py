@@ -20,8 +20,8 @@ class Config:
 
     presets: ClassVar[dict] = {"tiny": {"lr": 0.5, "size": 2}, "large": {"size": 99}}
 
-    lr: float = option(1e-3, "peak learning rate")
-    size: int = option(8, "width, about 2 %% of everything")
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    size: int = option(8, "width, about 2 %% of everything", at_least=1, at_most=99)
     name: str = option("run", "name of the run")
     fast: bool = option(False, "hurry")
     kind: str = option("a", "which kind", choices=("a", "b"))
@@ -29,12 +29,7 @@ class Config:
     parts: list[int] = option(list, "sizes of parts")
 
     def validate(self) -> list[str]:
-        complaints = []
-        if self.size < 1:
-            complaints.append(f"--size must be at least 1, not {self.size}")
-        if self.lr <= 0:
-            complaints.append(f"--lr must be positive, not {self.lr}")
-        return complaints
+        return ["--size must be even with --kind b"] if self.kind == "b" and self.size % 2 else []
 
 
 def parse(*argv):
@@ -102,8 +97,26 @@ def test_a_wrong_option_is_named_and_help_is_pointed_to(line, complaint):
 
 
 def test_all_mistakes_are_reported_at_once():
-    with pytest.raises(UserError, match="--size must be at least 1, not 0; --lr must be positive, not -1.0"):
-        parse("--size", "0", "--lr", "-1")
+    """Numbers beyond their bounds, and what does not fit together."""
+    with pytest.raises(UserError) as caught:
+        parse("--size", "101", "--lr", "-1", "--kind", "b")
+    assert str(caught.value).split("; ") == [
+        "--lr must be above 0, not -1.0",
+        "--size must be at least 1 and at most 99, not 101",
+        "--size must be even with --kind b",
+    ]
+
+
+@pytest.mark.parametrize("number", ["0", "nan", "inf", "-inf"])
+def test_a_number_with_a_bound_is_a_number(number):
+    """No comparison with NaN is true, and infinity is above every bound."""
+    with pytest.raises(UserError, match="--lr must be above 0, not"):
+        parse(f"--lr={number}")
+
+
+def test_an_unknown_bound_is_the_programmers_mistake():
+    with pytest.raises(TypeError, match="atleast"):
+        option(1, "number", atleast=3)
 
 
 def test_help_shows_every_field_with_its_default(capsys):
@@ -112,8 +125,8 @@ def test_help_shows_every_field_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert exit_.value.code == 0
     assert "try it" in text
-    assert "peak learning rate (default: 0.001)" in text
-    assert "about 2 % of everything (default: 8)" in text
+    assert "peak learning rate (above 0; default: 0.001)" in text
+    assert "about 2 % of everything (at least 1 and at most 99; default: 8)" in text
     assert "--kind {a,b}" in text
     assert "--preset {tiny,large}" in text
 

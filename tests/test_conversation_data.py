@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from command_line import UserError
-from conversation_data import load_conversations, load_preferences, parse_conversation, parse_preference
+from text.conversation_data import load_conversations, load_preferences, parse_conversation, parse_preference
 
 ROOT = Path(__file__).resolve().parent.parent
 USER, ASSISTANT = {"role": "user", "content": "法国的首都?"}, {"role": "assistant", "content": "巴黎。"}

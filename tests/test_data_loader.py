@@ -16,7 +16,6 @@ import torch
 import data_loader
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
-from conversation_data import parse_preference
 from data_loader import (
     BatchOrder,
     GPTPPODataset,
@@ -30,6 +29,7 @@ from data_loader import (
     tokenize_to_shards,
 )
 from gpt_model import IGNORED_LABEL
+from text.conversation_data import parse_preference
 
 ROOT = Path(__file__).resolve().parent.parent
 BOS, PAD, EOS = 0, 1, 2

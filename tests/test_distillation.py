@@ -14,11 +14,11 @@ from alignment.reward_model import RewardModel
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
-from conversation_data import load_conversations
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
-from run_log import read_metrics
-from training_config import prepare_machine
+from text.conversation_data import load_conversations
+from training.run_log import read_metrics
+from training.training_config import prepare_machine
 
 COMMON = dict(device="cpu", precision="fp32", num_threads=1, log_interval=1)
 CITIES = ["巴黎", "罗马", "Paris", "Rome"]

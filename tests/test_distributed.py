@@ -20,19 +20,19 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from conftest import CORPUS, randomize  # noqa: E402
-from ranks import run_on_ranks  # noqa: E402
+from on_ranks import run_on_ranks  # noqa: E402
 
-import distributed  # noqa: E402
 from alignment.ppo import PPOConfig, rlhf_ppo  # noqa: E402
 from alignment.sft import SFTConfig, sft_finetune  # noqa: E402
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from checkpoint import load_checkpoint, load_model, save_checkpoint  # noqa: E402
 from command_line import Interrupted, UserError  # noqa: E402
-from distributed import Layout, parse_layout  # noqa: E402
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel  # noqa: E402
-from run_log import read_metrics  # noqa: E402
-from training_config import TrainingConfig, prepare_machine  # noqa: E402
-from training_loop import TrainingLoop  # noqa: E402
+from training import ranks  # noqa: E402
+from training.parallel_model import Layout, ParallelModel, parse_layout  # noqa: E402
+from training.run_log import read_metrics  # noqa: E402
+from training.training_config import TrainingConfig, prepare_machine  # noqa: E402
+from training.training_loop import TrainingLoop  # noqa: E402
 
 TOLERANCE = 1e-5
 GLOBAL_BATCH = 8
@@ -190,8 +190,8 @@ def work_as_a_rank(folder):
     """All cases for this number of ranks; rank 0 leaves their results in `folder/results_<ranks>.json`."""
     folder = Path(folder)
     torch.manual_seed(0)
-    distributed.start(torch.device("cpu"))
-    n_ranks = distributed.world_size()
+    ranks.start(torch.device("cpu"))
+    n_ranks = ranks.world_size()
     results = {}
     for name, (mode, rows, micro_batches, architectures) in (ON_TWO if n_ranks == 2 else ON_FOUR).items():
         for architecture in architectures:
@@ -199,7 +199,7 @@ def work_as_a_rank(folder):
             settings = dict(recompute_activations="recomputed" in name)
             loop = make_loop(architecture, out, mode, rows, micro_batches, **settings)
             local = sum(getattr(weight, "_local_tensor", weight).numel() for weight in loop.model.parameters())
-            case = {"shares": [share / loop.n_parameters for share in distributed.gather_objects(local)]}
+            case = {"shares": [share / loop.n_parameters for share in ranks.gather_objects(local)]}
             case["whole"] = train(loop)
             # The same run from the middle, where one rank had left it
             loop = make_loop(architecture, folder / "resumed", mode, rows, micro_batches, **settings)
@@ -207,16 +207,16 @@ def work_as_a_rank(folder):
             results[f"{name} {architecture}"] = case
     if n_ranks == 2:
         results |= signal_to_one_rank(folder) | fine_tuning(folder) | refusals(folder)
-    if distributed.is_main():
+    if ranks.is_main():
         (folder / f"results_{n_ranks}.json").write_text(json.dumps(results))
-    distributed.stop()
+    ranks.stop()
 
 
 def signal_to_one_rank(folder):
     """Rank 1 alone gets a SIGTERM while step 3 is evaluated."""
 
     def interrupt(model, metrics):
-        if distributed.rank() == 1:
+        if ranks.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
@@ -225,7 +225,7 @@ def signal_to_one_rank(folder):
         make_loop("modern", folder / "signal", "fsdp", 4, 1, score=interrupt).train()
     except Interrupted as interruption:
         said = str(interruption)
-    return {"signal": distributed.gather_objects(said)}
+    return {"signal": ranks.gather_objects(said)}
 
 
 def fine_tuning(folder):
@@ -251,7 +251,7 @@ def fine_tuning(folder):
         )
     )
     records = read_metrics(folder / "rlhf" / "metrics.jsonl")
-    return {"ppo": {"best": distributed.gather_objects(best), "course": records}}
+    return {"ppo": {"best": ranks.gather_objects(best), "course": records}}
 
 
 def refusals(folder):
@@ -262,11 +262,11 @@ def refusals(folder):
             architecture, **{**dict(vocab_size=320, d_model=32, n_layers=2, n_heads=4), **settings}
         )
         try:
-            distributed.ParallelModel(GPTModel.from_config(config), mode, torch.device("cpu"))
+            ParallelModel(GPTModel.from_config(config), mode, torch.device("cpu"))
         except UserError as error:
             said[mode] = str(error)
     try:
-        distributed.ParallelModel(nn.Linear(2, 2), "fsdp", torch.device("cpu"))
+        ParallelModel(nn.Linear(2, 2), "fsdp", torch.device("cpu"))
     except UserError as error:
         said["fsdp"] = str(error)
     return {"refusals": said}

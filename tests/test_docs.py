@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import finetune
-import run_log
 from alignment.grpo import call_reward, load_reward
 from checkpoint import save_checkpoint
 from command_line import parse_config
 from gpt_model import GPTConfig, GPTModel
+from training import run_log
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -55,14 +55,13 @@ def names_in(text):
 
 def settings_of(script):
     """The class of settings that a script's command line is made from."""
-    script = script.replace("alignment/lora.py", "alignment/lora_export.py")  # which takes its command line over
     (name,) = re.findall(r"= parse_config\((\w+),", (ROOT / script).read_text(encoding="utf-8"))
     return getattr(importlib.import_module(script.removesuffix(".py").replace("/", ".")), name)
 
 
 def scripts():
     """Every script that reads its options by `parse_config`, but for finetune.py, which has several sets of them."""
-    folders = (ROOT, ROOT / "alignment", ROOT / "inference", ROOT / "benchmarks")
+    folders = (ROOT, ROOT / "benchmarks", *(path.parent for path in ROOT.glob("[!.]*/__init__.py")))
     there = [path for folder in folders for path in folder.glob("*.py")]
     found = [path for path in there if " = parse_config(" in path.read_text(encoding="utf-8")]
     return {str(path.relative_to(ROOT)) for path in found} - {"command_line.py", "finetune.py"}

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 
 import finetune
 from alignment.dpo import DPOConfig, DPODataset, DPOLoop, DPOModel, answer_log_probs, dpo, dpo_loss, ipo_loss
-from alignment.lora import adapters_disabled, apply_lora, lora_layers
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
-from conversation_data import load_preferences, parse_preference
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
-from run_log import read_metrics
-from training_config import prepare_machine
+from lora import adapters_disabled, apply_lora, lora_layers
+from text.conversation_data import load_preferences, parse_preference
+from training.run_log import read_metrics
+from training.training_config import prepare_machine
 
 COMMON = dict(device="cpu", precision="fp32", num_threads=1, log_interval=1)
 LN_2 = math.log(2)

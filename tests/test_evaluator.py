@@ -8,13 +8,14 @@ import torch
 
 import evaluator
 from alignment.reward_model import RewardModel
-from answer_report import Question, grade, load_questions, report_answers, segment
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import save_checkpoint
 from command_line import UserError
+from evaluation.answer_report import Question, grade, load_questions, report_answers, segment
 from evaluator import GPTEvaluator, evaluate_reward
 from gpt_model import GPTConfig, GPTModel
-from text_generation import Generation, generate_texts
+from inference.request import Generation
+from inference.text_generation import generate_texts
 
 TEXTS = ["hello world", "你好，世界。", "a", "The quick brown fox jumps over the lazy dog.", "二加三等于五。"]
 

@@ -12,7 +12,7 @@ import finetune
 from alignment.grpo import GRPOConfig, RecordDataset, call_reward, group_advantages, load_reward, train_grpo
 from alignment.rollouts import answer_log_probs
 from command_line import UserError
-from run_log import read_metrics
+from training.run_log import read_metrics
 
 
 def random_batch(loop, spread=0.4):
@@ -189,6 +189,7 @@ def test_records_stay_beside_their_prompts(tokenizer):
     [
         ("rewards.py", "--reward rewards.py must be a file and a function in it, such as my_rewards.py:reward"),
         ("missing.py:reward", "the file of --reward missing.py does not exist; give PATH.py:FUNCTION"),
+        ("answer_checker.py:preference_reward", "not exist; .* such as evaluation/answer_checker.py:preference_reward"),
         ("rewards.py:absent", "rewards.py has no function absent; it has good, broken"),
         ("syntax.py:reward", r"syntax.py cannot be imported: SyntaxError: .* \(syntax.py, line 1\); mend it"),
         ("raises.py:reward", r"raises.py cannot be imported: KeyError: 'no' \(raises.py, line 2\); mend it"),
@@ -208,7 +209,7 @@ def test_a_reward_that_cannot_be_loaded_is_named(tmp_path, monkeypatch, place, m
 
 def test_a_reward_is_found_from_the_working_folder_or_the_projects(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert load_reward("answer_checker.py:preference_reward")([], [], []) == []
+    assert load_reward("evaluation/answer_checker.py:preference_reward")([], [], []) == []
     (tmp_path / "mine.py").write_text("def reward(prompts, responses, records):\n    return [3]\n")
     assert load_reward("mine.py:reward")([], [], []) == [3]
     assert load_reward(f"{tmp_path}/mine.py:reward")([], [], []) == [3]

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from interruptions import StopSignal, is_out_of_memory
+from training.interruptions import StopSignal, is_out_of_memory
 
 
 def test_a_second_signal_leaves_at_once():

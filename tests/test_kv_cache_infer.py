@@ -11,8 +11,9 @@ from checkpoint import save_checkpoint
 from command_line import UserError, run_main
 from gpt_model import GPTConfig, GPTModel
 from inference.beam_search import BeamSettings, beam_search
-from inference.kv_cache_infer import KVCache, generate_texts, generate_with_kv_cache, main
-from text_generation import encode_prompt, left_pad
+from inference.kv_cache_infer import KVCache, generate_with_kv_cache, main
+from inference.request import encode_prompt
+from inference.text_generation import generate_texts
 
 CONTEXT = 64
 PROMPTS = ["hello world", "你好", "a", "The quick brown fox"]
@@ -104,7 +105,9 @@ def test_generation_feeds_every_token_once(model, tokenizer, monkeypatch):
 def test_positions_count_tokens_and_not_padding(model, tokenizer):
     """Padding on the left changes no logits, with and without the cache."""
     rows = [encode_prompt(tokenizer, prompt, chat=False) for prompt in PROMPTS]
-    input_ids, mask = left_pad(rows, tokenizer.pad_token_id)
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])  # (B, T)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])  # (B, T)
     cache = model.new_cache(*input_ids.shape)
     chunks = [slice(0, 5), slice(5, 6), slice(6, input_ids.size(1))]
     in_chunks = [model(input_ids[:, chunk], mask[:, : chunk.stop], cache=cache)["logits"] for chunk in chunks]

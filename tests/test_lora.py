@@ -7,7 +7,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from alignment.lora import (
+from alignment.reward_model import RewardModel
+from command_line import UserError, parse_config
+from inference.quantizer import quantize_model_int8
+from lora import (
     LoRALinear,
     LoRAOptions,
     adapters_disabled,
@@ -22,10 +25,7 @@ from alignment.lora import (
     trained_state,
     unmerge_lora,
 )
-from alignment.reward_model import RewardModel
-from command_line import UserError, parse_config
-from inference.quantizer import quantize_model_int8
-from optimization import Updater, build_optimizers
+from training.optimization import Updater, build_optimizers
 
 RANK_4 = LoRAOptions(lora_rank=4)
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from test_transformers_parity import in_transformers
 
-from alignment.lora import LoRAOptions, apply_lora, lora_layers, lora_settings, lora_state, trained_state
 from alignment.lora_export import main
 from alignment.reward_model import RewardModel
 from checkpoint import load_checkpoint, load_model, restore_model, save_checkpoint, weight_fingerprint
 from command_line import UserError
 from inference import quantizer
 from inference.quantizer import load_any
+from lora import LoRAOptions, apply_lora, lora_layers, lora_settings, lora_state, trained_state
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOSE = dict(atol=2e-5, rtol=2e-5)
@@ -117,9 +117,9 @@ def test_a_missing_base_is_named_with_the_remedy_which_works(world, capsys):
     assert str(error.value) == (
         "models/lora/best.pth holds adapters (LoRA) for models/base/base.pth, which is not there; bring that model "
         "back, or say where it is and merge the two: "
-        "python -m alignment.lora --adapter models/lora/best.pth --base_model PATH --output_path MERGED"
+        "python -m alignment.lora_export --adapter models/lora/best.pth --base_model PATH --output_path MERGED"
     )
-    remedy = str(error.value).partition("alignment.lora ")[2]
+    remedy = str(error.value).partition("alignment.lora_export ")[2]
     main(remedy.replace("PATH", "elsewhere.pth").replace("MERGED", "merged.pth").split())
     assert capsys.readouterr().out == "merged with elsewhere.pth: merged.pth\n"
     Path("elsewhere.pth").unlink()
@@ -220,10 +220,11 @@ def test_mistakes_are_explained(arguments, complaint, world):
         main(arguments)
 
 
-def test_the_module_runs_as_a_program(world):
-    """`python -m alignment.lora` is a process of its own, and knows one class of adapters, not two."""
+@pytest.mark.parametrize("module", ["alignment.lora_export", "alignment.lora"])
+def test_the_module_runs_as_a_program(module, world):
+    """`python -m alignment.lora_export`, or by its former name, is a process of its own."""
     world()
-    command = [sys.executable, "-m", "alignment.lora", "--adapter", "models/lora/best.pth", "--output_path", "m.pth"]
+    command = [sys.executable, "-m", module, "--adapter", "models/lora/best.pth", "--output_path", "m.pth"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert (result.returncode, result.stderr) == (0, "")

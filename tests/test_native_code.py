@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference import native_code
-from inference.native_code import load_native, why_not
+from inference.kernels import native_code
+from inference.kernels.native_code import check_layout, load_native, why_not
 
 SOURCE = """
 void add(const float *x, const float *y, float *sum, long n, int threads) {
@@ -144,6 +144,41 @@ def test_threads_that_ask_at_once_get_one_library(source):
     assert len({id(library) for library in found}) == 1 and is_right(found[0])
 
 
+class Point(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_int32), ("y", ctypes.c_double)]
+
+
+POINT = """
+#include "layout.h"
+typedef struct { int32_t x; double y; } Point;
+LAYOUT(Point, FIELD(Point, x), FIELD(Point, y));
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("int32_t x; double y;", "double y; int32_t x;"),
+        ("int32_t x;", "int64_t x;"),
+        ("double y;", "double y; int32_t z;"),
+        ("double y;", "float y;"),
+        ("FIELD(Point, x), ", ""),
+        ("{ int32_t x; double y; }", "{ int32_t x, z; double y; }"),
+    ],
+    ids=lambda change: change[1],
+)
+def test_a_struct_that_python_sees_otherwise_is_refused(source, change):
+    """Other order, size, or a field more or less; a field that fits into a gap is listed or it changes nothing."""
+    (source.parent / "layout.h").write_text((Path(native_code.__file__).parent / "layout.h").read_text())
+    source.write_text(POINT)
+    check_layout(load_native(source), Point=Point)
+    forget()
+    source.write_text(POINT.replace(*change).replace("y));", "y), FIELD(Point, z));" if "z;" in change[1] else "y));"))
+    with pytest.raises(RuntimeError, match="the struct Point of .* differs from Point in Python.*change both together"):
+        check_layout(load_native(source), Point=Point)
+
+
 @needs_compiler
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_openmp_is_the_one_that_torch_has_loaded(source):
@@ -152,7 +187,7 @@ def test_openmp_is_the_one_that_torch_has_loaded(source):
     program = f"""
 import os, re, torch
 from pathlib import Path
-from inference.native_code import load_native
+from inference.kernels.native_code import load_native
 from tests.test_native_code import is_right
 torch.set_num_threads(2)
 torch.ones(1000000).exp().sum()
@@ -166,3 +201,25 @@ print(len(set(re.findall(r"/\\S*lib(?:g|i)?omp\\S*", Path("/proc/self/maps").rea
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "1"
+
+
+@needs_compiler
+@pytest.mark.skipif("address" not in os.environ.get("NATIVE_CFLAGS", ""), reason="only in tests/with_sanitizers.sh")
+def test_a_write_beyond_the_end_is_seen(source):
+    """The flags reach the compiler, and a mistake ends the process with a report."""
+    program = f"""
+import torch
+from pathlib import Path
+from inference.kernels.native_code import load_native
+from tests.test_native_code import is_right
+add = load_native(Path({str(source)!r})).add
+assert is_right(load_native(Path({str(source)!r})))
+print("right", flush=True)
+x, y = torch.ones(1001), torch.ones(1000)
+add(x.data_ptr(), x.data_ptr(), y.data_ptr(), 1001, 1)
+print("not seen")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode and result.stdout == "right\n"
+    assert "heap-buffer-overflow" in result.stderr and "WRITE of size 4" in result.stderr

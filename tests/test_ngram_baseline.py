@@ -1,13 +1,14 @@
 """The n-gram baseline: its probabilities are those of the formula, and it learns what a few tokens of context tell."""
 
+import importlib
 import json
 
 import numpy as np
 import pytest
 
-import ngram_baseline
 from byte_level_bpe import ByteLevelBPETokenizer
-from ngram_baseline import NGramModel
+from evaluation import ngram_baseline
+from evaluation.ngram_baseline import NGramModel
 
 A, B, C, END = 0, 1, 2, 3
 
@@ -108,3 +109,8 @@ def test_without_headings_the_answer_follows_the_question():
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     ids = ngram_baseline.encode_conversation(tokenizer, turns, headings=False)
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>a?b</s>c"
+
+
+def test_the_former_name_of_the_script_leads_here():
+    """`python ngram_baseline.py` is what users have typed."""
+    assert importlib.import_module("ngram_baseline").main is ngram_baseline.main

@@ -8,17 +8,15 @@ import torch
 import torch.nn as nn
 
 from command_line import UserError
-from optimization import (
+from machine import autocast, resolve_device, resolve_precision
+from training.optimization import (
     SCHEDULES,
     Muon,
     Updater,
-    autocast,
     build_optimizers,
     learning_rate_factor,
     newton_schulz,
     parameter_groups,
-    resolve_device,
-    resolve_precision,
 )
 
 CPU = torch.device("cpu")

@@ -2,17 +2,21 @@
 say that they cannot start; and what the report is made of. The run itself is `run_training.sh --smoke`, in .ci/run."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from command_line import Interrupted, UserError, parse_config
+from evaluation.report import write_report
 from pipeline import PipelineConfig, Stage, build_stages, free_port, run_stage, running_service, settle
-from report import write_report
-from run_log import plot_metrics
+from training.run_log import plot_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -220,15 +224,51 @@ def set_up(folder, **environment):
     return subprocess.run(command, cwd=folder, env={"PATH": "", **environment}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("version", [(3, 9), (3, 13)])
+@pytest.mark.parametrize("version", [(3, 9), (3, 15)])
 def test_unsupported_python_is_refused_in_one_sentence(tmp_path, version):
     """A Python that PyTorch or the pinned packages do not support is named as the reason before anything is made."""
     result = set_up(tmp_path, PYTHON=str(fake_python(tmp_path, version)))
     assert result.returncode == 2
     assert result.stderr.strip() == (
-        "error: Python 3.10, 3.11 or 3.12 is needed; install one, or name it in the variable PYTHON"
+        "error: Python 3.10 to 3.14 is needed; install one, or name it in the variable PYTHON"
     )
     assert not (tmp_path / ".venv").exists()
+
+
+def pins_for(file, minor):
+    """The lines of a requirements file that are for Python 3.`minor`, parsed."""
+    lines = (re.sub(r"(^|\s+)#.*", "", line) for line in (ROOT / file).read_text(encoding="utf-8").splitlines())
+    pins = [Requirement(line) for line in lines if line]
+    return [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": f"3.{minor}"})]
+
+
+def test_every_promise_names_the_pythons_that_the_set_up_takes(tmp_path):
+    """READMEs, Dockerfile, linter and pins with their markers agree with setup_venv.sh on the versions of Python."""
+    results = {minor: set_up(tmp_path, PYTHON=str(fake_python(tmp_path, (3, minor)))) for minor in range(8, 18)}
+    taken = [minor for minor, result in results.items() if "is needed" not in result.stderr]
+    lowest, highest = f"3.{taken[0]}", f"3.{taken[-1]}"
+    promises = {
+        "README.md": f"Python {lowest} to {highest} is all",
+        "README.zh-CN.md": f"Python {lowest} 至 {highest}",
+        "docker/Dockerfile": f"Python {lowest}-{highest}",
+        "requirements.txt": f"Python {lowest}–{highest}",
+        "pyproject.toml": f'target-version = "py3{taken[0]}"',
+        "setup_venv.sh": " ".join(f"python3.{minor}" for minor in reversed(taken)),
+    }
+    for file, promise in promises.items():
+        assert promise in (ROOT / file).read_text(encoding="utf-8"), f"{file} does not say {promise}"
+
+    installed = {package.name.lower(): package for package in metadata.distributions()}
+    for file, only_for_some in [("requirements.txt", set()), ("requirements-dev.txt", {"trl"})]:
+        names = {minor: [pin.name for pin in pins_for(file, minor)] for minor in taken}
+        for minor in taken:
+            assert len(names[minor]) == len(set(names[minor])), f"{file} has a package twice for Python 3.{minor}"
+            assert set().union(*names.values()) - set(names[minor]) <= only_for_some, f"{file} for Python 3.{minor}"
+            for pin in pins_for(file, minor):
+                package = installed.get(pin.name)
+                if package and package.version in pin.specifier:  # not so where the pin is for another Python
+                    supported = SpecifierSet(package.metadata.get("Requires-Python", ""))
+                    assert supported.contains(f"3.{minor}.0"), f"{pin} does not support Python 3.{minor}"
 
 
 def test_python_without_venv_names_the_package(tmp_path):

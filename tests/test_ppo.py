@@ -17,7 +17,7 @@ from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
 from data_loader import BatchOrder, GPTSFTDataset
 from gpt_model import GPTConfig, GPTModel
-from run_log import read_metrics
+from training.run_log import read_metrics
 
 
 class LikesSmallNumbers(RewardModel):

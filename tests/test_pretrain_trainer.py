@@ -16,8 +16,8 @@ from command_line import UserError, parse_config
 from data_loader import in_validation_part
 from gpt_model import GPTModel
 from pretrain_trainer import GPTTrainer, PretrainConfig, turn_depth_dial
-from run_log import read_metrics
-from text_files import iter_documents
+from text.text_files import iter_documents
+from training.run_log import read_metrics
 
 ROOT = Path(__file__).parent.parent
 LINES = [f"{number} 的平方是 {number * number}；the cube is {number**3}." for number in range(20)]

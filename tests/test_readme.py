@@ -4,7 +4,6 @@ The English and the Chinese README hold the same commands, so they are run once.
 full, where what is run differs from what is written; everything else is run as it stands.
 """
 
-import ast
 import json
 import os
 import re
@@ -17,11 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_layers import layer_of
 
-from conversation_data import parse_conversation, parse_preference
 from gpt_model import GPTModel
 from pipeline import SIZES, free_port
 from pretrain_trainer import PretrainConfig
+from text.conversation_data import parse_conversation, parse_preference
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ SCALED_DOWN = {
     "python finetune.py --mode grpo": f"{SHORT} --batch_size 4 --rollout_batch_size 8 --group_size 4 --max_gen_len 4",
     "python finetune.py --mode distill": f"{SHORT} --batch_size 4 --n_layers 1 --d_model 16",
     "python evaluator.py": "--max_samples 4 --max_gen_len 4 --num_threads 1",
-    "python ngram_baseline.py": "--max_samples 4 --max_gen_len 4",
+    "python -m evaluation.ngram_baseline": "--max_samples 4 --max_gen_len 4",
     "python -m inference.quantizer": "--num_threads 1 --text_tokens 256",
     "python -m inference.kv_cache_infer": "--num_threads 1 --max_gen_len 4",
     "python -m inference.kv_cache_infer --model_path models/pretrain": "--num_threads 1 --max_gen_len 40",
@@ -93,12 +93,12 @@ LEAVES = {
     "python finetune.py --mode grpo": ["models/grpo/grpo_best.pth"],
     "python finetune.py --mode dpo": ["models/dpo/dpo_best.pth"],
     "python finetune.py --mode sft --pretrained_model": ["models/sft_lora/sft_best.pth"],
-    "python -m alignment.lora": ["models/sft_lora/merged.pth"],
+    "python -m alignment.lora_export": ["models/sft_lora/merged.pth"],
     "python finetune.py --mode distill": ["models/distill/distill_best.pth"],
     "python evaluator.py --model_path models/pretrain": ["models/pretrain/pretrain_best_eval.json"],
     "python evaluator.py --model_path models/sft": ["models/sft/sft_best_eval.json"],
     "python evaluator.py --model_path models/reward": ["models/reward/reward_best_eval.json"],
-    "python ngram_baseline.py": ["models/ngram_eval.json"],
+    "python -m evaluation.ngram_baseline": ["models/ngram_eval.json"],
     "python -m inference.quantizer": ["models/sft/sft_best_int8.pth"],
     "python byte_level_bpe.py --input my_texts": ["models/mine/bpe_tokenizer/tokenizer.json"],
     "python pretrain_trainer.py --train_data_dir my_texts": ["models/mine/pretrain/pretrain_best.pth"],
@@ -281,23 +281,14 @@ def map_of(readme):
 
 
 def test_map_shows_the_house_as_it_is():
-    """The map names only what is there, and every module of the root, of alignment/ and of inference/."""
+    """The map names only what is there, every module of the root and every folder of modules, in the layers' order."""
     names = map_of(ENGLISH)
     assert names == map_of(CHINESE)
     assert [name for name in names if not (ROOT / name).exists() and name != "models/"] == []
-    modules = [path for pattern in ("*.py", "alignment/*.py", "inference/*.py") for path in ROOT.glob(pattern)]
-    there = {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"}
+    there = {path.name for path in ROOT.glob("*.py")} | {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")}
     assert there - set(names) == set(), "modules that the map does not show"
-
-
-def test_nothing_imports_from_below_itself_in_the_map():
-    """Data flows down the map: what a module imports at its top stands above it."""
-    modules = [name.removesuffix(".py").replace("/", ".") for name in map_of(ENGLISH) if name.endswith(".py")]
-    for place, module in enumerate(modules):
-        tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
-        imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-        imported |= {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
-        assert imported & set(modules[place:]) == set(), f"{module} imports from below itself"
+    layers = [layer_of(name.removesuffix(".py").rstrip("/")) for name in names if name in there]
+    assert layers == sorted(layers)
 
 
 @pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=["en", "zh"])

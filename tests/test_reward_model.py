@@ -23,10 +23,10 @@ from alignment.reward_model import (
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
-from conversation_data import parse_preference
 from data_loader import PreferenceDataset
 from gpt_model import GPTConfig, GPTModel
-from run_log import read_metrics
+from text.conversation_data import parse_preference
+from training.run_log import read_metrics
 
 PAIR = dict(margins=torch.zeros(2), weights=torch.ones(2), pairs=torch.tensor([[0, 2], [1, 3]]))
 COMMON = dict(device="cpu", precision="fp32", num_threads=1, log_interval=1)

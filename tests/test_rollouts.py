@@ -5,16 +5,16 @@ import shlex
 
 import pytest
 import torch
+from on_ranks import run_on_ranks
 from policy_loops import ALGORITHMS, COMMON, PROMPTS, fixed_rollout, letters, make_loop, two_steps
-from ranks import run_on_ranks
 
 import finetune
-from alignment.lora import lora_layers
 from alignment.reward_model import RewardModel
 from alignment.rollouts import kl_terms, masked_mean, select, write_answers
 from checkpoint import load_checkpoint, load_model
 from command_line import UserError
-from run_log import read_metrics
+from lora import lora_layers
+from training.run_log import read_metrics
 
 both = pytest.mark.parametrize("algorithm", ALGORITHMS)
 

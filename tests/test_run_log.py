@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from command_line import UserError
-from run_log import (
-    RunLog,
-    peak_flops,
-    peak_memory_bytes,
-    plot_metrics,
-    read_metrics,
-    training_flops_per_token,
-)
+from machine import peak_flops, peak_memory_bytes
+from training.run_log import RunLog, plot_metrics, read_metrics, training_flops_per_token
 
 
 def strict_records(path):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, check_answer
 from data import build_sample_data as builder
 from data import sample_world
 from data.leak_proof import HeldOutOperands, LeakError, normalise, phrasing_pattern, prove_no_leak
 from data.sample_phrasings import RELATIONS
 from data.sample_skills import SKILLS
+from evaluation.answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, check_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from command_line import UserError
-from text_files import iter_documents, iter_records, resolve_files
+from text.text_files import iter_documents, iter_records, resolve_files
 
 DOCUMENTS = ["法国的首都是巴黎。", "The capital of France is Paris.", "  leading spaces and a tab\tinside  ", "🦊 café"]
 

@@ -20,9 +20,9 @@ from checkpoint import load_checkpoint, load_model
 from command_line import UserError, run_main
 from data_loader import GPTPretrainDataset, GPTSFTDataset, TokenShards
 from gpt_model import GPTConfig, GPTModel
-from run_log import read_metrics
-from training_config import TrainingConfig, prepare_machine
-from training_loop import TrainingLoop
+from training.run_log import read_metrics
+from training.training_config import TrainingConfig, prepare_machine
+from training.training_loop import TrainingLoop
 
 ROOT = Path(__file__).parent.parent
 LINES = [f"{number} 的平方是 {number * number}; the cube is {number**3}." for number in range(3, 23)]

@@ -1,9 +1,9 @@
 """C functions, compiled on the machine that runs them.
 
-`load_native(source)` compiles a C file with the system's compiler for exactly this processor and loads it with ctypes.
-The result is kept in a per-user cache, so that only the first use waits (about a second). Where there is no compiler,
-or it fails, the answer is None, the log has a warning and `why_not(source)` says why: callers then take a slower way in
-PyTorch.
+`load_native(source)` compiles a C file with the system's compiler for exactly this processor, or for the lesser one
+that CPU_LEVEL asks for (cpu_level.py), and loads it with ctypes. The result is kept in a per-user cache, so that only
+the first use waits (about a second). Where there is no compiler, or it fails, the answer is None, the log has a warning
+and `why_not(source)` says why: callers then take a slower way in PyTorch.
 
 Rules for the C files: no #include of omp.h (clang on macOS has none), and each `#pragma omp parallel` takes its
 num_threads from an argument that is `torch.get_num_threads()`. Their parallel regions run in the thread pool that
@@ -28,16 +28,18 @@ from pathlib import Path
 
 import torch
 
-ARM = platform.machine().lower() in ("arm64", "aarch64")
-COMPILE_FLAGS = ["-O3", "-fPIC", "-mcpu=native" if ARM else "-march=native"]
+from cpu_level import compiler_flags
+
+EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))  # for compiling and linking, such as -fsanitize=address
+COMPILE_FLAGS = ["-O3", "-fPIC", *EXTRA_FLAGS]
 OPENMP_FLAGS = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
-TIMEOUT = 120  # seconds for a compiler that hangs, e.g. on a network drive
+TIMEOUT = 600  # seconds for a compiler that hangs, e.g. on a network drive
 
 logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
-_loaded: dict[Path, ctypes.CDLL | None] = {}
-_reasons: dict[Path, str] = {}
+_loaded: dict[tuple, ctypes.CDLL | None] = {}  # by source, and what is asked of the compiler
+_reasons: dict[tuple, str] = {}
 
 
 def load_native(source: Path) -> ctypes.CDLL | None:
@@ -45,21 +47,48 @@ def load_native(source: Path) -> ctypes.CDLL | None:
 
     Calls release the GIL. The caller declares `argtypes` and keeps the tensors alive whose addresses it passes.
     """
-    source = source.resolve()
+    key = _key(source)
     with _lock:
-        if source not in _loaded:
+        if key not in _loaded:
             try:
-                _loaded[source] = _load(source)
+                _loaded[key] = _load(source.resolve())
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 if not _reasons:
                     logger.warning("generation takes the slower way through PyTorch: %s", error)
-                _loaded[source], _reasons[source] = None, str(error)
-        return _loaded[source]
+                _loaded[key], _reasons[key] = None, str(error)
+        return _loaded[key]
 
 
 def why_not(source: Path) -> str | None:
     """Why `load_native(source)` gave None; None if it did not."""
-    return _reasons.get(source.resolve())
+    return _reasons.get(_key(source))
+
+
+def _key(source: Path) -> tuple:
+    return source.resolve(), os.environ.get("CC"), compiler_flags()
+
+
+class _Field(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("offset", ctypes.c_int64), ("size", ctypes.c_int64)]
+
+
+def check_layout(library: ctypes.CDLL, **structures: type[ctypes.Structure]) -> None:
+    """Compare what Python passes with what C reads: for each structure, by its name in C, all fields' names and places.
+
+    Raises:
+        RuntimeError: the C file, whose structs with a LAYOUT (layout.h) these are, was changed without the Python file.
+    """
+    for name, structure in structures.items():
+        places = [(field, getattr(structure, field)) for field, _ in structure._fields_]
+        ours = [(field.encode(), place.offset, place.size) for field, place in places]
+        ours.append((None, 0, ctypes.sizeof(structure)))
+        for expected, field in zip(ours, (_Field * len(ours)).in_dll(library, f"layout_of_{name}"), strict=True):
+            found = (field.name, field.offset, field.size)
+            if found != expected:
+                raise RuntimeError(
+                    f"the struct {name} of {library._name} differs from {structure.__qualname__} in Python: (name,"
+                    f" offset, size) is {found} in C and {expected} in Python; change both together"
+                )
 
 
 def cache_folder() -> Path:
@@ -76,14 +105,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "own-gpt"
 
 
-def processor() -> str:
-    """The processor's model and instruction sets: compiled code and measured times hold for these."""
+def cpu_fingerprint() -> str:
+    """The processor's model and instruction sets, as far as they are used: compiled code and measured times hold for
+    these."""
+    used = " ".join([platform.machine(), *compiler_flags()])
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
-        return f"{platform.machine()} {platform.processor()}"
+        return f"{used} {platform.processor()}"
     kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), *sorted(kept)])
+    return "\n".join([used, *sorted(kept)])
 
 
 def _load(source: Path) -> ctypes.CDLL:
@@ -91,14 +122,16 @@ def _load(source: Path) -> ctypes.CDLL:
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
     openmp = _openmp_of_torch()
     link_flags = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else OPENMP_FLAGS
+    link_flags = [*link_flags, *EXTRA_FLAGS]
     key = hashlib.sha256(_whole_text(source) + version)
-    key.update(repr((compiler, COMPILE_FLAGS, link_flags, processor())).encode())
+    compile_flags = [*COMPILE_FLAGS, *compiler_flags()]
+    key.update(repr((compiler, compile_flags, link_flags, cpu_fingerprint())).encode())
     library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if _is_intact(library):
         return ctypes.CDLL(str(library))
     with tempfile.TemporaryDirectory() as folder:
         compiled, result = Path(folder) / "source.o", Path(folder) / library.name
-        _run([*compiler, *COMPILE_FLAGS, *OPENMP_FLAGS, "-c", str(source), "-o", str(compiled)])
+        _run([*compiler, *compile_flags, *OPENMP_FLAGS, "-c", str(source), "-o", str(compiled)])
         _run([*compiler, "-shared", str(compiled), *link_flags, "-lm", "-o", str(result)])
         try:
             _store(result, library)

@@ -1,6 +1,6 @@
 """Answers beside their references: BLEU, ROUGE and exactness, by skill, by language and by what was held out.
 
-It grades texts, whoever wrote them: a neural model (evaluator.py) or n-grams (ngram_baseline.py).
+It grades texts, whoever wrote them: a neural model (evaluator.py) or n-grams (ngram_baseline).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 from rouge import Rouge
 
-from answer_checker import check_answer
 from command_line import UserError
-from conversation_data import parse_conversation
-from text_files import iter_records
-from text_generation import Generation
+from evaluation.answer_checker import check_answer
+from inference.request import Generation
+from text.conversation_data import parse_conversation
+from text.text_files import iter_records
 
 # -- texts against references ------------------------------------------------------------------------------------------
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from command_line import UserError
 
 TRACKERS = ("none", "swanlab", "wandb")
-
-# Dense bf16 peak of common accelerators, TFLOP/s, from the makers' data sheets
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
-PEAK_TFLOPS |= {"RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 4070": 58, "RTX 3080": 59}
 
 
 class RunLog:
@@ -225,38 +217,6 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
     figure.suptitle(title, fontsize=11)
     figure.savefig(image_path, dpi=110)
     return Path(image_path)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-@functools.cache
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The machine's peak in FLOP/s: from the data sheet of a known GPU, measured for a CPU or an unknown GPU.
-
-    The random numbers are its own: the generators that dropout uses stand untouched, as exact resuming needs.
-    """
-    if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
-        for key, tflops in PEAK_TFLOPS.items():
-            if key in name:
-                return tflops * 1e12
-    size = 1024 if device.type == "cpu" else 4096
-    generator = torch.Generator(device).manual_seed(0)
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
-    best = math.inf
-    for _ in range(6):
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def training_flops_per_token(n_parameters: int, n_layers: int, d_attention: int, seq_len: int) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UserError
-from text_files import iter_records
+from text.text_files import iter_records
 
 Message = dict[str, str]
 

@@ -12,12 +12,15 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
+#include "layout.h"
 
 #if defined(__AVX512F__)
 #define LANES 16
 #define X_ROWS 4 /* 4 · 4 sums, 4 + 4 operands: 32 registers hold them */
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 #define LANES 8
 #define X_ROWS 2 /* 16 registers */
 #else
@@ -27,8 +30,8 @@
 #define W_ROWS 4
 #define INLINE static inline __attribute__((always_inline))
 
-/* The processor itself foresees only the next few cache lines of a row. With one row of x, W is read once and shall not
-   drive everything else out of the caches. */
+/* The processor itself foresees only the next few cache lines of a row. With one row of x, W is read once and must not
+   drive everything else out of the caches: it is asked for as something that need not be kept (the last 0). */
 #define READ_ONCE 6144 /* bytes ahead */
 #define READ_AGAIN 4096
 INLINE void ask_for(const char *p, long ahead) {
@@ -51,6 +54,8 @@ INLINE void ask_for(const char *p, long ahead) {
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float quarter __attribute__((vector_size(16)));
 typedef int32_t int_vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t int_quarter __attribute__((vector_size(16)));
+typedef double double_quarter __attribute__((vector_size(32)));
 typedef int16_t short_vec __attribute__((vector_size(2 * LANES)));
 typedef int8_t byte_vec __attribute__((vector_size(LANES)));
 
@@ -109,7 +114,6 @@ INLINE vec load_vec_fp16(const void *row, long k) {
 #endif
 }
 INLINE float load_one_fp16(const void *row, long k) { return _cvtsh_ss(((const uint16_t *)row)[k]); }
-#define HAS_FP16
 #elif defined(__aarch64__)
 typedef __fp16 half_vec __attribute__((vector_size(2 * LANES)));
 INLINE vec load_vec_fp16(const void *row, long k) {
@@ -118,13 +122,18 @@ INLINE vec load_vec_fp16(const void *row, long k) {
     return __builtin_convertvector(v, vec);
 }
 INLINE float load_one_fp16(const void *row, long k) { return ((const __fp16 *)row)[k]; }
-#define HAS_FP16
-#endif
-
-#ifdef HAS_FP16
-#define LOAD_ONE_FP16 load_one_fp16
-#else
-#define LOAD_ONE_FP16(row, k) NAN /* never reached: see linear_reads */
+#else /* its ten bits of fraction and five of exponent come to lie where fp32 has them; the bias of those is 112 less */
+INLINE vec from_fp16(int_vec bits) {
+    vec magnitude = (vec)((bits & 0x7fff) << 13) * 0x1p112f; /* subnormal numbers, too */
+    int_vec not_finite = ((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+    return (vec)((int_vec)magnitude | not_finite | (bits & 0x8000) << 16);
+}
+INLINE vec load_vec_fp16(const void *row, long k) {
+    short_vec v;
+    memcpy(&v, (const int16_t *)row + k, sizeof v);
+    return from_fp16(__builtin_convertvector(v, int_vec));
+}
+INLINE float load_one_fp16(const void *row, long k) { return from_fp16((int_vec){0} + ((const int16_t *)row)[k])[0]; }
 #endif
 
 /* The last numbers of a row, fewer than LANES, filled up with zeros. */
@@ -136,38 +145,43 @@ INLINE vec load_rest(const void *row, long k, long n_in, load_one_fn load_one) {
     return v;
 }
 
-/* Four numbers that sum up to what the lanes of v sum up to. */
-INLINE quarter quarters(vec v) {
-    quarter parts[LANES / 4], sum;
-    memcpy(parts, &v, sizeof v);
-    sum = parts[0];
-    for (int i = 1; i < LANES / 4; i++) sum += parts[i];
-    return sum;
-}
-
-INLINE float sum_of_lanes(vec v) {
-    quarter four = quarters(v);
-    return (four[0] + four[1]) + (four[2] + four[3]);
-}
-
-/* What the lanes of four vectors sum up to, one number for each. */
-INLINE quarter sums_of_four(const vec *v) {
+/* What the lanes of four vectors sum up to, one number for each: of floats, and exactly of integers. */
 #if LANES == 16
-#define PAIRS(a, b) ((vec)_mm512_unpacklo_ps((__m512)(a), (__m512)(b)) + (vec)_mm512_unpackhi_ps((__m512)(a), (__m512)(b)))
-#define FOURS(a, b) \
-    ((vec)_mm512_unpacklo_pd((__m512d)(a), (__m512d)(b)) + (vec)_mm512_unpackhi_pd((__m512d)(a), (__m512d)(b)))
+#define PAIRS(type, a, b) \
+    ((type)_mm512_unpacklo_ps((__m512)(a), (__m512)(b)) + (type)_mm512_unpackhi_ps((__m512)(a), (__m512)(b)))
+#define FOURS(type, a, b) \
+    ((type)_mm512_unpacklo_pd((__m512d)(a), (__m512d)(b)) + (type)_mm512_unpackhi_pd((__m512d)(a), (__m512d)(b)))
 #elif LANES == 8
-#define PAIRS(a, b) ((vec)_mm256_unpacklo_ps((__m256)(a), (__m256)(b)) + (vec)_mm256_unpackhi_ps((__m256)(a), (__m256)(b)))
-#define FOURS(a, b) \
-    ((vec)_mm256_unpacklo_pd((__m256d)(a), (__m256d)(b)) + (vec)_mm256_unpackhi_pd((__m256d)(a), (__m256d)(b)))
+#define PAIRS(type, a, b) \
+    ((type)_mm256_unpacklo_ps((__m256)(a), (__m256)(b)) + (type)_mm256_unpackhi_ps((__m256)(a), (__m256)(b)))
+#define FOURS(type, a, b) \
+    ((type)_mm256_unpacklo_pd((__m256d)(a), (__m256d)(b)) + (type)_mm256_unpackhi_pd((__m256d)(a), (__m256d)(b)))
 #endif
 #ifdef PAIRS /* as one adds up by hand, all four at once */
-    return quarters(FOURS(PAIRS(v[0], v[1]), PAIRS(v[2], v[3])));
+#define SUM_FOUR(type, v) FOURS(type, PAIRS(type, v[0], v[1]), PAIRS(type, v[2], v[3]))
 #else
-    quarter sums;
-    for (int j = 0; j < 4; j++) sums[j] = sum_of_lanes(v[j]);
-    return sums;
+#define SUM_FOUR(type, v) \
+    ((type){(v[0][0] + v[0][1]) + (v[0][2] + v[0][3]), (v[1][0] + v[1][1]) + (v[1][2] + v[1][3]), \
+            (v[2][0] + v[2][1]) + (v[2][2] + v[2][3]), (v[3][0] + v[3][1]) + (v[3][2] + v[3][3])})
 #endif
+#define SUMS_OF_FOUR(name, type, quarter_type) \
+    INLINE quarter_type name(const type *v) { \
+        type sums = SUM_FOUR(type, v); \
+        quarter_type parts[LANES / 4], four; \
+        memcpy(parts, &sums, sizeof sums); \
+        four = parts[0]; \
+        for (int i = 1; i < LANES / 4; i++) four += parts[i]; \
+        return four; \
+    }
+SUMS_OF_FOUR(sums_of_four, vec, quarter)
+SUMS_OF_FOUR(int_sums_of_four, int_vec, int_quarter)
+
+INLINE float sum_of_lanes(vec v) {
+    quarter parts[LANES / 4], four;
+    memcpy(parts, &v, sizeof v);
+    four = parts[0];
+    for (int i = 1; i < LANES / 4; i++) four += parts[i];
+    return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 /* The first n of four numbers, if there are any. */
@@ -177,10 +191,33 @@ INLINE quarter four_of(const float *numbers, int n, float otherwise) {
     return four;
 }
 
+/* sum + a · b, rounded once. Left to itself, a compiler rounds once in some tiles and twice in others, and a row would not
+   give the same in both. */
+INLINE vec add_product(vec sum, vec a, vec b) {
+#if LANES == 16
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif LANES == 8 && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
+INLINE quarter add_four_products(quarter sum, quarter a, quarter b) {
+#if defined(__FMA__)
+    return (quarter)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)sum);
+#elif defined(__aarch64__)
+    return (quarter)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
+
 /* A tile's sums for one row of x become numbers of y: times the scale of x and those of W, plus the bias, and with `add`
    plus what is in y. */
-INLINE void finish(const vec *sums, int w_rows, float x_scale, const float *scale, const float *bias, float *y, int add) {
-    quarter result = sums_of_four(sums) * x_scale * four_of(scale, w_rows, 1) + four_of(bias, w_rows, 0);
+INLINE void finish(quarter sums, int w_rows, float x_scale, const float *scale, const float *bias, float *y, int add) {
+    quarter result = add_four_products(four_of(bias, w_rows, 0), sums * x_scale, four_of(scale, w_rows, 1));
     if (add) result += four_of(y, w_rows, 0);
     memcpy(y, &result, w_rows * sizeof(float));
 }
@@ -196,25 +233,26 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
         UNROLL for (int j = 0; j < w_rows; j++) {
             weights[j] = load_vec(w + j * row_bytes, k);
             ask_for(w + j * row_bytes + k * bytes, ahead);
-            if (x_rows > 1) KEEP_IN_REGISTER(weights[j]);
+            if (x_rows > 1) KEEP_IN_REGISTER(weights[j]); /* used once, it may stay in memory as an operand */
         }
         UNROLL for (int i = 0; i < x_rows; i++) {
             vec inputs = load_vec_fp32(x + i * n_in, k);
             KEEP_IN_REGISTER(inputs);
-            UNROLL for (int j = 0; j < w_rows; j++) sums[i][j] += inputs * weights[j];
+            UNROLL for (int j = 0; j < w_rows; j++) sums[i][j] = add_product(sums[i][j], inputs, weights[j]);
         }
     }
     if (k < n_in)
         UNROLL for (int j = 0; j < w_rows; j++) {
             vec weights = load_rest(w + j * row_bytes, k, n_in, load_one);
             UNROLL for (int i = 0; i < x_rows; i++)
-                sums[i][j] += load_rest(x + i * n_in, k, n_in, load_one_fp32) * weights;
+                sums[i][j] = add_product(sums[i][j], load_rest(x + i * n_in, k, n_in, load_one_fp32), weights);
         }
-    UNROLL for (int i = 0; i < x_rows; i++) finish(sums[i], w_rows, 1, scale, bias, y + i * n_out, add);
+    UNROLL for (int i = 0; i < x_rows; i++) finish(sums_of_four(sums[i]), w_rows, 1, scale, bias, y + i * n_out, add);
 }
 
-/* Some rows of x with W_ROWS rows of W, or with the fewer that are left; these stay in the first cache. `ahead` is for
-   the first of them. */
+/* Some rows of x with W_ROWS rows of W, or with the fewer that are left. The first tile brings these into the first
+   cache, where the others find them: only it asks `ahead`. The counts, and READ_ONCE, are written out in each call of
+   `tile`, as each then becomes a loop of its own without conditions. */
 INLINE void strip(const float *x, const char *w, const float *scale, const float *bias, float *y, long n_x, long n_out,
                   long n_in, int add, long left, long ahead, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
     long i = 0;
@@ -227,46 +265,99 @@ INLINE void strip(const float *x, const char *w, const float *scale, const float
         for (; i < n_x; i++, ahead = 0)
             tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, ahead, load_vec,
                  load_one);
-    } else
+    } else /* at most W_ROWS - 1 in a whole matrix: not worth tiles of their own */
         for (; i < n_x; i++)
             for (long j = 0; j < left; j++)
                 tile(1, 1, x + i * n_in, w + j * n_in * bytes, scale ? scale + j : 0, bias ? bias + j : 0,
                      y + i * n_out + j, n_out, n_in, add, bytes, 0, load_vec, load_one);
 }
 
-/* INT8 by integer arithmetic, exact and four times as many products an instruction.
+/* INT8 by integer arithmetic, which is exact: every processor gives the same numbers.
 
-   A number of x becomes three 8-bit digits, x ≈ (2^16 a + 2^8 b + c) · scale with one scale a row: 24 bits, as many as
-   fp32 has. Or it is rounded to one, x ≈ a · scale. The instruction multiplies unsigned by signed bytes: W gets 128 added
-   (its highest bit flipped), and each sum begins with -128 times what it adds up of x. */
+   A row of x becomes integers with one scale. For INT8_DYNAMIC they have 8 bits, x ≈ a · scale. Some processors add up
+   four products of 8-bit numbers in one instruction, others two of 16-bit numbers, into which the same integers are put.
+   The former are so fast that they compute INT8 in this way, too, with 24 bits, as many as fp32 has, written as three
+   digits: x ≈ (2^16 a + 2^8 b + c) · scale. */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define DOT(sum, weights, digits) (int_vec) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(weights), (__m512i)(digits))
+#define UNSIGNED 128
 #define DIGIT_SUMS 6 /* and W_ROWS of each: rows of x times digits; 32 registers hold them */
 #elif defined(__AVXVNNI__)
 #define DOT(sum, weights, digits) \
     (int_vec) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(weights), (__m256i)(digits))
+#define UNSIGNED 128
 #define DIGIT_SUMS 3
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define DOT(sum, weights, digits) (int_vec) vdotq_s32((int32x4_t)(sum), (int8x16_t)(weights), (int8x16_t)(digits))
+#define DIGIT_SUMS 6
 #endif
 
 #ifdef DOT
-enum { BYTES = 4 * LANES, MOST_DIGITS = 3 };
-enum { LONGEST_ROW = 65536 }; /* so many products of 255 and 128 fit into 32 bits */
+typedef int8_t digit;
+#else
+typedef int16_t digit;
+#if LANES == 16 || defined(__aarch64__)
+#define DIGIT_SUMS 6
+#else
+#define DIGIT_SUMS 3 /* 16 registers */
+#endif
+#endif
+#ifndef UNSIGNED
+#define UNSIGNED 0 /* what is added to the weights, as some instructions multiply unsigned by signed numbers */
+#endif
+enum { MOST_DIGITS = 3, LONGEST_ROW = 65536 }; /* 2^31 holds this many products of 255 and 128 */
+enum { DIGITS = 4 * LANES / sizeof(digit) };   /* in a vector */
 
-typedef uint8_t bytes_vec __attribute__((vector_size(BYTES)));
+typedef digit digit_vec __attribute__((vector_size(4 * LANES)));
+typedef int8_t weight_vec __attribute__((vector_size(DIGITS)));
+
+/* Weights as they are multiplied with digits. */
+INLINE digit_vec widened(weight_vec weights) {
+#ifdef DOT
+    return weights ^ (int8_t)UNSIGNED; /* 128 flips the highest bit, which adds 128 */
+#elif defined(__AVX512BW__)
+    return (digit_vec)_mm512_cvtepi8_epi16((__m256i)weights);
+#elif defined(__AVX2__)
+    return (digit_vec)_mm256_cvtepi8_epi16((__m128i)weights);
+#else
+    return __builtin_convertvector(weights, digit_vec);
+#endif
+}
+
+/* The sums with the products of neighbours added to each. */
+INLINE int_vec dot(int_vec sums, digit_vec weights, digit_vec digits) {
+#ifdef DOT
+    return DOT(sums, weights, digits);
+#elif defined(__AVX512BW__)
+    return sums + (int_vec)_mm512_madd_epi16((__m512i)weights, (__m512i)digits);
+#elif defined(__AVX2__)
+    return sums + (int_vec)_mm256_madd_epi16((__m256i)weights, (__m256i)digits);
+#elif defined(__SSE2__) && LANES == 4
+    return sums + (int_vec)_mm_madd_epi16((__m128i)weights, (__m128i)digits);
+#else
+    short_vec w[2], d[2];
+    memcpy(w, &weights, sizeof w);
+    memcpy(d, &digits, sizeof d);
+    for (int i = 0; i < 2; i++) sums += __builtin_convertvector(w[i], int_vec) * __builtin_convertvector(d[i], int_vec);
+    return sums;
+#endif
+}
 
 typedef struct { /* a row of x; its digits follow, the highest first, each kind padded with zeros to whole vectors */
-    int32_t begin[MOST_DIGITS][LANES]; /* what the sums begin with */
+    int32_t begin[MOST_DIGITS][LANES]; /* what the sums begin with, against what UNSIGNED adds to them */
     float scale;
     char to_a_cache_line[60];
 } digit_row;
 
-INLINE long padded(long n_in) { return (n_in + BYTES - 1) / BYTES * BYTES; }
-INLINE long digit_row_bytes(int digits, long n_in) { return sizeof(digit_row) + digits * padded(n_in); }
+INLINE long padded(long n_in) { return (n_in + DIGITS - 1) / DIGITS * DIGITS; }
+INLINE long digit_row_bytes(int digits, long n_in) {
+    return sizeof(digit_row) + digits * padded(n_in) * (long)sizeof(digit);
+}
 
 INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) {
     digit_row *row = (digit_row *)out;
-    int8_t *high = (int8_t *)(row + 1), *middle = high + padded(n_in), *low = middle + padded(n_in);
-    const float most = digits == 1 ? 127 : 127 << 16; /* a bit below what three digits can hold */
+    digit *first = (digit *)(row + 1);
+    const float most = digits == 1 ? 127 : 127 << 16; /* a bit below what 24 bits can hold */
     int32_t largest_bits = 0; /* as integers, the bits of positive numbers have the same order; NaN is the largest */
     float largest;
     for (long k = 0; k < n_in; k++) {
@@ -276,7 +367,7 @@ INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) 
         largest_bits = bits > largest_bits ? bits : largest_bits;
     }
     memcpy(&largest, &largest_bits, sizeof largest);
-    float factor = largest > 1e-30f ? most / largest : 0;
+    float factor = largest > 1e-30f ? most / largest : 0; /* of a smaller row it would be infinite */
     memset(row, 0, digit_row_bytes(digits, n_in));
     if (largest_bits >= 0x7f800000) { /* infinities and NaN spoil the row, visibly */
         row->scale = NAN;
@@ -286,64 +377,72 @@ INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) 
     for (long k = 0; k < n_in; k++) {
         float scaled = x[k] * factor;
         int32_t number = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
-        if (digits == MOST_DIGITS) {
-            low[k] = (int8_t)number;
-            number = (number - low[k]) >> 8;
-            middle[k] = (int8_t)number;
-            number = (number - middle[k]) >> 8;
+        UNROLL for (int d = digits - 1; d > 0; d--) {
+            int8_t low = (int8_t)number; /* −128 … 127, so that what is left is a multiple of 256 */
+            first[d * padded(n_in) + k] = low;
+            number = (number - low) >> 8;
         }
-        high[k] = (int8_t)number;
+        first[k] = (digit)number;
     }
-    for (int d = 0; d < digits; d++) {
-        int_vec sum = {0};
-        for (long k = 0; k < padded(n_in); k += BYTES) {
-            bytes_vec some;
-            memcpy(&some, high + d * padded(n_in) + k, BYTES);
-            sum = DOT(sum, (bytes_vec){0} + 128, some);
+    if (UNSIGNED) /* the weights are multiplied as w + 128; 128 times the sum of the digits is taken off beforehand */
+        for (int d = 0; d < digits; d++) {
+            int_vec sum = {0};
+            for (long k = 0; k < padded(n_in); k += DIGITS) {
+                digit_vec some;
+                memcpy(&some, first + d * padded(n_in) + k, sizeof some);
+                sum = dot(sum, (digit_vec){0} + (digit)UNSIGNED, some);
+            }
+            sum = -sum;
+            memcpy(row->begin[d], &sum, sizeof sum);
         }
-        sum = -sum;
-        memcpy(row->begin[d], &sum, sizeof sum);
-    }
 }
 
-/* Adds the products of the next `n` bytes of the rows, at most BYTES. */
+/* Adds the products of the next `n` numbers of the rows, at most DIGITS. */
 INLINE void add_dots(int_vec sums[DIGIT_SUMS][W_ROWS], int digits, int x_rows, int w_rows, const char *x, const char *w,
                      long n, long n_in, long ahead) {
-    bytes_vec weights[W_ROWS];
+    digit_vec weights[W_ROWS];
     UNROLL for (int j = 0; j < w_rows; j++) {
-        if (n < BYTES) weights[j] = (bytes_vec){0};
-        memcpy(&weights[j], w + j * n_in, n);
+        weight_vec bytes;
+        if (n < DIGITS) bytes = (weight_vec){0};
+        memcpy(&bytes, w + j * n_in, n);
         ask_for(w + j * n_in, ahead);
-        weights[j] ^= 128;
+        weights[j] = widened(bytes);
         KEEP_IN_REGISTER(weights[j]);
     }
     UNROLL for (int i = 0; i < x_rows; i++)
         UNROLL for (int d = 0; d < digits; d++) {
-            bytes_vec inputs;
+            digit_vec inputs;
             int_vec *sum = sums[i * digits + d];
-            memcpy(&inputs, x + i * digit_row_bytes(digits, n_in) + d * padded(n_in), BYTES);
+            memcpy(&inputs, x + i * digit_row_bytes(digits, n_in) + d * padded(n_in) * sizeof(digit), sizeof inputs);
             KEEP_IN_REGISTER(inputs);
-            UNROLL for (int j = 0; j < w_rows; j++) sum[j] = DOT(sum[j], weights[j], inputs);
+            UNROLL for (int j = 0; j < w_rows; j++) sum[j] = dot(sum[j], weights[j], inputs);
         }
+}
+
+/* A tile's sums for one row of x become what its whole numbers gave, rounded once. */
+INLINE quarter put_together(int digits, int_vec sums[][W_ROWS]) {
+    /* Doubles hold these whole numbers exactly, as they stay below 2^53 */
+    double_quarter total = __builtin_convertvector(int_sums_of_four(sums[0]), double_quarter);
+    UNROLL for (int d = 1; d < digits; d++)
+        total = total * 256 + __builtin_convertvector(int_sums_of_four(sums[d]), double_quarter);
+    return __builtin_convertvector(total, quarter);
 }
 
 INLINE void digit_tile(int digits, int x_rows, int w_rows, const char *x, const char *w, const float *scale,
                        const float *bias, float *y, long n_out, long n_in, int add, long ahead) {
-    int_vec sums[DIGIT_SUMS][W_ROWS];
+    int_vec sums[DIGIT_SUMS][W_ROWS] = {{{0}}};
     long k = 0, row_bytes = digit_row_bytes(digits, n_in);
     UNROLL for (int i = 0; i < x_rows; i++)
         UNROLL for (int d = 0; d < digits; d++)
             UNROLL for (int j = 0; j < w_rows; j++)
                 memcpy(&sums[i * digits + d][j], ((const digit_row *)(x + i * row_bytes))->begin[d], sizeof(int_vec));
-    for (; k + BYTES <= n_in; k += BYTES)
-        add_dots(sums, digits, x_rows, w_rows, x + sizeof(digit_row) + k, w + k, BYTES, n_in, ahead);
-    if (k < n_in) add_dots(sums, digits, x_rows, w_rows, x + sizeof(digit_row) + k, w + k, n_in - k, n_in, 0);
+    x += sizeof(digit_row); /* to the digits */
+    for (; k + DIGITS <= n_in; k += DIGITS)
+        add_dots(sums, digits, x_rows, w_rows, x + k * sizeof(digit), w + k, DIGITS, n_in, ahead);
+    if (k < n_in) add_dots(sums, digits, x_rows, w_rows, x + k * sizeof(digit), w + k, n_in - k, n_in, 0);
     UNROLL for (int i = 0; i < x_rows; i++) {
-        vec totals[W_ROWS] = {{0}};
-        UNROLL for (int d = 0; d < digits; d++)
-            UNROLL for (int j = 0; j < w_rows; j++)
-                totals[j] = totals[j] * 256 + __builtin_convertvector(sums[i * digits + d][j], vec);
-        finish(totals, w_rows, ((const digit_row *)(x + i * row_bytes))->scale, scale, bias, y + i * n_out, add);
+        float x_scale = ((const digit_row *)(x + i * row_bytes) - 1)->scale;
+        finish(put_together(digits, sums + i * digits), w_rows, x_scale, scale, bias, y + i * n_out, add);
     }
 }
 
@@ -365,7 +464,6 @@ INLINE void digit_strip(const char *x, const char *w, const float *scale, const 
                 digit_tile(digits, 1, 1, x + i * row_bytes, w + j * n_in, scale ? scale + j : 0, bias ? bias + j : 0,
                            y + i * n_out + j, n_out, n_in, add, 0);
 }
-#endif
 
 enum { FP32, FP16, BF16, INT8, INT8_DYNAMIC }; /* the last one is INT8 with x rounded to 8 bits as well */
 
@@ -374,37 +472,34 @@ typedef struct {
     const float *scale, *bias; /* (n_out,) or NULL */
     int64_t n_out, n_in, type;
 } Linear;
+LAYOUT(Linear, FIELD(Linear, weight), FIELD(Linear, scale), FIELD(Linear, bias), FIELD(Linear, n_out), FIELD(Linear, n_in),
+       FIELD(Linear, type));
 
 /* With how many digits x is written, or 0: as it is. */
 INLINE int digits_of(int64_t type, long n_in) {
+    if (n_in > LONGEST_ROW) return 0;
 #ifdef DOT
-    if (n_in <= LONGEST_ROW) return type == INT8 ? MOST_DIGITS : type == INT8_DYNAMIC;
+    if (type == INT8) return MOST_DIGITS;
 #endif
-    return 0;
+    return type == INT8_DYNAMIC;
 }
 
-/* Whether this processor can compute with weights of a type and of rows so long. */
-int linear_knows(int64_t type, long n_in) {
-#ifndef HAS_FP16
-    if (type == FP16) return 0;
-#endif
-    return type != INT8_DYNAMIC || digits_of(type, n_in);
-}
+/* Whether rows of this length can be computed with weights of a type. */
+int linear_knows(int64_t type, long n_in) { return type != INT8_DYNAMIC || digits_of(type, n_in); }
 
 /* Bytes that a row of x takes as digits. */
 long linear_digit_bytes(int64_t type, long n_in) {
-#ifdef DOT
-    if (digits_of(type, n_in)) return digit_row_bytes(digits_of(type, n_in), n_in);
-#endif
-    return 0;
+    int digits = digits_of(type, n_in);
+    return digits ? digit_row_bytes(digits, n_in) : 0;
 }
 
 /* Row i of x into digits, if the kernel wants them. */
 static void prepare_row(const Linear *l, const float *x, char *out, long i) {
-#ifdef DOT
     int digits = digits_of(l->type, l->n_in);
-    if (digits) split_into_digits(digits, x + i * l->n_in, out + i * digit_row_bytes(digits, l->n_in), l->n_in);
-#endif
+    x += i * l->n_in;
+    out += i * linear_digit_bytes(l->type, l->n_in);
+    if (digits == 1) split_into_digits(1, x, out, l->n_in);
+    if (digits > 1) split_into_digits(MOST_DIGITS, x, out, l->n_in);
 }
 
 /* All rows; called by all threads of a parallel region, which wait until it is done. */
@@ -427,7 +522,12 @@ INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
     return (rows + tile_rows - 1) / tile_rows * tile_rows;
 }
 
-/* For each kind of weights a function of its own, or the compiler would run out of registers. */
+/* For each kind of weights a function of its own, or the compiler would run out of registers.
+
+   Each thread takes a stretch of W, in order (static), and writes numbers of y that no other thread writes or reads: it
+   need not wait at the end (nowait), but goes on with the next product of the same x. Where x is one block, a group of W
+   is needed once, and the smallest groups share out most evenly; otherwise a group meets all rows of a block while it is
+   in the cache. Only the first block asks for W `ahead`. */
 #define MULTIPLY(name, x_type, x_row_bytes, x_tile, bytes, strip, ...)                                                \
     static __attribute__((noinline)) void name(const Linear *l, const x_type *x, float *y, long n_x, int add) {       \
         long n_in = l->n_in, n_out = l->n_out, block = rows_of_block(n_x, x_row_bytes, x_tile);                       \
@@ -444,30 +544,24 @@ INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
 MULTIPLY(multiply_fp32, float, 4 * n_in, X_ROWS, 4, strip, 4, load_vec_fp32, load_one_fp32)
 MULTIPLY(multiply_bf16, float, 4 * n_in, X_ROWS, 2, strip, 2, load_vec_bf16, load_one_bf16)
 MULTIPLY(multiply_int8, float, 4 * n_in, X_ROWS, 1, strip, 1, load_vec_int8, load_one_int8)
-#ifdef HAS_FP16
 MULTIPLY(multiply_fp16, float, 4 * n_in, X_ROWS, 2, strip, 2, load_vec_fp16, load_one_fp16)
-#endif
+MULTIPLY(multiply_digit, char, digit_row_bytes(1, n_in), DIGIT_SUMS, 1, digit_strip, 1)
 #ifdef DOT
 MULTIPLY(multiply_digits, char, digit_row_bytes(MOST_DIGITS, n_in), DIGIT_SUMS / MOST_DIGITS, 1, digit_strip, MOST_DIGITS)
-MULTIPLY(multiply_digit, char, digit_row_bytes(1, n_in), DIGIT_SUMS, 1, digit_strip, 1)
 #endif
 
 /* y (n_x, n_out) = x (n_x, n_in) Wᵀ, or with `add` plus that. Called by all threads of a parallel region, each takes
    its part, and none waits for the others. */
 static void multiply(const Linear *l, const float *x, const char *digits, float *y, long n_x, int add) {
-#ifdef DOT
     int n_digits = digits_of(l->type, l->n_in);
-    if (n_digits) {
-        (n_digits == 1 ? multiply_digit : multiply_digits)(l, digits, y, n_x, add);
-        return;
-    }
+    if (n_digits == 1) multiply_digit(l, digits, y, n_x, add);
+#ifdef DOT
+    if (n_digits > 1) multiply_digits(l, digits, y, n_x, add);
 #endif
-#ifdef HAS_FP16
     if (l->type == FP16) multiply_fp16(l, x, y, n_x, add);
-#endif
     if (l->type == FP32) multiply_fp32(l, x, y, n_x, add);
     if (l->type == BF16) multiply_bf16(l, x, y, n_x, add);
-    if (l->type == INT8) multiply_int8(l, x, y, n_x, add);
+    if (l->type == INT8 && !n_digits) multiply_int8(l, x, y, n_x, add);
 }
 
 /* y (n_x, n_out) = x (n_x, n_in) Wᵀ; `digits` has room for n_x times linear_digit_bytes. */

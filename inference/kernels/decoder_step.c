@@ -1,9 +1,10 @@
 /* A model's forward pass for a few tokens in one call, from token ids to logits; decoder_step.py says when and why.
 
    One parallel region computes the whole step: the threads stay together from the first norm to the last, and wait for
-   each other only where one needs what another has made. The mathematics is that of transformer_components.py. */
+   each other only where one needs what another has made: at the end of each `omp for`, and at a barrier after products,
+   as `multiply` itself does not wait. The mathematics is that of transformer_components.py. */
 
-#include "linear_kernels.c"
+#include "linear_products.c"
 #include "paged_attention.c"
 
 typedef struct {
@@ -11,11 +12,15 @@ typedef struct {
     int64_t size, is_rms;
     double eps;
 } Norm;
+LAYOUT(Norm, FIELD(Norm, weight), FIELD(Norm, bias), FIELD(Norm, size), FIELD(Norm, is_rms), FIELD(Norm, eps));
 
 typedef struct {
     Norm attention_norm, query_norm, key_norm, feed_forward_norm;
     Linear query, key, value, output, up, down, gate; /* gate without weight: GELU, otherwise SwiGLU */
 } Layer;
+LAYOUT(Layer, FIELD(Layer, attention_norm), FIELD(Layer, query_norm), FIELD(Layer, key_norm),
+       FIELD(Layer, feed_forward_norm), FIELD(Layer, query), FIELD(Layer, key), FIELD(Layer, value),
+       FIELD(Layer, output), FIELD(Layer, up), FIELD(Layer, down), FIELD(Layer, gate));
 
 typedef struct {
     const Layer *layers;
@@ -24,20 +29,28 @@ typedef struct {
     int64_t n_layers, d_model, d_ff, max_seq_len;
     Linear head, tokens, positions; /* the last two are tables (n_out, d_model); rotary models have none of positions */
 } Model;
+LAYOUT(Model, FIELD(Model, layers), FIELD(Model, final_norm), FIELD(Model, rotary), FIELD(Model, n_layers),
+       FIELD(Model, d_model), FIELD(Model, d_ff), FIELD(Model, max_seq_len), FIELD(Model, head), FIELD(Model, tokens),
+       FIELD(Model, positions));
 
 typedef struct { /* the tokens of a step */
     const int64_t *ids, *slots, *positions; /* (tokens,); their cells in the cache must be there */
     const int64_t *last;                    /* (n_last,): of which tokens logits are wanted */
     int64_t tokens, n_last;
 } Tokens;
+LAYOUT(Tokens, FIELD(Tokens, ids), FIELD(Tokens, slots), FIELD(Tokens, positions), FIELD(Tokens, last),
+       FIELD(Tokens, tokens), FIELD(Tokens, n_last));
 
 typedef struct { /* room for the intermediate results of a step */
     float *hidden;      /* (tokens, d_model): the residual stream; at the end what comes out of the final norm */
     float *normed;      /* (tokens, d_model) */
     float *query, *key, *value, *attended; /* (tokens, heads or kv_heads, head_dim) */
-    float *inner, *gate; /* (tokens, d_ff) */
+    float *inner, *gate; /* (tokens, d_ff), rounded up to whole blocks of BLOCK_SIZE, see activate */
     char *digits;       /* (tokens, the most bytes that a layer's linear_digit_bytes asks for) */
 } Scratch;
+LAYOUT(Scratch, FIELD(Scratch, hidden), FIELD(Scratch, normed), FIELD(Scratch, query), FIELD(Scratch, key),
+       FIELD(Scratch, value), FIELD(Scratch, attended), FIELD(Scratch, inner), FIELD(Scratch, gate),
+       FIELD(Scratch, digits));
 
 /* The sum of x - minus, or of the squares of that; the first `whole` of n numbers fill whole vectors. */
 INLINE float sum_of(const float *x, long n, long whole, float minus, int squared) {
@@ -84,7 +97,7 @@ static inline Lanes sigmoid(Lanes x) { /* 1 / (1 + e^-x), from e^-|x|, which doe
     return (Lanes)((negative & (IntLanes)e) | (~negative & (IntLanes)((Lanes){0} + 1.0f))) / (1 + e);
 }
 
-/* BLOCK numbers of the inner layer: SwiGLU (arXiv:2002.05202), or GELU with tanh, whose (1 + tanh z) / 2 is
+/* BLOCK_SIZE numbers of the inner layer: SwiGLU (arXiv:2002.05202), or GELU with tanh, whose (1 + tanh z) / 2 is
    sigmoid(2 z). */
 static void activate(float *inner, const float *gate) {
     Lanes x = *(Lanes *)inner;
@@ -105,7 +118,7 @@ static void expand_row(const Linear *table, int64_t index, float *out, int add) 
         float number = table->type == FP32 ? load_one_fp32(row, k)
                        : table->type == INT8 ? load_one_int8(row, k)
                        : table->type == BF16 ? load_one_bf16(row, k)
-                                             : LOAD_ONE_FP16(row, k);
+                                             : load_one_fp16(row, k);
         out[k] = number * scale + (add ? out[k] : 0);
     }
 }
@@ -130,12 +143,12 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
             #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t++) {
                 normalize(&layer->attention_norm, s.hidden + t * d_model, s.normed + t * d_model);
-                prepare_row(&layer->query, s.normed, s.digits, t);
+                prepare_row(&layer->query, s.normed, s.digits, t); /* the key's and the value's, too: one kind of weights */
             }
             multiply(&layer->query, s.normed, s.digits, s.query, tokens, 0);
             multiply(&layer->key, s.normed, s.digits, s.key, tokens, 0);
             multiply(&layer->value, s.normed, s.digits, s.value, tokens, 0);
-            #pragma omp barrier
+            #pragma omp barrier /* a head may be the work of several threads */
 
             #pragma omp for collapse(2) schedule(static)
             for (int64_t t = 0; t < tokens; t++)
@@ -144,6 +157,7 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
                     place(model, &layer->key_norm, s.key + head, positions[t], head_dim);
                     store_token(cache, index, slots[t], positions[t], g, s.key + head, s.value + head);
                 }
+            /* all keys and values are stored. A query's own thread places it: nobody else needs it */
             #pragma omp for collapse(2) schedule(dynamic, 2)
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t h = 0; h < heads; h++) {
@@ -152,8 +166,8 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
                     attend_token(cache, index, slots[t], positions[t], h, s.query + head, s.attended + head);
                 }
             prepare(&layer->output, s.attended, s.digits, tokens);
-            multiply(&layer->output, s.attended, s.digits, s.hidden, tokens, 1);
-            #pragma omp barrier
+            multiply(&layer->output, s.attended, s.digits, s.hidden, tokens, 1); /* plus the residual stream */
+            #pragma omp barrier /* a norm needs the whole row */
 
             #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t++) {
@@ -162,14 +176,14 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
             }
             multiply(&layer->up, s.normed, s.digits, s.inner, tokens, 0);
             if (layer->gate.weight) multiply(&layer->gate, s.normed, s.digits, s.gate, tokens, 0);
-            #pragma omp barrier
+            #pragma omp barrier /* the same numbers are shared out in another way */
 
             #pragma omp for schedule(static)
-            for (int64_t i = 0; i < tokens * d_ff; i += BLOCK)
+            for (int64_t i = 0; i < tokens * d_ff; i += BLOCK_SIZE)
                 activate(s.inner + i, layer->gate.weight ? s.gate + i : NULL);
             prepare(&layer->down, s.inner, s.digits, tokens);
             multiply(&layer->down, s.inner, s.digits, s.hidden, tokens, 1);
-            #pragma omp barrier
+            #pragma omp barrier /* the next norm */
         }
         #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)

@@ -21,28 +21,19 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-import distributed
-from alignment.lora import lora_settings
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import (
-    load_checkpoint,
-    require_disk_space,
-    require_same_model,
-    save_checkpoint,
-    weight_fingerprint,
-)
+from checkpoint import load_checkpoint, require_disk_space, require_same_model, save_checkpoint, weight_fingerprint
 from command_line import Interrupted, UserError
 from data_loader import Batch, BatchOrder
 from gpt_model import GPTConfig
-from interruptions import StopSignal, advice_if_out_of_memory
-from optimization import (
-    Updater,
-    build_optimizers,
-    learning_rate_factor,
-    resolve_precision,
-)
-from run_log import RunLog, peak_flops, peak_memory_bytes, training_flops_per_token
-from training_config import TrainingConfig
+from lora import lora_settings
+from machine import peak_flops, peak_memory_bytes, resolve_precision
+from training import ranks
+from training.interruptions import StopSignal, advice_if_out_of_memory
+from training.optimization import Updater, build_optimizers, learning_rate_factor
+from training.parallel_model import ParallelModel
+from training.run_log import RunLog, training_flops_per_token
+from training.training_config import TrainingConfig
 
 
 class TrainingData(Protocol):
@@ -101,7 +92,7 @@ class TrainingLoop:
         self.lora = lora_settings(model)
         if self.lora:
             self.lora["base_fingerprint"] = weight_fingerprint(load_checkpoint(self.lora["base"]))
-        self.parallel_model = distributed.ParallelModel(model, config.parallel, device)
+        self.parallel_model = ParallelModel(model, config.parallel, device)
         self.model = model = self.parallel_model.module  # what this rank optimises
         self.ranks, self.data_rank = self.parallel_model.layout.data_ranks, self.parallel_model.data_rank
         if self.data_rank:
@@ -149,7 +140,7 @@ class TrainingLoop:
             UserError: no sound checkpoint to resume from, disk full, out of memory, or training diverged.
         """
         config = self.config
-        if distributed.is_main():  # float weights of a step and the best, and the optimiser's two moments
+        if ranks.is_main():  # float weights of a step and the best, and the optimiser's two moments
             require_disk_space(self.folder, 4 * self.n_trained * (1 + 3 * (config.keep_checkpoints + 1)))
             self._remove_leftovers()
             if self.lora:
@@ -157,7 +148,7 @@ class TrainingLoop:
                 print(f"LoRA beside {self.lora['base']}: training {self.n_trained:,} weights, {share}", flush=True)
         if config.resume:
             self.resume(config.resume)
-        elif distributed.is_main():
+        elif ranks.is_main():
             self._set_earlier_run_aside()
         if self.step == 0:
             self.before_first_step()
@@ -171,9 +162,9 @@ class TrainingLoop:
             config.tensorboard,
             config.tracker,
             asdict(config),
-            enabled=distributed.is_main(),
+            enabled=ranks.is_main(),
         )
-        peak = peak_flops(self.device, self.precision) * distributed.world_size()
+        peak = peak_flops(self.device, self.precision) * ranks.world_size()
         flops = self._flops_per_token()
         tokens = skipped_seconds = 0.0
         interval_start = start = time.perf_counter()
@@ -277,7 +268,7 @@ class TrainingLoop:
         sums: dict[str, float] = {}
         n_items = 0.0
         self.parallel_model.eval()
-        silent = None if distributed.is_main() else True
+        silent = None if ranks.is_main() else True
         for start in tqdm((starts + [None])[:rounds], desc="evaluating", leave=False, disable=silent):
             first = 0 if start is None else start
             batch = self.val_data.collate([self.val_data[i] for i in range(first, min(first + size, n_samples))])
@@ -319,9 +310,9 @@ class TrainingLoop:
     def save_model(self, path: Path) -> None:
         """Write the model alone, in the checkpoint format."""
         state = self.published_state()
-        if distributed.is_main():
+        if ranks.is_main():
             self._write(path, state, None)
-        distributed.barrier()
+        ranks.barrier()
 
     def published_state(self) -> dict[str, torch.Tensor]:
         """The weights that the best checkpoint consists of."""
@@ -333,17 +324,17 @@ class TrainingLoop:
         training_state = {
             "optimizer": self.parallel_model.optimizer_state(self.optimizers),
             "updater": self.updater.state_dict(),
-            "random": distributed.gather_objects(random_state(self.device)),
+            "random": ranks.gather_objects(random_state(self.device)),
             "best": self.best,
             "evaluations_without_improvement": self.evaluations_without_improvement,
             "seconds": self.seconds,
             "run": self._run_identity(),
         }
-        if distributed.is_main():
+        if ranks.is_main():
             self._write(self.checkpoint_folder / f"step_{self.step:08d}.pth", state, training_state)
             for old in checkpoints_by_age(self.checkpoint_folder)[self.config.keep_checkpoints :]:
                 old.unlink()
-        distributed.barrier()
+        ranks.barrier()
 
     def _write(self, path: Path, state: dict, training_state: dict | None) -> None:
         save_checkpoint(
@@ -397,7 +388,7 @@ class TrainingLoop:
         content, path = (newest_sound(self.checkpoint_folder) if source == "auto" else
                          (load_checkpoint(source), Path(source)))  # fmt: skip
         if content is None:
-            if distributed.is_main():
+            if ranks.is_main():
                 print(f"no checkpoint in {self.checkpoint_folder}, starting from step 0", flush=True)
             return
         if content["stage"] != self.stage:
@@ -417,11 +408,11 @@ class TrainingLoop:
         self.parallel_model.load_model_state(content["model"])
         self.parallel_model.load_optimizer_state(self.optimizers, state["optimizer"])
         self.updater.load_state_dict(state["updater"])
-        if len(state["random"]) == distributed.world_size():
-            set_random_state(state["random"][distributed.rank()], self.device)
+        if len(state["random"]) == ranks.world_size():
+            set_random_state(state["random"][ranks.rank()], self.device)
         self.step, self.best, self.seconds = content["step"], state["best"], state["seconds"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
-        if distributed.is_main():
+        if ranks.is_main():
             print(f"continuing from {path}, step {self.step} of {self.max_steps}", flush=True)
 
     # -------------------------------------------------------------------------------------------------------- helpers
@@ -450,9 +441,9 @@ class TrainingLoop:
 
     def _stop_requested(self, stop: StopSignal) -> str | None:
         """The signal that any rank has received: all have to leave after the same step."""
-        if not distributed.sum_over_ranks(float(stop.received is not None), self.device):
+        if not ranks.sum_over_ranks(float(stop.received is not None), self.device):
             return None
-        return next(received for received in distributed.gather_objects(stop.received) if received)
+        return next(received for received in ranks.gather_objects(stop.received) if received)
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cuda":  # from pinned memory, a copy need not wait for what the GPU still computes
@@ -491,7 +482,7 @@ def newest_sound(folder: Path) -> tuple[dict | None, Path]:
         try:
             return load_checkpoint(path), path
         except UserError as error:
-            if distributed.is_main():
+            if ranks.is_main():
                 aside = path.with_suffix(".damaged")
                 path.replace(aside)
                 print(f"warning: {error}; set aside as {aside}", flush=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from chat_template import DEFAULT_CHAT_TEMPLATE
 from command_line import UserError
+from text.chat_template import DEFAULT_CHAT_TEMPLATE
 
 # What `save` writes, in this order: while tokenizer.json is missing, the folder does not load.
 SAVED_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json")

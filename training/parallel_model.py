@@ -1,13 +1,11 @@
-"""Ranks, and how a model is spread over them, on nothing but torch.distributed.
+"""How a model is spread over ranks, on nothing but torch.distributed.
 
-Started by `torchrun`, every process finds its rank in the environment; started plainly, there is one rank and every
-function here is the identity. `ParallelModel` applies data, tensor and pipeline parallelism from outside: the model's
-own file knows nothing of ranks. docs/distributed.md says which mode to use when, and what each one costs.
+`ParallelModel` applies data, tensor and pipeline parallelism from outside: the model's own file knows nothing of ranks.
+docs/distributed.md says which mode to use when, and what each one costs.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -31,81 +29,14 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from alignment.lora import trained_state
 from command_line import UserError
 from gpt_model import GPTModel
-from optimization import by_mesh, like, whole
-from pipeline_parallel import Pipeline, PipelinePart, layers_of
+from lora import trained_state
+from training.optimization import by_mesh, like, whole
+from training.pipeline_stages import Pipeline, PipelinePart, layers_of
+from training.ranks import is_main, rank, sum_over_ranks, world_size
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, on the CPU of rank 0
-
-# ------------------------------------------------------------------------------------------------------------- ranks
-
-
-def start(device: torch.device) -> torch.device:
-    """Join the process group if torchrun started this process; returns the device of this rank."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    # fsdp with tp gathers a tensor in two steps, which PyTorch finds worth a warning for each layer
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    # Beside NCCL, gloo carries what lives on the CPU: checkpoints on their way to rank 0, random states, signals
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def rank() -> int:
-    """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def processes_on_this_machine() -> int:
-    """How many of them share this machine's cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def is_main() -> bool:
-    """Whether this process is the one that prints and writes files."""
-    return rank() == 0
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def sum_over_ranks(value: float, device: torch.device) -> float:
-    """The sum of a number over all ranks, in double precision where the device has it."""
-    if world_size() == 1:
-        return value
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.tensor(value, dtype=dtype, device=device)
-    dist.all_reduce(total)
-    return float(total)
-
-
-def gather_objects(value: object) -> list:
-    """The value of every rank, in their order."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
 
 # ------------------------------------------------------------------------------------------------------------ layout
 

@@ -14,16 +14,6 @@ from inference.engine import Engine
 from inference.request import Generation, Prompt, RequestFailed, encode_prompt
 from inference.sampling import SamplingParams
 
-__all__ = ["Generation", "Prompt", "encode_prompt", "generate_texts", "left_pad"]
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as one int64 tensor, padded on the left, and its mask (1 = token, 0 = padding), both (B, T)."""
-    width = max(map(len, rows))
-    input_ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows])  # (B, T)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])  # (B, T)
-    return input_ids, mask
-
 
 def generate_texts(
     model: GPTModel,
@@ -43,7 +33,7 @@ def generate_texts(
     Args:
         prompts: a string each, or with `chat` a list of messages that ends with the user's turn.
         chat: answer through the chat template; otherwise continue the text.
-        max_gen_len: at most so many tokens an answer, and never more than the context holds. A prompt that would
+        max_gen_len: at most this many tokens an answer, and never more than the context holds. A prompt that would
             leave less room than this (or than half the context) keeps its end only.
         temperature: 0 is greedy.
         top_k: sample among the k likeliest tokens; 0 means among all.

@@ -1,4 +1,4 @@
-"""One optimiser step, and what determines it: device, precision, parameter groups, optimisers, schedules.
+"""One optimiser step, and what determines it: parameter groups, optimisers, schedules.
 
 Every trainer updates its model through `Updater`, so accumulation, loss scaling, clipping and the handling of
 non-finite gradients exist once.
@@ -14,52 +14,12 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from alignment.lora import lora_layers
 from command_line import UserError
+from lora import lora_layers
+from machine import autocast
 
 SCHEDULES = ("cosine", "wsd", "cosine_restarts", "constant")
 OPTIMIZERS = ("adamw", "muon")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-
-# ---------------------------------------------------------------------------------------------- device and precision
-
-
-def resolve_device(name: str = "auto") -> torch.device:
-    """The device to compute on: `auto` takes a CUDA GPU, then Apple's MPS, then the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {name!r} is not available here; use --device cpu or auto") from error
-    return device
-
-
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: `auto` takes bf16 or fp16 where the hardware is fast in it, otherwise fp32.
-
-    fp16 is for CUDA GPUs before Ampere. On a CPU bf16 pays only with AMX matrix units: elsewhere PyTorch's bf16 matrix
-    products are 2–10 times slower than fp32.
-    """
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name != "auto":
-        if name == "fp16" and device.type == "cpu":
-            raise UserError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
-        return named[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Compute matrix products in `dtype`; parameters and the loss stay in fp32."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- schedules
@@ -239,7 +199,7 @@ class Updater:
         max_grad_norm: gradients are scaled down to this global norm (Pascanu et al., arXiv:1211.5063); 0 turns it off.
         max_skipped: after so many steps in a row with a non-finite gradient the run stops with advice.
         clip: scales the gradients of (parameters, max_norm) in place and returns their norm before; a model that is
-            spread over ranks brings its own, `distributed.ParallelModel.clip_gradients`.
+            spread over ranks brings its own, `parallel_model.ParallelModel.clip_gradients`.
     """
 
     def __init__(

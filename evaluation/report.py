@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import torch
 
-from run_log import read_metrics
+from training.run_log import read_metrics
 
 MODELS = (  # label, evaluation file, what it is
     ("5-gram", "ngram_eval.json", "counts of the same training text, for comparison"),

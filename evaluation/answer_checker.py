@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conversation_data import parse_conversation
+from text.conversation_data import parse_conversation
 
 COURTEOUS_CLOSINGS: dict[str, tuple[str, ...]] = {
     "zh": ("希望对你有帮助。", "很高兴为你解答。", "欢迎继续提问。"),

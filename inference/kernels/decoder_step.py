@@ -3,13 +3,15 @@
 Between the products with the weights stand hundreds of small operations, each of which Python and PyTorch need some
 microseconds to start. With one token at a time that is a quarter of the time of a GPT-2, and nearly all of a small
 model's. Here it is nothing. The mathematics is that of `GPTModel.hidden_states_at`, which the engine uses wherever
-this cannot be had: on a GPU, in half precision, with adapters, for long stretches of a prompt, without a compiler.
+this cannot be had: on a GPU, in half precision, with adapters, for long stretches of a prompt, without a compiler, and
+for any model that is not made of the very parts that known_parts.py lists.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
+import functools
+import logging
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,26 +20,18 @@ import torch
 import torch.nn as nn
 
 from gpt_model import GPTModel
-from inference.linear_kernels import (
-    InferenceEmbedding,
-    InferenceLinear,
-    NativeLinear,
-    kind_of,
-    native_knows,
-    native_library,
-)
-from inference.native_code import load_native
-from inference.paged_attention import NativeCache, PagedCache
+from inference.kernels.known_parts import UnknownPart, check_numbers, facts_of, weights_of
+from inference.kernels.linear_layers import InferenceEmbedding
+from inference.kernels.linear_products import NativeLinear, native_library
+from inference.kernels.native_code import check_layout, load_native
+from inference.kernels.paged_attention import BLOCK_SIZE, NativeCache, PagedAttention
 from transformer_components import RMSNorm, TransformerDecoderLayer
 
 SOURCE = Path(__file__).with_suffix(".c")
-ALIGNMENT = 64  # bytes, a cache line
 WORTH_THREADS = 1 << 19  # multiplications with the weights of one layer
+BLOCK_BYTES = 4 * BLOCK_SIZE
 
-
-def weight_addresses(model: GPTModel) -> list[int]:
-    """Where a model's weights are; as long as this stays the same, so may its `DecoderStep`."""
-    return [tensor.data_ptr() for tensor in _tensors(model)]
+logger = logging.getLogger(__name__)
 
 
 class _Norm(ctypes.Structure):
@@ -86,22 +80,43 @@ class DecoderStep:
     """
 
     @classmethod
-    def of(cls, model: GPTModel, cache: PagedCache) -> DecoderStep | None:
-        """None if a layer, a type or the machine is not one that the compiled code knows."""
-        if cache.native is None or not _is_known(model):
+    def of(
+        cls, model: GPTModel, attention: PagedAttention | None, before: DecoderStep | None = None
+    ) -> DecoderStep | None:
+        """None if a part, a type or the machine is not one that the compiled code knows.
+
+        Args:
+            attention: the compiled attention to the cache, if there is one.
+            before: the model's step until now; it is returned if it is still right.
+        """
+        if attention is None:
+            return None
+        try:
+            facts = facts_of(model)
+            if before is not None and before.facts == facts:
+                return before
+            check_numbers(model, attention.sizes)
+        except UnknownPart as unknown:
+            _say_once(str(unknown))
             return None
         library = load_native(SOURCE)
-        return None if library is None else cls(model, cache, library.decoder_step)
+        if library is None:
+            return None
+        check_layout(library, Cache=NativeCache, Linear=NativeLinear, Norm=_Norm, Layer=_Layer, Model=_Model,
+                     Tokens=_Tokens, Scratch=_Scratch)  # fmt: skip
+        return cls(model, attention, facts, library.decoder_step)
 
-    def __init__(self, model: GPTModel, cache: PagedCache, function: Callable[..., None]) -> None:
-        self.cache, self.config, self.function = cache, model.config, function
+    def __init__(
+        self, model: GPTModel, attention: PagedAttention, facts: list[object], function: Callable[..., None]
+    ) -> None:
+        self.attention, self.config, self.facts, self.function = attention, model.config, facts, function
         function.argtypes = [*map(ctypes.POINTER, (_Model, NativeCache, _Tokens, _Scratch)), ctypes.c_void_p,
                              ctypes.c_int]  # fmt: skip
         function.restype = None
         config = model.config
         linears, tables = [*_linears(model), model.lm_head], _tables(model)
         # Should the weights move while requests run, the old ones are read until the next request comes
-        self.keep_alive = [tensor.detach() for tensor in _tensors(model)]
+        self.keep_alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         self.model = _Model(
             (_Layer * config.n_layers)(*map(_layer, model.layers)),
             _norm(model.final_norm),
@@ -114,14 +129,16 @@ class DecoderStep:
         query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         widths = (config.d_model, config.d_model, query, key, key, query, config.d_ff, config.d_ff)
         self.token_bytes = [4 * width for width in widths]
-        self.token_bytes.append(max(digit_bytes(_native(linear).type, linear.in_features) for linear in linears))
+        self.token_bytes.append(max(digit_bytes(_native(linear).type, linear.weight.size(1)) for linear in linears))
         self.room_for = 0
 
-    def __call__(self, ids: Sequence[int], last: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The forward pass of the tokens of the cache's present step.
+    def __call__(
+        self, ids: Sequence[int], slots: array[int], positions: array[int], last: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The forward pass of N tokens, which have cells in the cache.
 
         Args:
-            ids: of the N tokens.
+            ids, slots, positions: of the tokens; the latter two 64-bit integers, as `PagedCache` has them.
             last: those of the tokens, 0 … N − 1, whose logits are wanted.
 
         Returns:
@@ -131,54 +148,29 @@ class DecoderStep:
         n_tokens = len(ids)
         if self.room_for != n_tokens:
             self._make_room(n_tokens)
-        numbers = array("q", ids), self.cache.slots, self.cache.positions, array("q", last)
+        numbers = array("q", ids), slots, positions, array("q", last)
         tokens = _Tokens(*(each.buffer_info()[0] for each in numbers), n_tokens, len(last))
         logits = torch.empty(len(last), self.config.vocab_size)
         threads = torch.get_num_threads() if n_tokens * self.layer_weights > WORTH_THREADS else 1
-        self.function(self.model, self.cache.native_cache, tokens, self.scratch, logits.data_ptr(), threads)
+        self.function(self.model, self.attention.cache, tokens, self.scratch, logits.data_ptr(), threads)
         return self.hidden, logits
 
     def _make_room(self, n_tokens: int) -> None:
-        sizes = [-(-n_tokens * n_bytes // ALIGNMENT) * ALIGNMENT for n_bytes in self.token_bytes]
-        memory = torch.empty(sum(sizes), dtype=torch.uint8)
-        self.scratch = _Scratch(*itertools.accumulate(sizes[:-1], initial=memory.data_ptr()))
-        self.hidden = memory.view(torch.float32)[: n_tokens * self.config.d_model].view(n_tokens, -1)  # (N, D)
+        sizes = {
+            name: n_tokens * n_bytes for (name, _), n_bytes in zip(_Scratch._fields_, self.token_bytes, strict=True)
+        }
+        for name in ("inner", "gate"):  # C goes over them in whole blocks, to the end of the last
+            sizes[name] = -(-sizes[name] // BLOCK_BYTES) * BLOCK_BYTES
+        # One tensor for each: a sanitizer then sees who writes beyond the end of its own
+        rooms = [torch.empty(size, dtype=torch.uint8) for size in sizes.values()]
+        self.rooms, self.scratch = rooms, _Scratch(*(room.data_ptr() for room in rooms))
+        self.hidden = rooms[0].view(torch.float32).view(n_tokens, -1)  # (N, D)
         self.room_for = n_tokens
 
 
-def _is_known(model: GPTModel) -> bool:
-    linears, tables = [*_linears(model), model.lm_head], _tables(model)
-    if not all(type(linear) is nn.Linear or isinstance(linear, InferenceLinear) for linear in linears):
-        return False
-    matrices = {id(layer.weight) for layer in [*linears, *tables]}
-    return (
-        all(isinstance(table, nn.Embedding | InferenceEmbedding) for table in tables)
-        and all(isinstance(norm, nn.LayerNorm | RMSNorm | nn.Identity) for norm in _norms(model))
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        # Plain memory, and not a part of a tensor that is spread over several ranks
-        and all(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_cpu for tensor in _tensors(model))
-        and all(tensor.is_contiguous() for tensor in _tensors(model))
-        and all(tensor.dtype == torch.float32 for tensor in _tensors(model) if id(tensor) not in matrices)
-        and len({_weights(linear) for linear in linears}) == 1  # what shares its input must take it in one form
-        and all(native_knows(_weights(layer), layer.weight.size(1)) for layer in [*linears, *tables])
-    )
-
-
-def _tensors(model: GPTModel) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
-def _norms(model: GPTModel) -> list[nn.Module]:
-    return [model.final_norm, *(norm for layer in model.layers for norm in _norms_of(layer))]
-
-
-def _norms_of(layer: TransformerDecoderLayer) -> list[nn.Module]:
-    attention = layer.attention
-    return [layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm]
-
-
-def _weights(layer: nn.Module) -> str:
-    return layer.weights if isinstance(layer, InferenceLinear) else kind_of(layer.weight)
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.info("the engine computes through PyTorch: %s", reason)
 
 
 def _linears(model: GPTModel) -> list[nn.Module]:
@@ -204,7 +196,7 @@ def _linears_of(layer: TransformerDecoderLayer) -> list[nn.Module]:
 
 def _native(layer: nn.Module) -> NativeLinear:
     """Of a linear layer, or an embedding table."""
-    return NativeLinear(layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None), _weights(layer))
+    return NativeLinear(layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None), weights_of(layer))
 
 
 def _norm(norm: nn.Module) -> _Norm:
@@ -216,4 +208,6 @@ def _norm(norm: nn.Module) -> _Norm:
 
 
 def _layer(layer: TransformerDecoderLayer) -> _Layer:
-    return _Layer(*map(_norm, _norms_of(layer)), *map(_native, _linears_of(layer)))
+    attention = layer.attention
+    norms = (layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm)
+    return _Layer(*map(_norm, norms), *map(_native, _linears_of(layer)))

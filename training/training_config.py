@@ -9,11 +9,13 @@ from typing import ClassVar
 
 import torch
 
-import distributed
 from checkpoint import require_writable_folder
 from command_line import option
-from optimization import OPTIMIZERS, PRECISIONS, SCHEDULES, resolve_device
-from run_log import TRACKERS
+from machine import PRECISIONS, resolve_device
+from training import ranks
+from training.optimization import OPTIMIZERS, SCHEDULES
+from training.parallel_model import check_parallel_option
+from training.run_log import TRACKERS
 
 
 @dataclass
@@ -73,7 +75,7 @@ class TrainingConfig:
             complaints.append(f"--lr must be between 0 and 10, not {self.lr}")
         if not 0 <= self.min_lr_ratio <= 1:
             complaints.append(f"--min_lr_ratio must be between 0 and 1, not {self.min_lr_ratio}")
-        return complaints + distributed.check_parallel_option(self.parallel)
+        return complaints + check_parallel_option(self.parallel)
 
 
 def prepare_machine(config: TrainingConfig) -> torch.device:
@@ -83,9 +85,9 @@ def prepare_machine(config: TrainingConfig) -> torch.device:
         UserError: the device is not there, or `--output_dir` cannot be written to.
     """
     require_writable_folder(config.output_dir)
-    device = distributed.start(resolve_device(config.device))
+    device = ranks.start(resolve_device(config.device))
     cores = os.cpu_count() or 1
-    torch.set_num_threads(config.num_threads or max(1, cores // distributed.processes_on_this_machine()))
+    torch.set_num_threads(config.num_threads or max(1, cores // ranks.processes_on_this_machine()))
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     return device

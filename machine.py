@@ -1,0 +1,90 @@
+"""The machine: which device and precision to compute in, its peak speed, and the memory used."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import resource
+import sys
+import time
+
+import torch
+
+from command_line import UserError
+from cpu_level import cpu_level
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+# Dense bf16 peak of common accelerators, TFLOP/s, from the makers' data sheets
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
+PEAK_TFLOPS |= {"RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 4070": 58, "RTX 3080": 59}
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device to compute on: `auto` takes a CUDA GPU, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {name!r} is not available here; use --device cpu or auto") from error
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: `auto` takes bf16 or fp16 where the hardware is fast in it, otherwise fp32.
+
+    fp16 is for CUDA GPUs before Ampere. On a CPU bf16 pays only with AMX matrix units: elsewhere PyTorch's bf16 matrix
+    products are 2–10 times slower than fp32.
+    """
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name != "auto":
+        if name == "fp16" and device.type == "cpu":
+            raise UserError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+        return named[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported() and not cpu_level():
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Compute matrix products in `dtype`; parameters and the loss stay in fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@functools.cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The machine's peak in FLOP/s: from the data sheet of a known GPU, measured for a CPU or an unknown GPU.
+
+    The random numbers are its own: the generators that dropout uses stand untouched, as exact resuming needs.
+    """
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for key, tflops in PEAK_TFLOPS.items():
+            if key in name:
+                return tflops * 1e12
+    size = 1024 if device.type == "cpu" else 4096
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

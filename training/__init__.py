@@ -1,0 +1,6 @@
+"""How any of the models is trained: one loop, and its parts.
+
+In order: training_config (the settings that all trainers share), training_loop (the one loop), optimization (schedules,
+optimisers, one step), run_log (metrics and curves), interruptions (how a run ends well). Over several processes: ranks
+(which one am I), parallel_model (how a model is spread), pipeline_stages (consecutive layers on consecutive ranks).
+"""
