@@ -14,18 +14,18 @@ and of Qwen load here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from command_line import UserError, option, parse_config, run_main
+from command_line import UserError, option, parse_config, replacing, run_main
 from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
 from text.text_files import iter_documents
 from text.tokenizer_files import (
@@ -39,7 +39,7 @@ from text.tokenizer_files import (
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # in the order of SPECIAL_ROLES
 BYTE_COUNT = 256
-IGNORED_LABEL = -100  # the loss skips it
+IGNORED_LABEL = -100  # positions with this label count for nothing in the loss
 
 
 class ByteLevelBPETokenizer:
@@ -300,16 +300,15 @@ class ByteLevelBPETokenizer:
         Raises:
             UserError: the folder cannot be written.
         """
-        directory = Path(directory)
+        directory, files = Path(directory), self.to_files()
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
-                for name, content in self.to_files().items():
-                    Path(staging, name).write_text(content, encoding="utf-8", newline="\n")
+            with contextlib.ExitStack() as moves:  # made when all is written, in the order of SAVED_FILES
+                for name in reversed(SAVED_FILES):
+                    file = moves.enter_context(replacing(directory / name))
+                    file.write(files[name].encode())
+                    file.flush()  # a full disk shows here
                 # No tokenizer.json, no tokenizer: the old one goes first and the new one comes last.
                 (directory / "tokenizer.json").unlink(missing_ok=True)
-                for name in SAVED_FILES:
-                    Path(staging, name).replace(directory / name)
         except OSError as error:
             raise UserError(f"the tokenizer cannot be saved in {directory} ({error.strerror}); mend that") from None
 

@@ -20,7 +20,6 @@ PyTorch writes a zip archive with a CRC-32 of every tensor, so a damaged file is
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -38,7 +37,7 @@ import torch
 import torch.nn as nn
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from command_line import UserError, require_file
+from command_line import UserError, replacing, require_file
 from gpt_model import GPTConfig, GPTModel
 from lora import LoRAOptions, attach_lora, detach_lora, lora_state, merge_lora
 
@@ -86,30 +85,16 @@ def save_checkpoint(
 
 
 def atomic_save(content: dict[str, Any], path: str | Path) -> Path:
-    """`torch.save` into a temporary file, flushed to the disk and then renamed to `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """`torch.save` that leaves a whole file or the old one."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk, too
-        os.fsync(folder)
-        os.close(folder)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(
             f"cannot save {path}: {_reason(error)}; free some space or choose another --output_dir (older checkpoints "
             "are kept)"
         ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+    return Path(path)
 
 
 def _reason(error: BaseException) -> str:

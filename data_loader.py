@@ -28,7 +28,8 @@ from tqdm import tqdm
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import IGNORED_LABEL
-from text.conversation_data import Message, load_conversations
+from text.chat_template import Message
+from text.conversation_data import load_conversations
 from text.text_files import iter_documents, resolve_files
 
 Batch = dict[str, torch.Tensor]
@@ -269,11 +270,8 @@ class GPTSFTDataset(Dataset):
 
         Without an attention mask: causal attention never looks at padding on the right, and it carries no label.
         """
-        longest = max(len(ids) for ids, _ in samples)
-        return {
-            "input_ids": torch.tensor([ids + [self.pad_token_id] * (longest - len(ids)) for ids, _ in samples]),
-            "labels": torch.tensor([labels + [IGNORED_LABEL] * (longest - len(labels)) for _, labels in samples]),
-        }
+        rows, labels = zip(*samples, strict=True)
+        return {"input_ids": pad_rows(rows, self.pad_token_id), "labels": pad_rows(labels, IGNORED_LABEL)}
 
     def count(self, batch: Batch) -> int:
         """How many tokens of the batch are predicted."""
@@ -336,7 +334,6 @@ class PreferenceDataset(Dataset):
             "weights": (P,), 1 for all pairs of a prompt together.
         """
         rows = [ids for sample in samples for ids, _ in sample["answers"]]
-        longest = max(map(len, rows))
         pairs, margins, weights, first = [], [], [], 0
         for sample in samples:
             n_answers = len(sample["answers"])
@@ -346,8 +343,8 @@ class PreferenceDataset(Dataset):
             weights += [1 / len(compared)] * len(compared)
             first += n_answers
         return {
-            "input_ids": torch.tensor([ids + [self.pad_token_id] * (longest - len(ids)) for ids in rows]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows]),
+            "input_ids": pad_rows(rows, self.pad_token_id),
+            "attention_mask": pad_rows([[1] * len(ids) for ids in rows], 0),
             "pairs": torch.tensor(pairs),
             "margins": torch.tensor(margins),
             "weights": torch.tensor(weights),
@@ -382,11 +379,18 @@ class GPTPPODataset(Dataset):
 
     def collate(self, samples: Sequence[Sequence[int]]) -> Batch:
         """{"input_ids", "attention_mask"}: (B, longest) int64, padded on the left."""
-        longest = max(map(len, samples))
         return {
-            "input_ids": torch.tensor([[self.pad_token_id] * (longest - len(ids)) + list(ids) for ids in samples]),
-            "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in samples]),
+            "input_ids": pad_rows(samples, self.pad_token_id, on_the_left=True),
+            "attention_mask": pad_rows([[1] * len(ids) for ids in samples], 0, on_the_left=True),
         }
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int, on_the_left: bool = False) -> torch.Tensor:
+    """B rows of ids, labels or ones → (B, T) int64, T being the longest; `value` fills up the others."""
+    longest = max(map(len, rows))
+    if on_the_left:
+        return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
+    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
 
 
 def count_labels(batch: Batch) -> int:

@@ -26,7 +26,7 @@ from alignment.reward_model import RewardModel, compare, load_reward_model, pref
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint
 from command_line import UserError, option, parse_config, run_main
-from data_loader import PreferenceDataset
+from data_loader import PreferenceDataset, pad_rows
 from evaluation.answer_report import (
     answers_summary,
     answers_table,
@@ -143,11 +143,10 @@ class GPTEvaluator:
 
     def _sum_of_losses(self, windows: Sequence[tuple[list[int], list[int]]]) -> float:
         """Total −log p, in nats, of the targets of some windows."""
-        device, width = self.model.device, max(len(inputs) for inputs, _ in windows)
+        rows, labels = zip(*windows, strict=True)
         # Padding stands on the right, where a causal model cannot see it: it needs no mask
-        pad, ignored = [self.tokenizer.pad_token_id], [IGNORED_LABEL]
-        inputs = torch.tensor([ids + pad * (width - len(ids)) for ids, _ in windows], device=device)  # (B, T)
-        targets = torch.tensor([ids + ignored * (width - len(ids)) for _, ids in windows], device=device)  # (B, T)
+        inputs = pad_rows(rows, self.tokenizer.pad_token_id).to(self.model.device)  # (B, T)
+        targets = pad_rows(labels, IGNORED_LABEL).to(self.model.device)  # (B, T)
         scored = targets != IGNORED_LABEL  # (B, T)
         hidden, targets = self.model.hidden_states(inputs)[scored], targets[scored]  # (N, D), (N,)
         # Logits are the largest tensor of all, so they are made for a thousand tokens at a time

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from command_line import Interrupted, UserError, option, parse_config, run_main
+from command_line import Interrupted, UserError, option, parse_config, replacing, run_main
 from evaluation.report import write_report
 from text.text_files import RECORD_ENDINGS, resolve_files
 
@@ -290,11 +290,14 @@ def run_command(command: list[str]) -> int:
 
 
 def write_record(path: Path, record: dict) -> None:
-    """Write a small JSON file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    """Note in a small JSON file what a stage was made of."""
+    try:
+        with replacing(path) as file:
+            file.write(json.dumps(record, indent=1).encode())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); free some space or choose another --models_dir"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------- the service

@@ -16,9 +16,10 @@ from typing import Any
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 from rouge import Rouge
 
-from command_line import UserError
+from command_line import UserError, replacing
 from evaluation.answer_checker import check_answer
 from inference.request import Generation
+from text.chat_template import Message
 from text.conversation_data import parse_conversation
 from text.text_files import iter_records
 
@@ -87,7 +88,7 @@ def require_same_length(predictions: Sequence[str], references: Sequence[str]) -
 class Question:
     """A conversation up to its last answer, that answer, and whatever else the record says (skill, language, …)."""
 
-    prompt: list[dict[str, str]]
+    prompt: list[Message]
     reference: str
     fields: dict[str, Any]
 
@@ -227,14 +228,11 @@ def check_writable(path: str | Path) -> Path:
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A record may quote half of a surrogate pair, which has no UTF-8
-        temporary.write_bytes((json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace"))
-        temporary.replace(path)
+        with replacing(path) as file:
+            # A record may quote half of a surrogate pair, which has no UTF-8
+            file.write((json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written ({error.strerror}); free some space or choose another --output_path"
         ) from error

@@ -30,6 +30,7 @@ from evaluation.answer_report import (
     write_json,
 )
 from inference.request import Generation
+from text.chat_template import Message
 from text.conversation_data import load_conversations
 from text.text_files import iter_documents
 
@@ -137,7 +138,7 @@ class BaselineConfig:
 
 
 def encode_conversation(
-    tokenizer: ByteLevelBPETokenizer, messages: Sequence[dict[str, str]], headings: bool, is_prompt: bool = False
+    tokenizer: ByteLevelBPETokenizer, messages: Sequence[Message], headings: bool, is_prompt: bool = False
 ) -> list[int]:
     """Token ids of a conversation in the chat template, or of its texts alone, each answer closed by `</s>`."""
     if headings:

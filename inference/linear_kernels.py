@@ -37,6 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from command_line import replacing
 from inference.native_code import cache_folder, check_layout, load_native, processor
 
 DTYPES = {  # in the order of the types in linear_kernels.c
@@ -452,9 +453,8 @@ def _remember(key: str, name: str) -> None:
     content = {"machine": _machine(), "choices": {**_remembered(), key: name}}
     try:
         path = _memory()
-        temporary = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write(json.dumps(content, indent=1).encode())
     except OSError:
         return  # no home, or one that cannot be written to: the next process measures again

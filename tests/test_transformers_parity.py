@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from gpt_model import IGNORED_LABEL
+
 PAD = 1
 CLOSE = dict(atol=2e-5, rtol=2e-5)
 
@@ -107,7 +109,7 @@ def test_logits_and_loss_equal_those_of_transformers(architecture, tied, random_
     model = random_model(architecture, tie_embeddings=tied)
     theirs = in_transformers(model)
     ids = random_ids(3, 20)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.4, -100)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.4, IGNORED_LABEL)
     with torch.no_grad():
         expected = theirs(ids, labels=labels)
         output = model(ids, labels=labels)

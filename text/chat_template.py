@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from command_line import UserError
 
-Message = Mapping[str, str]
+Message = Mapping[str, str]  # "role" and "content"
 ROLES = ("system", "user", "assistant")
 
 # The assistant's turn brings its own heading, so that a prompt (the turns so far + the heading) is a prefix of the

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from command_line import UserError
+from command_line import UserError, replacing
 
 TRACKERS = ("none", "swanlab", "wandb")
 
@@ -110,12 +110,10 @@ class RunLog:
 
     def _restart_file(self, records: list[dict[str, Any]]) -> None:
         """Make `metrics.jsonl` consist of `records`, in one move: a kill never costs the history."""
-        temporary = self.path.with_suffix(".jsonl.tmp")
         try:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            temporary.replace(self.path)
+            with replacing(self.path) as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> UserError:
