@@ -393,20 +393,14 @@ class TokenizerTrainingConfig:
     """Options of `python byte_level_bpe.py`."""
 
     input: list[str] = option(list, "text files, folders of them, or names without ending; none: the sample data")
-    vocab_size: int = option(4096, "how many tokens, the 256 bytes and the special tokens included")
-    min_frequency: int = option(2, "how often a pair must occur to become a token")
+    vocab_size: int = option(
+        4096, "how many tokens, the bytes and the special tokens included", at_least=BYTE_COUNT + len(SPECIAL_TOKENS)
+    )
+    min_frequency: int = option(2, "how often a pair must occur to become a token", at_least=1)
     output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer")
 
     def validate(self) -> list[str]:
-        smallest = BYTE_COUNT + len(SPECIAL_TOKENS)
-        complaints = []
-        if self.vocab_size < smallest:
-            complaints.append(f"--vocab_size must be at least {smallest} (bytes and special tokens)")
-        if self.min_frequency < 1:
-            complaints.append("--min_frequency must be at least 1")
-        if Path(self.output_dir).is_file():
-            complaints.append(f"--output_dir {self.output_dir} is a file; name a folder")
-        return complaints
+        return [f"--output_dir {self.output_dir} is a file; name a folder"] if Path(self.output_dir).is_file() else []
 
 
 class _SampledDocuments:

@@ -275,23 +275,14 @@ class EvaluationConfig:
         None, "score text, answers or preferences; default by the checkpoint's stage", choices=tuple(TEST_DATA)
     )
     output_path: str | None = option(None, "JSON file for all results; default <model>_eval.json beside the model")
-    max_samples: int | None = option(None, "score only so many records or documents")
-    max_gen_len: int = option(64, "longest answer, in tokens")
-    temperature: float = option(0.0, "0 takes the likeliest token; otherwise sample at this temperature")
-    top_k: int = option(0, "sample among the k likeliest tokens; 0 means among all")
-    batch_size: int = option(64, "answers or windows of text that are computed together")
+    max_samples: int | None = option(None, "score only so many records or documents", at_least=1)
+    max_gen_len: int = option(64, "longest answer, in tokens", at_least=1)
+    temperature: float = option(0.0, "0 takes the likeliest token; otherwise sample at this temperature", at_least=0)
+    top_k: int = option(0, "sample among the k likeliest tokens; 0 means among all", at_least=0)
+    batch_size: int = option(64, "answers or windows of text that are computed together", at_least=1)
     seed: int = option(42, "makes sampling repeatable")
     device: str = option("auto", "auto, cpu or cuda")
-    num_threads: int = option(0, "CPU threads; 0 means as many as torch takes")
-
-    def validate(self) -> list[str]:
-        """What is wrong with these settings, a sentence each."""
-        limits = {"max_samples": 1, "max_gen_len": 1, "temperature": 0, "top_k": 0, "batch_size": 1, "num_threads": 0}
-        return [
-            f"--{name} must be at least {least}, not {value}"
-            for name, least in limits.items()
-            if (value := getattr(self, name)) is not None and not value >= least
-        ]
+    num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
 
 def text_summary(report: dict[str, Any]) -> str:

@@ -82,8 +82,8 @@ class PipelineConfig:
     pairwise_test: str = option(
         "data/sft/rlhf_pairwise_test.json", "held-out preferences; empty, or with your own pairs: a share of those"
     )
-    num_threads: int = option(0, "CPU threads; 0 means one for each core")
-    port: int = option(0, "port of the service while it is tried; 0 means any free one")
+    num_threads: int = option(0, "CPU threads; 0 means one for each core", at_least=0)
+    port: int = option(0, "port of the service while it is tried; 0 means any free one", at_least=0, at_most=65535)
     serve: bool = option(False, "leave the service running in the foreground at the end, on port 8000 or --port")
 
 

@@ -50,7 +50,9 @@ class PretrainConfig(TrainingConfig):
 
     train_data_dir: str = option(SAMPLE_TRAIN, "training text: a file, a folder, or a name without its ending")
     val_data_dir: str = option("", "validation text; empty: the sample's own, or --val_fraction of the training text")
-    val_fraction: float = option(0.0, "share of the training documents set aside, if there is no validation text")
+    val_fraction: float = option(
+        0.0, "share of the training documents set aside, if there is no validation text", at_least=0, below=1
+    )
     tokenizer_dir: str = option("models/bpe_tokenizer", "folder of the tokenizer")
     output_dir: str = option("models/pretrain", "folder for checkpoints, metrics and curves")
     shard_dir: str = option("models/token_shards", "folder for the tokenized text, which is made once and reused")
@@ -68,17 +70,13 @@ class PretrainConfig(TrainingConfig):
     batch_size: int = option(32, "windows of one forward pass on one rank")
     lr: float = option(4e-3, "peak learning rate")
     epochs: float = option(5.0, "passes over the training text, if --max_steps is 0")
-    sample_tokens: int = option(48, "tokens of the sample texts that are written at every evaluation; 0: none")
+    sample_tokens: int = option(48, "tokens of the samples written at every evaluation; 0: none", at_least=0)
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
         complaints = super().validate()
-        if not 0 <= self.val_fraction < 1:
-            complaints.append(f"--val_fraction must be between 0 and 1, not {self.val_fraction}")
         if self.max_seq_len < 2:
             complaints.append(f"--max_seq_len must be at least 2, a token and the next, not {self.max_seq_len}")
-        if self.sample_tokens < 0:
-            complaints.append(f"--sample_tokens must be at least 0, not {self.sample_tokens}")
         if self.depth < 0:
             complaints.append(f"--depth must not be negative, not {self.depth}")
         if not complaints:

@@ -50,17 +50,16 @@ class BenchConfig:
     models_dir: str = option("models", "what run_training.sh has left: a pretrained, an SFT and a reward model")
     runs: str = option("ppo,grpo,dpo,ppo+lora,grpo+lora,dpo+lora,sft+lora,student,distill", "what to run, by commas")
     seeds: str = option("0,1,2", "seeds of ppo, grpo and dpo, by commas; the other runs take the first")
-    max_steps: int = option(0, "steps of each run; 0 means as many as the defaults say")
-    max_questions: int = option(0, "held-out questions; 0 means all")
-    num_threads: int = option(2, "CPU threads")
+    max_steps: int = option(0, "steps of each run; 0 means as many as the defaults say", at_least=0)
+    max_questions: int = option(0, "held-out questions; 0 means all", at_least=0)
+    num_threads: int = option(2, "CPU threads", at_least=1)
     output_dir: str = option("", "where to keep the runs; empty: nowhere")
     write: str = option("", "a Markdown page that takes the table; empty: none")
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
-        known = set(COMMANDS)
-        unknown = [name for name in self.runs.split(",") if name.split("+")[0] not in known]
-        complaints = [f"--runs {name} is not known; it must be of {', '.join(sorted(known))}" for name in unknown]
+        unknown = [name for name in self.runs.split(",") if name.split("+")[0] not in COMMANDS]
+        complaints = [f"--runs {name} is not known; it must be of {', '.join(sorted(COMMANDS))}" for name in unknown]
         if not all(seed.isdecimal() for seed in self.seeds.split(",")):
             complaints.append(f"--seeds {self.seeds} must be whole numbers, separated by commas")
         return complaints

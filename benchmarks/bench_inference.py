@@ -64,20 +64,16 @@ class BenchmarkConfig:
         "gpt2-124m": {},
         "tiny": dict(vocab_size=1000, d_model=64, n_layers=2, n_heads=2, max_seq_len=512),
     }
-    vocab_size: int = option(50257, "tokens of the vocabulary")
+    vocab_size: int = option(50257, "tokens of the vocabulary", at_least=512)
     d_model: int = option(768, "width")
     n_layers: int = option(12, "layers")
     n_heads: int = option(12, "heads")
-    max_seq_len: int = option(1024, "context")
-    num_threads: int = option(0, "CPU threads of every contestant; 0 means as many as torch takes")
-    rounds: int = option(9, "how often the contestants take turns")
+    max_seq_len: int = option(1024, "context", at_least=256)
+    num_threads: int = option(0, "CPU threads of every contestant; 0 means as many as torch takes", at_least=0)
+    rounds: int = option(9, "how often the contestants take turns", at_least=1)
     quick: bool = option(False, "one round of few tokens: shows that everything works, gives no figures to quote")
     write: str = option("", "a Markdown page that takes the tables; empty: none")
-    seed: int = option(0, "of the random weights and prompts")
-
-    def validate(self) -> list[str]:
-        limits = {"num_threads": 0, "rounds": 1, "max_seq_len": 256, "vocab_size": 512, "seed": 0}
-        return [f"{name} must be at least {least}" for name, least in limits.items() if getattr(self, name) < least]
+    seed: int = option(0, "of the random weights and prompts", at_least=0)
 
 
 def random_model(config: BenchmarkConfig) -> GPTModel:

@@ -40,9 +40,9 @@ class BenchConfig:
 
     text: str = option("data/pretrain/train.txt", "a text file")
     nanogpt_dir: str = option("", "a clone of nanoGPT; empty: measure this project only")
-    nanogpt_steps: int = option(2000, "steps of nanoGPT's recipe")
+    nanogpt_steps: int = option(2000, "steps of nanoGPT's recipe", at_least=1)
     vocab_size: int = option(1024, "tokens of this project's vocabulary")
-    num_threads: int = option(2, "CPU threads of both")
+    num_threads: int = option(2, "CPU threads of both", at_least=1)
     options: str = option(
         "--d_model 128 --n_layers 4 --n_heads 4 --n_kv_heads 4 --max_seq_len 128 --batch_size 16 --max_steps 400",
         "this project's training options",

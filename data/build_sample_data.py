@@ -10,17 +10,18 @@ The same files come out on every machine, byte for byte.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from command_line import UserError, option, parse_config, replacing, run_main
 from data.leak_proof import HeldOutOperands, normalise, prove_no_leak
 from data.sample_cases import LANGUAGES, Case, Relation
 from data.sample_phrasings import RELATIONS
@@ -392,17 +393,26 @@ def _summary(world: World, files: dict[str, list]) -> str:
     return "\n".join(lines)
 
 
+@dataclass
+class SampleDataConfig:
+    """The command line of the builder."""
+
+    output_dir: str = option(str(Path(__file__).resolve().parent), "folder for the files")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Build the files and write them."""
-    parser = argparse.ArgumentParser(description="Build the sample data.")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
-    output_dir = parser.parse_args(argv).output_dir
+    config = parse_config(SampleDataConfig, argv, description="Build the sample data.")
     files, summary = build()
     for name, content in files.items():
-        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
-        (output_dir / name).write_bytes(_text_of(name, content).encode())
+        path = Path(config.output_dir, name)
+        try:
+            with replacing(path) as file:
+                file.write(_text_of(name, content).encode())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output_dir") from error
     print(summary)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

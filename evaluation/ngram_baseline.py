@@ -119,22 +119,14 @@ class NGramModel:
 class BaselineConfig:
     """Settings of the n-gram baseline."""
 
-    order: int = option(5, "n: a token is predicted from the n − 1 tokens before it")
+    order: int = option(5, "n: a token is predicted from the n − 1 tokens before it", at_least=1)
     tokenizer_dir: str = option("models/bpe_tokenizer", "folder of the tokenizer")
     train_data_dir: str = option("data/pretrain/train", "pretraining text")
     sft_data_path: str = option("data/sft/sft_data.json", "conversations to learn from")
     test_data_path: str = option("data/sft/sft_test.json", "questions to answer")
-    max_samples: int | None = option(None, "answer only so many questions, evenly spread over the file")
-    max_gen_len: int = option(64, "longest answer, in tokens")
+    max_samples: int | None = option(None, "answer only so many questions, evenly spread over the file", at_least=1)
+    max_gen_len: int = option(64, "longest answer, in tokens", at_least=1)
     output_path: str | None = option(None, "JSON file for all results; none by default")
-
-    def validate(self) -> list[str]:
-        """What is wrong with these settings, a sentence each."""
-        return [
-            f"--{name} must be at least 1, not {value}"
-            for name in ("order", "max_samples", "max_gen_len")
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
 
 
 def encode_conversation(

@@ -105,7 +105,7 @@ pretrain | --warmup_steps -5 --min_lr_ratio 2 | --warmup_steps must be at least 
 pretrain | --sample_tokens -1 | --sample_tokens must be at least 0, not -1
 pretrain | --dropout 1.5 | dropout must be in [0, 1), not 1.5
 pretrain | --position absolute | position must be one of learned, rotary, sinusoidal, not 'absolute'
-pretrain | --val_fraction 2 | --val_fraction must be between 0 and 1, not 2.0
+pretrain | --val_fraction 2 | --val_fraction must be at least 0 and below 1, not 2.0
 pretrain | --depth -2 | --depth must not be negative
 pretrain | --device cuda:99 | the device 'cuda:99' is not available here; use --device cpu or auto
 pretrain | --device abacus | the device 'abacus' is not available here
