@@ -136,7 +136,7 @@ class ByteLevelBPETokenizer:
     ) -> dict[str, list[int]]:
         """The ids of a text that may be continued: nothing follows it, neither `</s>` nor padding.
 
-        The strings of special tokens inside `text` are ordinary text. Half of a surrogate pair, which is no character
+        The strings of special tokens inside `text` are ordinary text. Half of a surrogate pair, which is not a character
         and has no UTF-8, counts as U+FFFD.
 
         Args:
@@ -161,7 +161,7 @@ class ByteLevelBPETokenizer:
         return [prefix + encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids (a list, an array or a 1-D tensor). Bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids (a list, an array or a 1-D tensor). Bytes that are not UTF-8 become U+FFFD."""
         return self._engine.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -283,7 +283,7 @@ class ByteLevelBPETokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,  # decoding must not "tidy" the text
             "chat_template": self.chat_template,
-            **self._roles,  # null for a role that none plays, lest a loader assumes one
+            **self._roles,  # null for a role that no token plays, so that no loader assumes one
         }
         if self.bos_token_id is not None and not self._adds_bos:
             config["add_bos_token"] = False
@@ -295,7 +295,7 @@ class ByteLevelBPETokenizer:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write the tokenizer's folder. Stopped half-way, it leaves a folder that does not load, never half a one.
+        """Write the tokenizer's folder. Stopped half-way, it leaves a folder that does not load, never a half-written one.
 
         Raises:
             UserError: the folder cannot be written.

@@ -164,11 +164,11 @@ def load_model(
 
     Args:
         path: a checkpoint.
-        device: where the model shall be.
+        device: where to put the model.
         base, load_base: see `restore_model`.
 
     Raises:
-        UserError: as `load_checkpoint` and `restore_model`; or it is no language model in full precision.
+        UserError: as `load_checkpoint` and `restore_model`; or it is not a language model in full precision.
     """
     content = load_checkpoint(path)
     if content.get("quantization"):
@@ -228,7 +228,7 @@ def find_base(content: dict[str, Any], path: str | Path, base: str | Path | None
     for place in found:
         if weight_fingerprint(load_checkpoint(place)) == lora["base_fingerprint"]:
             return place
-    what = f"{found[0]}, whose weights are others now" if found else f"{wanted[-1]}, which is not there"
+    what = f"{found[0]}, whose weights have changed" if found else f"{wanted[-1]}, which is not there"
     raise UserError(
         f"{path} holds adapters (LoRA) for {what}; bring that model back, or say where it is and merge the two: "
         f"python -m alignment.lora_export --adapter {path} --base_model PATH --output_path MERGED"
@@ -242,7 +242,7 @@ def weight_fingerprint(content: dict[str, Any]) -> str:
     """
     if "made_from" in content:
         return content["made_from"]
-    lora = content.get("lora", {})  # where the base is does not matter, but what it is
+    lora = content.get("lora", {})  # not where the base is, but what it is
     settings = {name: value for name, value in lora.items() if name not in ("base", "base_relative")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(content["model"].items()):

@@ -132,7 +132,7 @@ class GPTEvaluator:
         }
 
     def _windows(self, ids: list[int], stride: int) -> Iterator[tuple[list[int], list[int]]]:
-        """Inputs and targets, of equal length, that score each id of a document once; a target −100 counts not."""
+        """Inputs and targets, of equal length, that score each id of a document once; a target −100 does not count."""
         start_token = self.tokenizer.bos_token_id
         inputs = [self.tokenizer.eos_token_id if start_token is None else start_token, *ids]
         scored = begin = 0
@@ -185,7 +185,7 @@ class GPTEvaluator:
         """Perplexity of a text file, and how the model continues the beginnings of its first documents.
 
         Args:
-            max_samples: score only so many documents, from the beginning.
+            max_samples: score no more documents than this, from the beginning.
             settings: those of `generate_texts`, for the continuations.
 
         Returns:
@@ -275,7 +275,7 @@ class EvaluationConfig:
         None, "score text, answers or preferences; default by the checkpoint's stage", choices=tuple(TEST_DATA)
     )
     output_path: str | None = option(None, "JSON file for all results; default <model>_eval.json beside the model")
-    max_samples: int | None = option(None, "score only so many records or documents", at_least=1)
+    max_samples: int | None = option(None, "score at most this many records or documents", at_least=1)
     max_gen_len: int = option(64, "longest answer, in tokens", at_least=1)
     temperature: float = option(0.0, "0 takes the likeliest token; otherwise sample at this temperature", at_least=0)
     top_k: int = option(0, "sample among the k likeliest tokens; 0 means among all", at_least=0)

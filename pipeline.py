@@ -69,7 +69,7 @@ QUESTIONS = ("法国的首都是哪里？", "What is 27 + 48?", "Which planet is
 
 @dataclass
 class PipelineConfig:
-    """Settings of the whole way."""
+    """Settings of all stages together."""
 
     preset: str = option("tiny", "size of everything: tiny suits two CPU cores, the others a GPU", choices=tuple(SIZES))
     smoke: bool = option(False, "a two-minute check of every stage, in models/smoke; the model it makes is useless")

@@ -173,7 +173,7 @@ def as_table(rows: list[dict]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run everything, print a line for each run and at last one JSON object."""
+    """Run everything, print a line for each run and, at the end, one JSON object."""
     config = parse_config(BenchConfig, argv, description=__doc__.splitlines()[0])
     os.chdir(ROOT)
     torch.set_num_threads(config.num_threads)

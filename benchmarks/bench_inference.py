@@ -103,7 +103,7 @@ Times = dict[str, list[float]]  # of each action in seconds, a number for each r
 
 
 def take_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """How long each action takes, one after another, so often as there are rounds."""
+    """How long each action takes, in turn, once in each round."""
     of_rounds = [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
     return {name: [of_round[name] for of_round in of_rounds] for name in actions}
 
@@ -335,7 +335,7 @@ def measure_delays(report: Report, load: Load, counts: Sequence[int]) -> None:
     ]
     header = ["streams", "tokens/s", "first token, ms", "99 %", "between tokens, ms", "99 %"]
     note = (
-        f"INT8, {len(load.prompts)} requests in groups of so many streams, each a thread that reads it; prompts of "
+        f"INT8, {len(load.prompts)} requests in groups of one size, each stream read by a thread of its own; prompts of "
         f"{len(load.prompts[0])} tokens, {load.n_tokens} new ones. Medians and 99th percentiles; the first token is "
         "counted from `submit`, the prompts of the whole group included."
     )

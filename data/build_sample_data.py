@@ -151,7 +151,7 @@ def _take_turns(groups: list[list[Case]], count: int) -> Iterator[Iterator[Case]
 
 
 def _stands_alone(case: Case, template: str) -> bool:
-    """Whether this question is no part of another question or statement about the same fact."""
+    """Whether this question is not part of another question or statement about the same fact."""
     question = normalise(case.say(template))
     others = [t for t in (*case.wording.asks, *case.wording.says, case.wording.canonical) if t != template]
     return not any(question in normalise(case.say(other)) for other in others)

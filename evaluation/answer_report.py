@@ -94,7 +94,7 @@ class Question:
 
 
 def load_questions(data_path: str | Path, max_samples: int | None = None) -> list[Question]:
-    """The questions of an instruction file; with `max_samples`, so many of them, evenly spread over the file.
+    """The questions of an instruction file; with `max_samples`, at most that many, evenly spread over the file.
 
     Raises:
         UserError: the file cannot be read, or a record is malformed.
@@ -119,7 +119,7 @@ def grade(question: Question, generation: Generation) -> dict[str, Any]:
         "reference": question.reference,
         "prediction": generation.text,
         "ended": generation.ended,
-        "tokens": len(generation.token_ids) - generation.ended,  # </s> is no part of the answer
+        "tokens": len(generation.token_ids) - generation.ended,  # </s> is not part of the answer
         **rouge_scores(generation.text, question.reference),
         **{name: fields[name] for name in ("answer", "skill", "language", "held_out") if name in fields},
     }

@@ -61,7 +61,7 @@ tokenizer | binary.txt | binary.txt is a binary file; give a text file
 tokenizer | gbk.txt | gbk.txt is not UTF-8 text; save it as UTF-8
 tokenizer | utf16.txt | utf16.txt is not UTF-8 text; save it as UTF-8
 tokenizer | picture.png | picture.png is none of the supported kinds of file; convert it
-tokenizer | cut.txt.gz | cut.txt.gz is not a sound gzip file; make it anew
+tokenizer | cut.txt.gz | cut.txt.gz is not a sound gzip file; create it again
 tokenizer | empty_folder | the folder empty_folder holds no file that ends in .txt; put the data there
 tokenizer | no_text.jsonl | line 2 of no_text.jsonl has no field "text"
 tokenizer | good.txt --vocab_size 10 | vocab_size
@@ -137,7 +137,7 @@ sft | --data_path wrong_type.json | record 1 of wrong_type.json: the field "resp
 sft | --data_path bad_role.json | turn 1 of record 1 of bad_role.json has the role 'robot'; it must be one of
 sft | --data_path bad_line.jsonl | record 3 of bad_line.jsonl is not valid JSON
 sft | --data_path gbk.json | gbk.json is not UTF-8 text; save it as UTF-8
-sft | --data_path cut.json.gz | cut.json.gz is not a sound gzip file; make it anew
+sft | --data_path cut.json.gz | cut.json.gz is not a sound gzip file; create it again
 sft | --data_path good.txt | good.txt is none of the supported kinds of file; convert it to .json
 sft | --pretrained_model missing.pth | missing.pth does not exist; run pretrain_trainer.py first
 sft | --pretrained_model empty_folder | empty_folder is a folder, not a file

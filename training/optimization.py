@@ -197,7 +197,7 @@ class Updater:
         precision: the dtype of the matrix products; fp16 brings a gradient scaler.
         device: where the model is.
         max_grad_norm: gradients are scaled down to this global norm (Pascanu et al., arXiv:1211.5063); 0 turns it off.
-        max_skipped: after so many steps in a row with a non-finite gradient the run stops with advice.
+        max_skipped: after this many steps in a row with a non-finite gradient the run stops with advice.
         clip: scales the gradients of (parameters, max_norm) in place and returns their norm before; a model that is
             spread over ranks brings its own, `parallel_model.ParallelModel.clip_gradients`.
     """

@@ -231,7 +231,7 @@ class ParallelModel:
     def model_state(self) -> dict[str, torch.Tensor]:
         """The weights of the whole model on the CPU of rank 0; all ranks have to call it, the others get {}.
 
-        What is frozen is left out: it can be had where it came from.
+        What is frozen is left out: it can be loaded from where it came.
         """
         if self._mesh is None:
             return trained_state(self.module, get_model_state_dict(self.module, options=WHOLE))

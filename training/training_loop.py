@@ -209,7 +209,7 @@ class TrainingLoop:
         return self.best
 
     def before_first_step(self) -> None:
-        """What a run does once, at its very beginning; a resumed run has it behind it."""
+        """What a run does once, at its very beginning; a resumed run does not do it again."""
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns the global `loss`, `lr`, `grad_norm` and the number of `tokens` read."""
