@@ -136,8 +136,8 @@ class ByteLevelBPETokenizer:
     ) -> dict[str, list[int]]:
         """The ids of a text that may be continued: nothing follows it, neither `</s>` nor padding.
 
-        The strings of special tokens inside `text` are ordinary text. Half of a surrogate pair, which is not a character
-        and has no UTF-8, counts as U+FFFD.
+        The strings of special tokens inside `text` are ordinary text. Half of a surrogate pair, which has no UTF-8,
+        counts as U+FFFD.
 
         Args:
             text: any string.
@@ -295,7 +295,7 @@ class ByteLevelBPETokenizer:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write the tokenizer's folder. Stopped half-way, it leaves a folder that does not load, never a half-written one.
+        """Write the tokenizer's folder. Stopped half-way, it leaves a folder that does not load, never half of one.
 
         Raises:
             UserError: the folder cannot be written.

@@ -107,13 +107,14 @@ def _reason(error: BaseException) -> str:
     return "the disk is full" if first.errno == errno.ENOSPC else str(first.strerror or first)
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def require_writable_folder(folder: str | Path) -> None:
     """Refuse a run before any work if `folder` is not, and cannot become, a folder that can be written to."""
-    existing = _existing_parent(Path(folder) / "x")
+    existing = existing_parent(Path(folder) / "x")
     if not existing.is_dir():
         raise UserError(f"{folder} cannot be a folder, because {existing} is a file; choose another --output_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -122,7 +123,7 @@ def require_writable_folder(folder: str | Path) -> None:
 
 def require_disk_space(folder: str | Path, n_bytes: int) -> None:
     """Refuse a run before any work if the disk of `folder` cannot take `n_bytes`."""
-    free = shutil.disk_usage(_existing_parent(Path(folder) / "x")).free
+    free = shutil.disk_usage(existing_parent(Path(folder) / "x")).free
     if free < n_bytes:
         raise UserError(
             f"{folder} has {free / 2**20:.0f} MiB of free disk and this run needs about {n_bytes / 2**20:.0f} MiB; "

@@ -463,9 +463,7 @@ def create_pretrain_dataloader(
 ) -> DataLoader:
     """One epoch of pretraining batches as a PyTorch DataLoader; see `GPTPretrainDataset` for what a batch holds."""
     dataset = GPTPretrainDataset(tokenize_to_shards(path, tokenizer, shard_dir), max_seq_len, str(path))
-    if not shuffle:
-        return DataLoader(dataset, batch_size, collate_fn=dataset.collate)
-    return DataLoader(dataset, batch_sampler=BatchOrder(len(dataset), batch_size, seed), collate_fn=dataset.collate)
+    return _dataloader(dataset, batch_size, BatchOrder(len(dataset), batch_size, seed) if shuffle else None)
 
 
 def create_sft_dataloader(
@@ -478,7 +476,10 @@ def create_sft_dataloader(
 ) -> DataLoader:
     """One epoch of instruction batches as a PyTorch DataLoader; see `GPTSFTDataset` for what a batch holds."""
     dataset = GPTSFTDataset(load_conversations(path), tokenizer, max_seq_len)
-    if not shuffle:
-        return DataLoader(dataset, batch_size, collate_fn=dataset.collate)
-    order = BatchOrder(len(dataset), batch_size, seed, dataset.lengths)
-    return DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate)
+    order = BatchOrder(len(dataset), batch_size, seed, dataset.lengths) if shuffle else None
+    return _dataloader(dataset, batch_size, order)
+
+
+def _dataloader(dataset: GPTPretrainDataset | GPTSFTDataset, batch_size: int, order: BatchOrder | None) -> DataLoader:
+    sizes = {"batch_size": batch_size} if order is None else {"batch_sampler": order}
+    return DataLoader(dataset, collate_fn=dataset.collate, **sizes)

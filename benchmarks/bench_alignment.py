@@ -83,6 +83,13 @@ COMMANDS: dict[str, list[str]] = {
 SEVERAL_SEEDS = ("ppo", "grpo", "dpo")
 
 
+def run_script(what: str, command: list[str]) -> None:
+    """Run one of the project's scripts and wait for it."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True)
+    if done.returncode:
+        raise UserError(f"{what} failed: {done.stderr.strip()[-2000:]}")
+
+
 def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tuple[Path, float]:
     """Train; returns the best model's path and the processor's seconds of the whole process."""
     algorithm, *variant = name.split("+")
@@ -94,9 +101,7 @@ def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tu
     command += LORA if variant else []
     command += ["--max_steps", str(config.max_steps)] if config.max_steps else []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "finetune.py", *command], cwd=ROOT, text=True, capture_output=True)
-    if done.returncode:
-        raise UserError(f"{name} failed: {done.stderr.strip()[-2000:]}")
+    run_script(f"training {name}", ["finetune.py", *command])
     (best,) = folder.glob("*_best.pth")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -105,14 +110,10 @@ def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tu
 def ask(model_path: Path, config: BenchConfig, folder: Path) -> dict[str, float]:
     """Scores of the model's greedy answers to the held-out questions."""
     result = folder / "answers.json"
-    command = [sys.executable, "evaluator.py", "--model_path", str(model_path), "--model_type", "sft"]
+    command = ["evaluator.py", "--model_path", str(model_path), "--model_type", "sft"]
     command += ["--test_data_path", "data/sft/sft_test.json", "--output_path", str(result)]
     command += ["--max_samples", str(config.max_questions)] if config.max_questions else []
-    done = subprocess.run(
-        [*command, "--num_threads", str(config.num_threads)], cwd=ROOT, text=True, capture_output=True
-    )
-    if done.returncode:
-        raise UserError(f"evaluating {model_path} failed: {done.stderr.strip()[-2000:]}")
+    run_script(f"evaluating {model_path}", [*command, "--num_threads", str(config.num_threads)])
     return json.loads(result.read_text(encoding="utf-8"))["scores"]
 
 
@@ -142,13 +143,8 @@ def trained_share(model_path: Path) -> float:
 def measure(name: str, seed: str, model_path: Path, seconds: float, config: BenchConfig, folder: Path) -> dict:
     """One row of the table."""
     scores = ask(model_path, config, folder)
-    row = {"run": name, "seed": int(seed), "cpu_seconds": round(seconds, 1)}
-    row |= {
-        "exact": scores["exact"],
-        "preferred": scores["preferred"],
-        "trained": trained_share(model_path),
-        "kl": None,
-    }
+    row = {"run": name, "seed": int(seed), "cpu_seconds": round(seconds, 1), "kl": None}
+    row |= {"exact": scores["exact"], "preferred": scores["preferred"], "trained": trained_share(model_path)}
     if name.split("+")[0] in SEVERAL_SEEDS:
         policy, tokenizer, _ = load_model(model_path)
         reference, _, _ = load_model(Path(config.models_dir) / "sft" / "sft_best.pth")
@@ -187,9 +183,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def add(name: str, seed: str, model_path: Path, seconds: float) -> None:
             rows.append(measure(name, seed, model_path, seconds, config, root))
-            print(
-                json.dumps(rows[-1]), file=sys.stderr, flush=True
-            )  # the runs are long: each shows its figures at once
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)  # at once, as the runs are long
 
         add("sft", "0", sft_model, 0.0)
         for name in config.runs.split(","):

@@ -335,8 +335,8 @@ def measure_delays(report: Report, load: Load, counts: Sequence[int]) -> None:
     ]
     header = ["streams", "tokens/s", "first token, ms", "99 %", "between tokens, ms", "99 %"]
     note = (
-        f"INT8, {len(load.prompts)} requests in groups of one size, each stream read by a thread of its own; prompts of "
-        f"{len(load.prompts[0])} tokens, {load.n_tokens} new ones. Medians and 99th percentiles; the first token is "
+        f"INT8, {len(load.prompts)} requests in groups of one size, each stream read by a thread of its own; prompts "
+        f"of {len(load.prompts[0])} tokens, {load.n_tokens} new ones. Medians and 99th percentiles; the first token is "
         "counted from `submit`, the prompts of the whole group included."
     )
     report.add("latency", Table("Delays", note, header, rows), delays)

@@ -16,6 +16,7 @@ from typing import Any
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 from rouge import Rouge
 
+from checkpoint import existing_parent
 from command_line import UserError, replacing
 from evaluation.answer_checker import check_answer
 from inference.request import Generation
@@ -220,7 +221,7 @@ def answers_summary(report: Mapping[str, Any]) -> str:
 def check_writable(path: str | Path) -> Path:
     """The path, if a file can be written there. To be called before the work, not after it."""
     path = Path(path)
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = existing_parent(path)
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{path} cannot be written; give --output_path a file in a folder that you may write to")
     return path

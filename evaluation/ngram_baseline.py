@@ -124,7 +124,7 @@ class BaselineConfig:
     train_data_dir: str = option("data/pretrain/train", "pretraining text")
     sft_data_path: str = option("data/sft/sft_data.json", "conversations to learn from")
     test_data_path: str = option("data/sft/sft_test.json", "questions to answer")
-    max_samples: int | None = option(None, "answer at most this many questions, evenly spread over the file", at_least=1)
+    max_samples: int | None = option(None, "answer at most this many questions, evenly spread", at_least=1)
     max_gen_len: int = option(64, "longest answer, in tokens", at_least=1)
     output_path: str | None = option(None, "JSON file for all results; none by default")
 
