@@ -11,8 +11,11 @@ function of the seed and n (`BatchOrder`), so a resumed run sees exactly the dat
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,22 +112,16 @@ def tokenize_to_shards(
     identity = {"tokenizer": tokenizer.fingerprint, "sources": sources, "part": part, "val_fraction": val_fraction}
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(shard_dir) / f"{Path(path).name.split('.')[0]}-{part}-{digest}"
-    if not _complete(folder):
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _write_shards(path, tokenizer, temporary, identity)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.replace(folder)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise UserError(
-                    f"cannot write token shards into {shard_dir} ({error.strerror}); free some space or choose another "
-                    "--shard_dir"
-                ) from error
-            raise
+    try:
+        if not _complete(folder):
+            with _alone_in(folder.parent):
+                if not _complete(folder):  # another process may have made it while this one waited
+                    _make_shards(path, tokenizer, folder, identity)
+    except OSError as error:
+        raise UserError(
+            f"cannot write token shards into {shard_dir} ({error.strerror}); free some space or choose another "
+            "--shard_dir"
+        ) from error
     manifest = _read_manifest(folder)
     arrays = [np.memmap(folder / name, dtype=manifest["dtype"], mode="r") for name in manifest["shard_bytes"]]
     return TokenShards(arrays, manifest["n_bytes"], manifest["n_documents"])
@@ -141,6 +138,33 @@ def _complete(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process tokenizes into this folder; where the disk knows no locks, nobody waits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _make_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
+    """Write the shards beside their place and move the whole folder there."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        temporary.mkdir()
+        _write_shards(path, tokenizer, temporary, identity)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:

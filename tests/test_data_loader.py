@@ -155,6 +155,19 @@ def test_killed_while_tokenizing_leaves_nothing_that_is_used(corpus, tokenizer, 
     assert tokenizer.decode(all_tokens(tokenize_to_shards(path, tokenizer, folder))) == "".join(corpus)
 
 
+def test_two_processes_that_start_together_tokenize_once(corpus, tokenizer, tmp_path):
+    """Runs with different seeds are started side by side: one tokenizes, the other waits and takes what is there."""
+    path, folder = tmp_path / "text.txt", tmp_path / "shards"
+    path.write_text("\n".join(corpus * 500), encoding="utf-8")
+    tokenizer.save(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", TOKENIZE, str(path), str(tmp_path / "tokenizer"), str(folder)]
+    processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    mistakes = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], mistakes
+    [made] = folder.iterdir()
+    assert (made / "manifest.json").is_file()
+
+
 @pytest.mark.parametrize("name", ["shard_00000.bin", "manifest.json"])
 @pytest.mark.parametrize("keep", [0, 7])
 def test_shards_that_a_power_cut_left_incomplete_are_made_anew(name, keep, text_file, corpus, tokenizer, tmp_path):
