@@ -141,7 +141,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     damaged = f"the checkpoint {path} is damaged; use another one, or train it again"
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()  # compares the CRC-32 of every record
+            # Compares the CRC-32 of every record: mapped tensors are read later, when nothing would check them
+            broken = archive.testzip()
     except Exception as error:  # a damaged archive makes zipfile stumble in a dozen ways
         raise UserError(damaged) from error
     if broken is not None:
@@ -208,6 +209,7 @@ def restore_model(
     base_model, _, base_content = (load_base or load_model)(find_base(content, path, base))
     model = wrap(base_model)
     attach_lora(model, LoRAOptions(**{field.name: content["lora"][field.name] for field in fields(LoRAOptions)}))
+    # Loading is strict, so that a missing adapter shows: what was not trained loads from the base itself
     untrained = {name: value for name, value in model.state_dict().items() if name not in lora_state(model)}
     load_weights(model, {**untrained, **content["model"]}, path)
     if not base_content.get("quantization"):
@@ -247,7 +249,7 @@ def weight_fingerprint(content: dict[str, Any]) -> str:
     settings = {name: value for name, value in lora.items() if name not in ("base", "base_relative")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(content["model"].items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())  # equal bytes may be other matrices
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -237,13 +237,14 @@ class GPTPretrainDataset(Dataset):
         self.shards, self.max_seq_len = shards, max_seq_len
 
     def __len__(self) -> int:
+        # ⌈(n − 1) / (T − 1)⌉: a window predicts all of its tokens but the first, and so do all windows together
         return max(1, -(-(self.shards.n_tokens - 1) // (self.max_seq_len - 1)))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """{"input_ids", "labels"}: both (max_seq_len,) int64; the model shifts the labels."""
         index = range(len(self))[index]  # an IndexError beyond the end is what stops a `for` loop
         wanted = index * (self.max_seq_len - 1)
-        start = min(wanted, self.shards.n_tokens - self.max_seq_len)
+        start = min(wanted, self.shards.n_tokens - self.max_seq_len)  # the last window reaches back to be full
         ids = torch.from_numpy(self.shards.slice(start, start + self.max_seq_len).astype(np.int64))
         labels = ids.clone()
         labels[: wanted - start + 1] = IGNORED_LABEL  # the first has nothing before it; the others are not new
@@ -453,15 +454,16 @@ class BatchOrder:
         return self._batches[position].tolist()
 
     def _batches_of(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)  # no epoch of another seed's
         order = torch.randperm(self.n_samples, generator=generator)
         needed = self.steps_per_epoch * self.batch_size
-        order = order.repeat(-(-needed // self.n_samples))[:needed]
+        order = order.repeat(-(-needed // self.n_samples))[:needed]  # (needed,)
         if self.lengths is not None:
+            # Sorted by stretches and not as a whole: which samples meet in a batch still changes with every epoch
             chunks = order.split(32 * self.batch_size)
             order = torch.cat([chunk[self.lengths[chunk].argsort(stable=True)] for chunk in chunks])
         batches = order.view(self.steps_per_epoch, self.batch_size)
-        if self.lengths is not None:
+        if self.lengths is not None:  # or each stretch would be trained on from its short samples to its long ones
             batches = batches[torch.randperm(len(batches), generator=generator)]
         return batches
 

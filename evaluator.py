@@ -138,6 +138,7 @@ class GPTEvaluator:
         scored = begin = 0
         while scored < len(ids):
             end = min(begin + self.model.config.max_seq_len, len(ids))
+            # inputs[t] is read to predict ids[t]; what an earlier window has scored is context only
             yield inputs[begin:end], [IGNORED_LABEL] * (scored - begin) + ids[scored:end]
             scored, begin = end, begin + stride
 

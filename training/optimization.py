@@ -246,6 +246,7 @@ class Updater:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
         max_norm = self.max_grad_norm or math.inf
         grad_norm = float(self.clip(self.parameters, max_norm))
+        # Both numbers are those of the whole step, so that all ranks skip it or none does
         if math.isfinite(grad_norm + loss):
             self.skipped_in_a_row = 0
             for optimizer in self.optimizers:
@@ -253,7 +254,7 @@ class Updater:
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        self.scaler.update()
+        self.scaler.update()  # also after a skipped step: the scale that made fp16 overflow is halved
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         # fp16's scaler starts far too high by design and needs some skips to find its scale

@@ -216,6 +216,7 @@ class TrainingLoop:
         self.parallel_model.train()
         size, accumulation = self.config.batch_size, self.config.grad_accum_steps
         indices = self.order.batch(self.step)
+        # Micro-batch k of all ranks is one stretch of the global batch, and this rank's share one piece of that
         parts = [indices[(k * self.ranks + self.data_rank) * size :][:size] for k in range(accumulation)]
         batches = [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
         means = self.accumulate(batches, [self.train_data.count(batch) for batch in batches])
@@ -408,7 +409,7 @@ class TrainingLoop:
         self.parallel_model.load_model_state(content["model"])
         self.parallel_model.load_optimizer_state(self.optimizers, state["optimizer"])
         self.updater.load_state_dict(state["updater"])
-        if len(state["random"]) == ranks.world_size():
+        if len(state["random"]) == ranks.world_size():  # among other ranks, the same numbers would mean nothing
             set_random_state(state["random"][ranks.rank()], self.device)
         self.step, self.best, self.seconds = content["step"], state["best"], state["seconds"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
