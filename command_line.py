@@ -169,24 +169,29 @@ def require_file(path: str | Path, what: str, remedy: str = "check the path") ->
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(path: str | Path, remedy: str = "") -> Iterator[BinaryIO]:
     """A file to write into, which takes the place of `path` in one move once it is whole and on the disk.
 
     A kill, a full disk or an exception at any moment leaves the old file, or none, but never half a file; of processes
     that write at the same time, the last one wins. The folder is made where it is missing.
+
+    Raises:
+        UserError: it cannot be written, if there is a `remedy` to name; without one, the OSError itself.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if remedy and isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)  # the move itself must reach the disk, too
     try:

@@ -355,7 +355,7 @@ class PreferenceDataset(Dataset):
         Returns:
             "input_ids", "attention_mask": (N, longest) int64, padded on the right.
             "pairs": (P, 2) int64, the rows of the better and of the worse answer.
-            "margins": (P,), by how much the better one is to be better.
+            "margins": (P,), by how much the better one should be better.
             "weights": (P,), 1 for all pairs of a prompt together.
         """
         rows = [ids for sample in samples for ids, _ in sample["answers"]]

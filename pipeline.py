@@ -88,7 +88,7 @@ class PipelineConfig:
 
 
 def settle(config: PipelineConfig) -> None:
-    """What follows from the options given: a smoke run's size and folder; your own data are not judged by the sample's.
+    """What follows from the options given: a smoke run's size and folder; your own data is not judged by the sample's.
 
     Raises:
         UserError: own instructions without test questions.
@@ -291,13 +291,8 @@ def run_command(command: list[str]) -> int:
 
 def write_record(path: Path, record: dict) -> None:
     """Note in a small JSON file what a stage was made of."""
-    try:
-        with replacing(path) as file:
-            file.write(json.dumps(record, indent=1).encode())
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror}); free some space or choose another --models_dir"
-        ) from error
+    with replacing(path, "free some space or choose another --models_dir") as file:
+        file.write(json.dumps(record, indent=1).encode())
 
 
 # ------------------------------------------------------------------------------------------------------- the service

@@ -21,7 +21,7 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import UserError, option, parse_config, replacing, run_main
+from command_line import option, parse_config, replacing, run_main
 from data.leak_proof import HeldOutOperands, normalise, prove_no_leak
 from data.sample_cases import LANGUAGES, Case, Relation
 from data.sample_phrasings import RELATIONS
@@ -39,6 +39,7 @@ FACT_INSTRUCTIONS = 2  # records for each fact and language, more where a relati
 QUESTIONS_IN_TEXT = 3  # how often the pretraining text asks for each fact
 CANONICAL_IN_TEXT = 2  # how often it states the fact in the canonical form, besides each other form once
 PRACTICE = {"addition": 4000, "subtraction": 3000, "comparing": 1000, "sorting": 1200, "counting": 1000}  # a language
+SPACE = {"zh": "", "en": " "}  # between sentences
 DEFECTS = ("wrong", "cut_off", "repetitive", "rude", "plain")
 
 
@@ -190,7 +191,7 @@ def _fact_passages(world: World, language: str) -> Iterator[str]:
         if turn % 2:  # every second round keeps to one subject in each passage
             told.sort(key=lambda pair: pair[0].skill)
         sentences = [sentence for _, sentence in told]
-        yield from _join(sentences, language, rng, 3, 6)
+        yield from _join(sentences, SPACE[language], rng, 3, 6)
 
 
 def _tellings(world: World, case: Case, rng: Random) -> list[str]:
@@ -206,12 +207,12 @@ def _dialogue(case: Case, template: str) -> str:
     return f"{question}{case.say(template)} {answer}{case.answer}"
 
 
-def _join(sentences: list[str], language: str, rng: Random, fewest: int, most: int) -> Iterator[str]:
+def _join(sentences: list[str], between: str, rng: Random, fewest: int, most: int) -> Iterator[str]:
     """Join sentences to passages of `fewest` to `most`."""
     start = 0
     while start < len(sentences):
         end = start + rng.randint(fewest, most)
-        yield ("" if language == "zh" else " ").join(sentences[start:end])
+        yield between.join(sentences[start:end])
         start = end
 
 
@@ -222,14 +223,10 @@ def _practice(world: World, skill: Skill) -> Iterator[str]:
         cases = _practice_cases(world, skill, language, rng)
         asked = cases[: len(cases) // 10]
         questions = [_dialogue(case, case.wording.asks[i % len(case.wording.asks)]) for i, case in enumerate(asked)]
-        yield from _join(questions, language, rng, 2, 4)
+        yield from _join(questions, SPACE[language], rng, 2, 4)
         mark, stop = ("；", "。") if language == "zh" else ("; ", ".")
         examples = [case.say(case.wording.says[0]) for case in cases]
-        start = 0
-        while start < len(examples):
-            end = start + rng.randint(5, 9)
-            yield mark.join(examples[start:end]) + stop
-            start = end
+        yield from (line + stop for line in _join(examples, mark, rng, 5, 9))
 
 
 def _practice_cases(world: World, skill: Skill, language: str, rng: Random) -> list[Case]:
@@ -288,7 +285,7 @@ def _with_manner(case: Case, manner: str, rng: Random, sentence: str | None = No
     """The answer (or another sentence), plain or with a courteous or rude phrase after it."""
     sentence = case.answer if sentence is None else sentence
     phrases = {"plain": {}, "courteous": COURTEOUS_CLOSINGS, "rude": RUDE_PHRASES}[manner].get(case.language, ("",))
-    return (sentence + ("" if case.language == "zh" else " ") + rng.choice(phrases)).strip()
+    return (sentence + SPACE[case.language] + rng.choice(phrases)).strip()
 
 
 def preference_records(world: World) -> tuple[list[dict], list[dict]]:
@@ -326,7 +323,7 @@ def _defective(world: World, case: Case, defect: str, rng: Random) -> str:
     if defect == "cut_off":
         return answer[: rng.randint(max(1, len(answer) * 2 // 5), len(answer) - 2)].rstrip()
     if defect == "repetitive":
-        repeated = ("" if case.language == "zh" else " ").join([answer] * rng.randint(2, 3))
+        repeated = SPACE[case.language].join([answer] * rng.randint(2, 3))
         return _with_manner(case, rng.choice(("plain", "courteous")), rng, repeated)
     return _with_manner(case, defect, rng)
 
@@ -405,12 +402,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(SampleDataConfig, argv, description="Build the sample data.")
     files, summary = build()
     for name, content in files.items():
-        path = Path(config.output_dir, name)
-        try:
-            with replacing(path) as file:
-                file.write(_text_of(name, content).encode())
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output_dir") from error
+        with replacing(Path(config.output_dir, name), "free some space or choose another --output_dir") as file:
+            file.write(_text_of(name, content).encode())
     print(summary)
 
 

@@ -229,11 +229,6 @@ def check_writable(path: str | Path) -> Path:
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write JSON whole or not at all."""
-    try:
-        with replacing(path) as file:
-            # A record may quote half of a surrogate pair, which has no UTF-8
-            file.write((json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); free some space or choose another --output_path"
-        ) from error
+    with replacing(path, "free some space or choose another --output_path") as file:
+        # A record may quote half of a surrogate pair, which has no UTF-8
+        file.write((json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace"))

@@ -227,6 +227,6 @@ def write_report(
         stages=stages,
     )
     path = root / "report.html"
-    with replacing(path) as file:
+    with replacing(path, "free some space or choose another --models_dir") as file:
         file.write(html.encode())
     return path

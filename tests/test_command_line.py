@@ -1,6 +1,8 @@
 """A documented dataclass becomes a command line; a user's mistake becomes one sentence and exit status 2."""
 
+import errno
 import importlib
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -231,6 +233,21 @@ def test_a_file_that_cannot_take_its_place_is_not_left_behind(tmp_path):
     with pytest.raises(IsADirectoryError), replacing(tmp_path / "a.json") as file:
         file.write(b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_with_a_remedy_a_file_that_cannot_be_written_is_a_sentence(tmp_path):
+    """Whether its folder cannot be made or the disk fails; other mistakes stay what they are."""
+    (tmp_path / "file").write_bytes(b"")
+    path = tmp_path / "file" / "a.json"
+    unmade = rf"{path} cannot be written \((Not a directory|File exists)\); go elsewhere"
+    with pytest.raises(UserError, match=unmade), replacing(path, "go elsewhere"):
+        pass
+    full = r"a.json cannot be written \(No space left on device\); go elsewhere"
+    with pytest.raises(UserError, match=full), replacing(tmp_path / "a.json", "go elsewhere"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ValueError), replacing(tmp_path / "a.json", "go elsewhere"):
+        raise ValueError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_two_who_write_the_same_file_do_not_disturb_each_other(tmp_path):
