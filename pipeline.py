@@ -256,6 +256,7 @@ def run_stage(stage: Stage, records: Path) -> None:
     record_path = records / f"{stage.name}.json"
     record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.is_file() else {}
     unchanged = record.get("made_of") == made_of
+    # A stage that comes out the same as before leaves those after it unchanged: content is compared, not time
     if unchanged and "seconds" in record and all(path.is_file() for path in stage.outputs):
         stage.seconds = record["seconds"]
         print(f"{stage.title}: done before ({', '.join(map(str, stage.outputs))})", flush=True)
@@ -265,7 +266,7 @@ def run_stage(stage: Stage, records: Path) -> None:
         if not unchanged:
             shutil.rmtree(stage.resumable, ignore_errors=True)  # checkpoints of other inputs
         command += ["--resume", "auto"]
-    write_record(record_path, {"made_of": made_of})
+    write_record(record_path, {"made_of": made_of})  # without seconds: begun, with checkpoints of these inputs
     start = time.time()
     print(f"{stage.title}: {shlex.join(['python', *stage.command])}", flush=True)
     status = run_command(command)

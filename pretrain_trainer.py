@@ -200,7 +200,7 @@ class GPTTrainer:
 
     def _score(self, model: GPTModel, metrics: dict[str, float]) -> dict[str, float]:
         """Bits per byte of the raw text, which compares models of different tokenizers; and samples, to be read."""
-        n_predicted = self.val_shards.n_tokens - 1
+        n_predicted = self.val_shards.n_tokens - 1  # all but the very first, each once
         bits_per_byte = metrics["val_loss"] * n_predicted / math.log(2) / self.val_shards.n_bytes
         if self.config.sample_tokens:
             whole_model = self.loop.parallel_model.whole_model()

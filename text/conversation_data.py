@@ -48,7 +48,7 @@ def _message(turn: object, where: str, default_role: str | None = None) -> Messa
         turn = {"role": default_role, "content": turn}
     if not isinstance(turn, dict):
         raise UserError(f'{where} is not an object like {{"role": "user", "content": "…"}}; mend it')
-    role = turn.get("role", turn.get("from", default_role))
+    role = turn.get("role", turn.get("from", default_role))  # OpenAI's name of the field, or ShareGPT's
     if not isinstance(role, str) or role not in ROLE_OF:
         raise UserError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLE_OF)}")
     return {"role": ROLE_OF[role], "content": _text(turn, "value" if "value" in turn else "content", where)}

@@ -57,6 +57,7 @@ class RunLog:
             self._sinks.append(_tensorboard(self.folder / "tensorboard", start_step))
         if tracker != "none":
             self._sinks.append(_tracker(tracker, name, settings or {}))
+        # Steps that a killed run made after its last checkpoint are made, and recorded, again
         kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
         self._restart_file(kept)
         self.progress = tqdm(

@@ -190,7 +190,7 @@ class TrainingLoop:
                         log.log(self.step, record)
                         interval_start, tokens, skipped_seconds = time.perf_counter(), 0.0, 0.0
                     self.seconds = elapsed_before + time.perf_counter() - start
-                    pause = time.perf_counter()
+                    pause = time.perf_counter()  # evaluating and saving do not count in tokens_per_second
                     if self.step % self.eval_interval == 0 or last:
                         self._evaluate_and_keep_best(log)
                     stop_early = self._patience_is_over()
@@ -278,7 +278,7 @@ class TrainingLoop:
                 output = self.parallel_model(**self._to_device(batch))
             for name, value in scalars(output).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * count
-            n_items += count
+            n_items += count  # nothing from a rank that computes some batch only to keep up with the others
         total = self.parallel_model.sum(n_items)
         return {f"val_{name}": self.parallel_model.sum(value) / total for name, value in sums.items()}
 
