@@ -43,7 +43,8 @@ from command_line import UserError, option, parse_config, run_main
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
 from inference.engine import Engine
-from inference.linear_kernels import DTYPES, InferenceEmbedding, InferenceLinear, quantize_rows
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
+from inference.kernels.linear_products import DTYPES
 from inference.sampling import SamplingParams
 from text.conversation_data import load_conversations
 from text.text_files import iter_documents

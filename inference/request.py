@@ -13,7 +13,7 @@ from typing import Protocol
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTConfig
-from inference.cache_blocks import Sequence as CacheSequence
+from inference.cache_blocks import CachedSequence
 from inference.sampling import SamplingParams, TokenLogProb, TokenSampler
 from inference.text_stream import TextStream
 from text.chat_template import Message
@@ -142,7 +142,7 @@ class Request:
         self.deadline = deadline  # on the clock of time.monotonic
         self.arrival = 0  # its number in the line
         self.context = list(prompt_ids)  # what the model is to see: prompt and answer, or the newer part of them
-        self.sequence: CacheSequence | None = None  # its cells, while it is running
+        self.sequence: CachedSequence | None = None  # its cells, while it is running
         self.sampler = TokenSampler(params, prompt_ids, index)
         self.text = text
         self.submitted = self.last_token = time.monotonic()

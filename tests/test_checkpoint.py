@@ -168,7 +168,7 @@ def test_a_truncated_file_is_refused_at_any_length(save, tmp_path):
             load_checkpoint(path)
 
 
-@pytest.mark.parametrize("junk", [b"\0" * 100, b"PK\x03\x04", os.urandom(50)])
+@pytest.mark.parametrize("junk", [b"\0" * 100, b"PK\x03\x04", os.urandom(50)], ids=["zeros", "zip", "random"])
 def test_a_file_with_something_in_front_or_behind_is_no_silent_success(junk, save, tmp_path):
     """Half of another file before it, or bytes after it: refused, or exactly what was saved."""
     path = save(tmp_path / "a.pth")

@@ -272,7 +272,7 @@ def test_every_promise_names_the_pythons_that_the_set_up_takes(tmp_path):
             for pin in pins_for(file, minor):
                 package = installed.get(pin.name)
                 if package and package.version in pin.specifier:  # not so where the pin is for another Python
-                    supported = SpecifierSet(package.metadata["Requires-Python"] or "")
+                    supported = SpecifierSet(package.metadata.get("Requires-Python", ""))
                     assert supported.contains(f"3.{minor}.0"), f"{pin} does not support Python 3.{minor}"
 
 

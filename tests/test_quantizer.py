@@ -16,8 +16,8 @@ from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference import quantizer
-from inference.kv_cache_infer import generate_texts
-from inference.linear_kernels import DTYPES, InferenceEmbedding, InferenceLinear
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear
+from inference.kernels.linear_products import DTYPES
 from inference.quantizer import (
     QUANTIZED,
     held_out_samples,
@@ -30,6 +30,7 @@ from inference.quantizer import (
     save_quantized_model,
     weight_bytes,
 )
+from inference.text_generation import generate_texts
 
 PROMPTS = ["hello", "你好", "a", "The quick brown fox jumps"]
 

@@ -34,7 +34,7 @@ from cpu_level import compiler_flags
 EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))  # for compiling and linking, such as -fsanitize=address
 COMPILE_FLAGS = ["-O3", "-fPIC", *EXTRA_FLAGS]
 OPENMP_FLAGS = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
-TIMEOUT = 120  # seconds for a compiler that hangs, e.g. on a network drive
+TIMEOUT = 600  # seconds for a compiler that hangs, e.g. on a network drive
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "own-gpt"
 
 
-def processor() -> str:
+def cpu_fingerprint() -> str:
     """The processor's model and instruction sets, as far as they are used: compiled code and measured times hold for
     these."""
     used = " ".join([platform.machine(), *compiler_flags()])
@@ -126,7 +126,7 @@ def _load(source: Path) -> ctypes.CDLL:
     link_flags = [*link_flags, *EXTRA_FLAGS]
     key = hashlib.sha256(_whole_text(source) + version)
     compile_flags = [*COMPILE_FLAGS, *compiler_flags()]
-    key.update(repr((compiler, compile_flags, link_flags, processor())).encode())
+    key.update(repr((compiler, compile_flags, link_flags, cpu_fingerprint())).encode())
     library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if _is_intact(library):
         return ctypes.CDLL(str(library))
