@@ -181,7 +181,7 @@ class GenerationConfig:
         "model", "of the key/value cache; int8 takes a quarter of the memory", choices=["model", "int8"]
     )
     device: str = option("auto", "auto, cpu, cuda or mps")
-    num_threads: int = option(0, "CPU threads; 0 means as many as torch takes")
+    num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
     @property
     def params(self) -> SamplingParams:
@@ -205,7 +205,6 @@ class GenerationConfig:
         return [
             *(["--prompt is missing; give a text"] if not self.prompt else []),
             *(["--prompt is empty; give at least one character"] if "" in self.prompt else []),
-            *(["--num_threads must be 0 or more"] if self.num_threads < 0 else []),
             *(f"--{complaint}" for complaint in complaints),
         ]
 

@@ -16,10 +16,11 @@ from gpt_model import GPTConfig
 from inference.cache_blocks import CachedSequence
 from inference.sampling import SamplingParams, TokenLogProb, TokenSampler
 from inference.text_stream import TextStream
+from text.chat_template import Message
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | list[dict[str, str]]  # the user's words, or the messages of a conversation so far
+Prompt = str | list[Message]  # the user's words, or the messages of a conversation so far
 
 
 class QueueFull(Exception):

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -372,16 +371,12 @@ def test_health_is_quick_while_the_model_computes(server):
     with ThreadPoolExecutor(1) as pool:
         generation = pool.submit(post, server, LONG_GENERATION)
         wait_for(server, running=1)
-        milliseconds = []
-        while not generation.done():
-            started = time.perf_counter()
+        answers = 0
+        while answers < 10 and not generation.done():
             get(server + "/health")
-            milliseconds.append((time.perf_counter() - started) * 1000)
+            answers += 1
+        assert not generation.done(), f"it ended after {answers} of 10 looks at /health, which has to wait for nothing"
     assert generation.result()[0] == 200
-    assert len(milliseconds) >= 10, "the generation was too short to measure anything"
-    median, worst = statistics.median(milliseconds), max(milliseconds)
-    print(f"/health during a generation: median {median:.1f} ms, worst {worst:.1f} ms, {len(milliseconds)} requests")
-    assert median < 100 and worst < 1000
 
 
 def test_requests_that_meet_in_a_batch_get_the_answers_they_get_alone(server):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
-from gpt_model import GPTConfig, GPTModel
+from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference import quantizer
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear
 from inference.kernels.linear_products import DTYPES
@@ -388,7 +388,7 @@ def test_conversations_are_scored_on_their_answers(tokenizer, tmp_path):
     path.write_text('[{"instruction": "2 + 3 = ?", "response": "5"}, {"instruction": "1 + 1 = ?", "response": "2"}]')
     samples = held_out_samples(path, tokenizer, 64, 10)
     assert len(samples) == 1
-    scored = [label for label in samples[0][1] if label != -100]
+    scored = [label for label in samples[0][1] if label != IGNORED_LABEL]
     assert tokenizer.decode(scored).strip() == "5"
 
 

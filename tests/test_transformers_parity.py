@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.peers import Transformers
+from gpt_model import IGNORED_LABEL
+
 PAD = 1
 CLOSE = dict(atol=2e-5, rtol=2e-5)
 
@@ -13,45 +16,9 @@ def random_ids(*shape, seed=0):
 
 
 def gpt2_of_transformers(model):
-    """`GPT2LMHeadModel` with the weights of our `gpt2` model; its matrices are (in, out), and q, k, v are one."""
-    transformers = pytest.importorskip("transformers")
-    config, ours = model.config, model.state_dict()
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.max_seq_len,
-            n_embd=config.d_model,
-            n_layer=config.n_layers,
-            n_head=config.n_heads,
-            n_inner=config.d_ff,
-            layer_norm_epsilon=config.norm_eps,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    ).eval()
-    weights = {
-        "transformer.wte.weight": ours["token_embedding.weight"],
-        "transformer.wpe.weight": ours["position_embedding.weight"],
-        "lm_head.weight": ours["lm_head.weight"],
-    }
-    names = {
-        "attention_norm": "ln_1",
-        "feed_forward_norm": "ln_2",
-        "attention.output_proj": "attn.c_proj",
-        "feed_forward.up_proj": "mlp.c_fc",
-        "feed_forward.down_proj": "mlp.c_proj",
-    }
-    for kind in ("weight", "bias"):
-        weights[f"transformer.ln_f.{kind}"] = ours[f"final_norm.{kind}"]
-        for i in range(config.n_layers):
-            for our_name, their_name in names.items():
-                value = ours[f"layers.{i}.{our_name}.{kind}"]
-                weights[f"transformer.h.{i}.{their_name}.{kind}"] = value.mT if value.ndim == 2 else value
-            parts = [ours[f"layers.{i}.attention.{part}_proj.{kind}"] for part in ("query", "key", "value")]
-            weights[f"transformer.h.{i}.attn.c_attn.{kind}"] = (
-                torch.cat(parts).mT if kind == "weight" else torch.cat(parts)
-            )
-    theirs.load_state_dict(weights, strict=True)
-    return theirs
+    """`GPT2LMHeadModel` with the weights of our `gpt2` model."""
+    pytest.importorskip("transformers")
+    return Transformers(model).model
 
 
 def qwen3_of_transformers(model):
@@ -107,7 +74,7 @@ def test_logits_and_loss_equal_those_of_transformers(architecture, tied, random_
     model = random_model(architecture, tie_embeddings=tied)
     theirs = in_transformers(model)
     ids = random_ids(3, 20)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.4, -100)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.4, IGNORED_LABEL)
     with torch.no_grad():
         expected = theirs(ids, labels=labels)
         output = model(ids, labels=labels)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from command_line import UserError
+from command_line import UserError, replacing
 
 TRACKERS = ("none", "swanlab", "wandb")
 
@@ -57,6 +57,7 @@ class RunLog:
             self._sinks.append(_tensorboard(self.folder / "tensorboard", start_step))
         if tracker != "none":
             self._sinks.append(_tracker(tracker, name, settings or {}))
+        # Steps that a killed run made after its last checkpoint are made, and recorded, again
         kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
         self._restart_file(kept)
         self.progress = tqdm(
@@ -110,12 +111,10 @@ class RunLog:
 
     def _restart_file(self, records: list[dict[str, Any]]) -> None:
         """Make `metrics.jsonl` consist of `records`, in one move: a kill never costs the history."""
-        temporary = self.path.with_suffix(".jsonl.tmp")
         try:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            temporary.replace(self.path)
+            with replacing(self.path) as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> UserError:

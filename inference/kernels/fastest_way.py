@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from command_line import replacing
 from inference.kernels.linear_products import Product
 from inference.kernels.native_code import cache_folder, cpu_fingerprint
 
@@ -104,9 +105,8 @@ def _remember(key: str, name: str) -> None:
     content = {"machine": _machine(), "choices": {**_remembered(), key: name}}
     try:
         path = _memory()
-        temporary = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write(json.dumps(content, indent=1).encode())
     except OSError:
         return  # no home, or one that cannot be written to: the next process measures again

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from command_line import replacing
 from cpu_level import compiler_flags
 
 EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))  # for compiling and linking, such as -fsanitize=address
@@ -193,6 +194,5 @@ def _store(result: Path, library: Path) -> None:
     library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     content = result.read_bytes()
     for path, data in ((library, content), (_checksum_file(library), hashlib.sha256(content).hexdigest().encode())):
-        with tempfile.NamedTemporaryFile(dir=library.parent, delete=False) as file:
+        with replacing(path) as file:
             file.write(data)
-        Path(file.name).replace(path)
