@@ -39,7 +39,7 @@ from text.tokenizer_files import (
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # in the order of SPECIAL_ROLES
 BYTE_COUNT = 256
-IGNORED_LABEL = -100  # the loss skips it
+IGNORED_LABEL = -100  # positions with this label count for nothing in the loss
 
 
 class ByteLevelBPETokenizer:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -269,11 +269,9 @@ class GPTSFTDataset(Dataset):
 
         Without an attention mask: causal attention never looks at padding on the right, and it carries no label.
         """
-        longest = max(len(ids) for ids, _ in samples)
-        return {
-            "input_ids": torch.tensor([ids + [self.pad_token_id] * (longest - len(ids)) for ids, _ in samples]),
-            "labels": torch.tensor([labels + [IGNORED_LABEL] * (longest - len(labels)) for _, labels in samples]),
-        }
+        batch = pad_rows(samples, self.pad_token_id)
+        del batch["attention_mask"]
+        return batch
 
     def count(self, batch: Batch) -> int:
         """How many tokens of the batch are predicted."""
@@ -335,8 +333,7 @@ class PreferenceDataset(Dataset):
             "margins": (P,), by how much the better one is to be better.
             "weights": (P,), 1 for all pairs of a prompt together.
         """
-        rows = [ids for sample in samples for ids, _ in sample["answers"]]
-        longest = max(map(len, rows))
+        rows = pad_rows([answer for sample in samples for answer in sample["answers"]], self.pad_token_id)
         pairs, margins, weights, first = [], [], [], 0
         for sample in samples:
             n_answers = len(sample["answers"])
@@ -346,8 +343,7 @@ class PreferenceDataset(Dataset):
             weights += [1 / len(compared)] * len(compared)
             first += n_answers
         return {
-            "input_ids": torch.tensor([ids + [self.pad_token_id] * (longest - len(ids)) for ids in rows]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows]),
+            **{name: rows[name] for name in ("input_ids", "attention_mask")},
             "pairs": torch.tensor(pairs),
             "margins": torch.tensor(margins),
             "weights": torch.tensor(weights),
@@ -387,6 +383,20 @@ class GPTPPODataset(Dataset):
             "input_ids": torch.tensor([[self.pad_token_id] * (longest - len(ids)) + list(ids) for ids in samples]),
             "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in samples]),
         }
+
+
+def pad_rows(rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> Batch:
+    """(ids, labels) of N texts as "input_ids", "attention_mask", "labels": (N, longest) int64, padded on the right."""
+    longest = max(len(ids) for ids, _ in rows)
+
+    def padded(values: Iterable[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in values])
+
+    return {
+        "input_ids": padded((ids for ids, _ in rows), pad_token_id),
+        "attention_mask": padded(([1] * len(ids) for ids, _ in rows), 0),
+        "labels": padded((labels for _, labels in rows), IGNORED_LABEL),
+    }
 
 
 def count_labels(batch: Batch) -> int:

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
+from byte_level_bpe import IGNORED_LABEL
 from inference.sampling import sample_next
 from transformer_components import (
     Cache,
@@ -28,8 +29,6 @@ from transformer_components import (
     rotary_angles,
     sinusoidal_positions,
 )
-
-IGNORED_LABEL = -100  # positions with this label count for nothing in the loss
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": dict(position="learned", norm="layernorm", activation="gelu", bias=True, qk_norm=False, norm_eps=1e-5),

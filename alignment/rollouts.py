@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from alignment.log_probabilities import token_log_probs
+from alignment.stage import SFTStart, StageConfig
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from data_loader import Batch, GPTPPODataset
@@ -26,46 +26,37 @@ from inference.sampling import SamplingParams
 from lora import LoRAOptions, adapters_disabled, lora_layers
 from training import ranks
 from training.run_log import read_metrics
-from training.training_config import TrainingConfig
 from training.training_loop import TrainingLoop
 
 
 @dataclass
-class RolloutConfig(LoRAOptions, TrainingConfig):
+class RolloutConfig(SFTStart, LoRAOptions, StageConfig):
     """Settings that PPO and GRPO share. A step is one batch of fresh answers and the updates made with them."""
 
-    sft_model: str = option("models/sft/sft_best.pth", "the checkpoint that the policy starts from")
-    max_seq_len: int = option(0, "longest prompt and answer, in tokens; 0 means the model's context")
-    max_gen_len: int = option(32, "longest answer, in tokens")
-    rollout_batch_size: int = option(64, "answers that each rank writes for one step")
-    batch_size: int = option(64, "answers of one forward pass")
-    lr: float = option(1e-4, "peak learning rate of the policy")
+    max_gen_len: int = option(32, "longest answer, in tokens", at_least=1)
+    rollout_batch_size: int = option(64, "answers that each rank writes for one step", at_least=1)
+    batch_size: int = 64
+    lr: float = 1e-4
     schedule: str = option("cosine", "course of the learning rate", choices=("cosine", "wsd", "constant"))
-    weight_decay: float = option(0.0, "decoupled weight decay of matrices")
-    compile: str = option("false", "torch.compile; new lengths are compiled anew", choices=("auto", "true", "false"))
-    temperature: float = option(1.0, "of sampling; probabilities are taken at the same temperature")
+    weight_decay: float = 0.0
+    compile: str = "false"
+    temperature: float = option(1.0, "of sampling; probabilities are taken at the same temperature", above=0)
     missing_eos_penalty: float = option(1.0, "taken off the reward of an answer that does not end by itself")
-    target_kl: float = option(0.0, "a step's updates stop before one whose policy/approxkl_avg exceeds this; 0: never")
-    log_interval: int = option(1, "steps between records of the metrics")
-    n_samples: int = option(3, "held-out prompts whose answers are shown at every evaluation")
+    target_kl: float = option(
+        0.0, "a step's updates stop before one whose policy/approxkl_avg exceeds this; 0: never", at_least=0
+    )
+    log_interval: int = 1
+    n_samples: int = option(3, "held-out prompts whose answers are shown at every evaluation", at_least=0)
 
     def validate(self) -> list[str]:
-        """What is wrong with the settings, a sentence each."""
+        """What does not fit together, a sentence each."""
         complaints = super().validate()
-        complaints += self.must_be("at least 1", lambda value: value >= 1, "max_gen_len", "rollout_batch_size")
-        complaints += self.must_be("positive", lambda value: 0 < value < math.inf, "temperature")
-        complaints += self.must_be("at least 0", lambda value: 0 <= value < math.inf, "target_kl", "n_samples")
         if self.rollout_batch_size % max(1, self.batch_size * self.grad_accum_steps):
             complaints.append(
                 f"--rollout_batch_size {self.rollout_batch_size} must be a multiple of --batch_size times "
                 f"--grad_accum_steps ({self.batch_size * self.grad_accum_steps})"
             )
         return complaints
-
-    def must_be(self, what: str, holds: object, *names: str) -> list[str]:
-        """A complaint for each of the named settings that is not `what`."""
-        values = {name: getattr(self, name) for name in names}
-        return [f"--{name} must be {what}, not {value}" for name, value in values.items() if not holds(value)]
 
 
 def write_answers(
@@ -139,6 +130,7 @@ class RolloutLoop(TrainingLoop):
     """
 
     shown = ("objective/scores", "objective/kl")
+    published = "policy"
 
     def __init__(
         self,
@@ -154,8 +146,6 @@ class RolloutLoop(TrainingLoop):
         self.reference = None  # with LoRA it is the policy without its adapters
         if needs_reference and not lora_layers(model.policy):
             self.reference = copy.deepcopy(model.policy).to(device).eval().requires_grad_(False)
-        for network in (module for module in model.modules() if isinstance(module, GPTModel)):
-            network.recompute_activations = config.recompute_activations
         super().__init__(config, model, model.policy.config, tokenizer, stage, prompts, val_prompts, device)
         self.needs_reference = needs_reference
         if len(val_prompts) < self.ranks:
@@ -196,12 +186,12 @@ class RolloutLoop(TrainingLoop):
 
     def log_probs(self, answers: Batch) -> torch.Tensor:
         """log π(token | tokens before it) of the policy for answer tokens, (B, R)."""
-        return answer_log_probs(self.model.policy, answers, self.config.temperature)[0]
+        return answer_token_log_probs(self.model.policy, answers, self.config.temperature)[0]
 
     def reference_log_probs(self, answers: Batch) -> torch.Tensor:
         """The same of the policy that training started from."""
         if self.reference is not None:
-            return answer_log_probs(self.reference, answers, self.config.temperature)[0]
+            return answer_token_log_probs(self.reference, answers, self.config.temperature)[0]
         with adapters_disabled(self.model.policy):
             return self.log_probs(answers)
 
@@ -304,13 +294,8 @@ class RolloutLoop(TrainingLoop):
             prompt, answer = (" ".join(sample[name].split()) for name in ("prompt", "answer"))
             tqdm.write(f"  {sample['score']:+6.2f}  {prompt} → {answer}{'' if sample['ended'] else ' …'}")
 
-    def published_state(self) -> dict[str, torch.Tensor]:
-        """The policy alone: a plain language model, or its adapters."""
-        state = super().published_state()
-        return {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
 
-
-def answer_log_probs(
+def answer_token_log_probs(
     model: GPTModel, answers: Batch, temperature: float, with_entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities of answer tokens and the entropies there, (B, R) each; 0 behind the end of an answer.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import finetune
-from alignment.grpo import call_reward, load_reward
+from alignment.reward_function import call_reward, load_reward
 from checkpoint import save_checkpoint
 from command_line import parse_config
 from gpt_model import GPTConfig, GPTModel
