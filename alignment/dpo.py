@@ -169,6 +169,7 @@ class DPODataset(AnswersWithReference, PreferenceDataset):
 class DPOLoop(TrainingLoop):
     """The training loop with instruction data mixed in, if there is any."""
 
+    algorithm, model_class = "dpo", DPOModel
     shown = ("loss", "rewards/accuracies")
     published = "policy"
 
@@ -183,8 +184,8 @@ class DPOLoop(TrainingLoop):
         sft_data: GPTSFTDataset | None = None,
     ) -> None:
         without_dropout(policy)
-        model, lengths = DPOModel(policy, config), train_data.lengths
-        super().__init__(config, model, policy.config, tokenizer, "dpo", train_data, val_data, device, lengths)
+        model, stage, lengths = self.model_class(policy, config), self.algorithm, train_data.lengths
+        super().__init__(config, model, policy.config, tokenizer, stage, train_data, val_data, device, lengths)
         with self.updater.autocast():  # nothing is trained yet, so the policy is the reference
             for data in (train_data, val_data):
                 data.ask_reference(policy, device, config.batch_size)
