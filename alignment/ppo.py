@@ -15,6 +15,19 @@ Four networks:
 In full training none shares weights with another. With LoRA the reference is the policy without its adapters, and the
 critic's adapters stand beside the weights of the reward model: two networks in memory and not four.
 
+A step:
+
+    answers = policy(prompts)                                          # write_answers, as it samples
+    score   = (reward(answers) − mean) / std                           # judge, and kl = log π − log π_ref
+    rewards = −β · kl at every token, + score at the last              # token_rewards
+    Â       = GAE(rewards, critic's values), whitened                  # estimate_advantages
+    for each of ppo_epochs, for each minibatch of answers:             # update
+        ratio = π / π of the policy that wrote them
+        loss  = max(−Â · ratio, −Â · clip(ratio))                      # ActorCritic.forward
+              + value_coef · the critic's loss + sft_coef · the supervised loss
+        step of both networks
+    β follows the divergence, if there is a kl_target
+
 Shapes: B answers, P prompt tokens (padded on the left), R answer tokens, T = P + R.
 """
 

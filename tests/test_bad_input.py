@@ -42,6 +42,7 @@ SCRIPTS = {
         "--rollout_batch_size 4 --batch_size 4" + QUICK,
     ),
     "dpo": (finetune.main, "--mode dpo --pairwise_data pairs.json --sft_model base.pth" + QUICK),
+    "kto": (finetune.main, "--mode kto --pairwise_data pairs.json --sft_model base.pth" + QUICK),
     "distill": (finetune.main, "--mode distill --data_path sft.json --teacher_model base.pth" + QUICK),
     "finetune": (finetune.main, ""),
     "evaluate": (evaluator.main, "--test_data_path sft.json --device cpu --output_path out/report.json --model_path"),
@@ -179,6 +180,9 @@ dpo | --sft_model reward.pth | reward.pth is a reward model, which writes no tex
 dpo | --sft_data missing.json | there is no data at missing.json
 dpo | --beta 0 --label_smoothing 0.6 | --beta must be above 0; --label_smoothing must be at least 0 and below 0.5
 dpo | --lora_rank 2 --lora_targets nothing | --lora_targets nothing is no linear layer of the model
+
+kto | --pairwise_data sft.json | record 1 of sft.json: the field "label" is missing; true or false
+kto | --beta 0 --desirable_weight -1 | --beta must be above 0; --desirable_weight must be at least 0
 
 distill | --teacher_model reward.pth | reward.pth is a reward model, which writes no text
 distill | --teacher_model missing.pth | the teacher missing.pth does not exist; train it first
