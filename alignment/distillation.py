@@ -246,19 +246,10 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
     if teacher.config.max_seq_len < config.max_seq_len:
         limit = teacher.config.max_seq_len
         raise UserError(f"{config.teacher_model} reads at most {limit} tokens; use --max_seq_len {limit}")
-    train_data, val_data = load_data(config, teacher, tokenizer)
-    is_asked = config.alpha > 0 and not config.from_text
-    loop = DistillationLoop(
-        config,
-        DistillationModel(student, teacher if is_asked else None, config.alpha, config.temperature),
-        student.config,
-        tokenizer,
-        "distill",
-        train_data,
-        val_data,
-        device,
-        lengths=getattr(train_data, "lengths", None),
-    )
+    data = load_data(config, teacher, tokenizer)
+    asked = teacher if config.alpha > 0 and not config.from_text else None
+    model, lengths = DistillationModel(student, asked, config.alpha, config.temperature), getattr(data[0], "lengths", None)
+    loop = DistillationLoop(config, model, student.config, tokenizer, "distill", *data, device, lengths)
     return run(
         loop,
         f"a student of {student.num_parameters() / 1e6:.2f} M parameters learns from {config.teacher_model} "

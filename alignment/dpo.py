@@ -22,7 +22,6 @@ from alignment.stage import (
     Instructions,
     InstructionsMixedIn,
     PreferenceData,
-    SFTStart,
     StageConfig,
     load_instructions,
     open_stage,
@@ -38,7 +37,7 @@ from training.training_loop import TrainingLoop
 
 
 @dataclass
-class DPOConfig(PreferenceData, InstructionsMixedIn, SFTStart, LoRAOptions, StageConfig):
+class DPOConfig(PreferenceData, InstructionsMixedIn, LoRAOptions, StageConfig):
     """Settings of DPO."""
 
     output_dir: str = "models/dpo"

@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 
 from alignment.reward_function import SAMPLE_REWARD, RewardFunction, call_reward, load_reward
-from alignment.rollouts import RolloutConfig, RolloutLoop, answer_token_log_probs, kl_terms, masked_mean
+from alignment.rollouts import RolloutConfig, RolloutLoop, answer_token_log_probs, kl_terms, masked_mean, policy_figures
 from alignment.stage import InstructionData, open_stage, run
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import option
@@ -102,8 +102,7 @@ class GroupPolicy(nn.Module):
         answers = {"input_ids": input_ids, "attention_mask": attention_mask, "answer_mask": answer_mask}
         log_probs, entropy = answer_token_log_probs(self.policy, answers, config.temperature, with_entropy=True)
 
-        log_ratio = log_probs - old_log_probs  # (B, R)
-        ratio = log_ratio.exp()
+        ratio = (log_probs - old_log_probs).exp()  # (B, R)
         clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         advantages = advantages.unsqueeze(1)  # (B, 1): every token of an answer has the answer's
         losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)  # (B, R)
@@ -117,11 +116,8 @@ class GroupPolicy(nn.Module):
                 advantages > 0
             )
             figures |= {
-                # KL(old ‖ new): the tokens are the old policy's, http://joschu.net/blog/kl-approx.html, k3
-                "policy/approxkl_avg": masked_mean(kl_terms(old_log_probs, log_probs, "k3"), mask),
+                **policy_figures(old_log_probs, log_probs, entropy, mask),
                 "policy/clipfrac_avg": masked_mean(clipped.float(), mask),
-                "policy/entropy_avg": masked_mean(entropy, mask),
-                "val/ratio": masked_mean(ratio, mask),
             }
         return {"loss": loss, **figures}
 
@@ -178,15 +174,11 @@ class GRPOLoop(RolloutLoop):
         val_data: RecordDataset,
         device: torch.device,
     ) -> None:
-        self.reward = reward
+        self.reward, self.group_size = reward, config.group_size
         model = GroupPolicy(policy, config)
         super().__init__(config, model, "grpo", tokenizer, data, val_data, device, needs_reference=config.kl_coef > 0)
         if not self.needs_reference:
             self.shown = ("objective/scores", "objective/ended")
-
-    def global_batch(self) -> int:
-        """Prompts of one step over all ranks."""
-        return self.config.rollout_batch_size // self.config.group_size * self.ranks
 
     def judge(self, data: RecordDataset, answers: Batch) -> Batch:
         """ "scores" (B,), "old_log_probs" and, if there is a reference, "reference_log_probs" and "kl" (B, R)."""
@@ -211,29 +203,13 @@ class GRPOLoop(RolloutLoop):
         if ranks.is_main():
             print(f"before training: {figures}", flush=True)
 
-    def train_step(self) -> dict[str, float]:
-        """Groups of answers and `grpo_epochs` passes of updates over them."""
-        self.parallel_model.eval()  # dropout would make the ratio differ from 1 before anything has changed
-        mine = self.order.batch(self.step)[ranks.rank() :: self.ranks]
-        grouped = [index for index in mine for _ in range(self.config.group_size)]
-        return self.learn_from(self.rollout(self.train_data, grouped))
-
     def learn_from(self, rollout: Batch) -> dict[str, float]:
-        """The updates of one step; returns its figures."""
+        """The passes of updates over the groups of one step; returns its figures."""
         config = self.config
         rewards = rollout["scores"] - config.missing_eos_penalty * ~rollout["ended"]  # (B,)
         spreads = rewards.view(-1, config.group_size).std(dim=1, unbiased=False)  # (B / G,)
-        answers = {
-            "objective/entropy": -rollout["old_log_probs"].sum(dim=1),  # of an answer, estimated by itself
-            "objective/scores": rollout["scores"],
-            "objective/ended": rollout["ended"],
-            "objective/group_std": spreads,
-            "objective/equal_groups": spreads == 0,  # nothing can be learned from these
-            "answer_length": rollout["answer_mask"].sum(dim=1),
-        }
-        if self.needs_reference:
-            answers["objective/kl"] = rollout["kl"].sum(dim=1)
-        figures = self.mean_over_answers(answers)
+        # Nothing can be learned from groups of equal answers
+        figures = self.figures_of(rollout, group_std=spreads, equal_groups=spreads == 0)
         _, batch_std = self.moments(rewards)
         names = ("input_ids", "attention_mask", "answer_mask", "old_log_probs")
         batch = {name: rollout[name] for name in (*names, "reference_log_probs") if name in rollout}
@@ -245,10 +221,6 @@ class GRPOLoop(RolloutLoop):
     def count(self, batch: Batch) -> int:
         """How many items the loss of a minibatch is the mean of: answer tokens, or answers."""
         return super().count(batch) if self.config.loss_mean == "tokens" else len(batch["input_ids"])
-
-    def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
-        """The best policy earns most on held-out prompts."""
-        return metrics["val_reward"] > best["val_reward"]
 
 
 def train_grpo(config: GRPOConfig | None = None, **settings: Any) -> dict[str, float]:

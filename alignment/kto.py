@@ -19,15 +19,7 @@ import torch.nn as nn
 
 from alignment.dpo import AnswersWithReference, DPOLoop
 from alignment.log_probabilities import answer_log_probs
-from alignment.stage import (
-    InstructionsMixedIn,
-    PreferenceData,
-    SFTStart,
-    StageConfig,
-    load_instructions,
-    open_stage,
-    run,
-)
+from alignment.stage import InstructionsMixedIn, PreferenceData, StageConfig, load_instructions, open_stage, run
 from command_line import option
 from data_loader import Batch, UnpairedDataset
 from gpt_model import GPTModel
@@ -36,7 +28,7 @@ from text.conversation_data import load_unpaired
 
 
 @dataclass
-class KTOConfig(PreferenceData, InstructionsMixedIn, SFTStart, LoRAOptions, StageConfig):
+class KTOConfig(PreferenceData, InstructionsMixedIn, LoRAOptions, StageConfig):
     """Settings of KTO. `pairwise_data` takes unpaired records, and pairs, whose answers then stand each for itself."""
 
     output_dir: str = "models/kto"

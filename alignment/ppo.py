@@ -41,8 +41,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from alignment.reward_model import RewardConfig, RewardModel, load_reward_model, train_reward_model
-from alignment.rollouts import RolloutConfig, RolloutLoop, answer_token_log_probs, kl_terms, masked_mean
+from alignment.reward_model import RewardModel, load_reward_model, train_reward_model
+from alignment.rollouts import RolloutConfig, RolloutLoop, answer_token_log_probs, kl_terms, masked_mean, policy_figures
 from alignment.stage import Instructions, InstructionsMixedIn, PreferenceData, load_instructions, open_stage, run
 from command_line import UserError, option
 from data_loader import Batch, GPTPPODataset, GPTSFTDataset
@@ -116,8 +116,7 @@ class ActorCritic(nn.Module):
         values = answer_values(self.critic, answers)  # (B, R)
 
         # The ratio is against the policy that sampled, not the reference; L^CLIP of arXiv:1707.06347, equation 7
-        log_ratio = log_probs - old_log_probs  # (B, R)
-        ratio = log_ratio.exp()
+        ratio = (log_probs - old_log_probs).exp()  # (B, R)
         clipped_ratio = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
         policy_loss = masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped_ratio), mask)
 
@@ -131,11 +130,8 @@ class ActorCritic(nn.Module):
             figures = {
                 "loss/policy_avg": policy_loss,
                 "loss/value_avg": value_loss,
-                # KL(old ‖ new): the tokens are the old policy's, http://joschu.net/blog/kl-approx.html, k3
-                "policy/approxkl_avg": masked_mean(kl_terms(old_log_probs, log_probs, "k3"), mask),
+                **policy_figures(old_log_probs, log_probs, entropy, mask),
                 "policy/clipfrac_avg": masked_mean(((ratio - 1).abs() > config.clip_range).float(), mask),
-                "policy/entropy_avg": masked_mean(entropy, mask),
-                "val/ratio": masked_mean(ratio, mask),
                 "val/clipfrac_avg": masked_mean((clipped_square > square).float(), mask),
             }
         if sft_input_ids is not None:  # PPO-ptx of arXiv:2203.02155, equation 2, with instructions in place of raw text
@@ -182,6 +178,8 @@ def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
 class PPOLoop(RolloutLoop):
     """The training loop with PPO's step: answer, score, estimate advantages, update several times."""
 
+    best_by = "val_objective"
+
     def __init__(
         self,
         config: PPOConfig,
@@ -220,10 +218,6 @@ class PPOLoop(RolloutLoop):
         ]
         return torch.stack(norms).norm()
 
-    def global_batch(self) -> int:
-        """Prompts of one step over all ranks."""
-        return self.config.rollout_batch_size * self.ranks
-
     # --------------------------------------------------------------------------------------------- rewards, advantages
 
     def judge(self, data: GPTPPODataset, answers: Batch) -> Batch:
@@ -254,9 +248,8 @@ class PPOLoop(RolloutLoop):
     def estimate_advantages(self, rollout: Batch) -> Batch:
         """What `ActorCritic.forward` takes: a rollout with returns and, over the whole batch, whitened advantages."""
         config, mask, values = self.config, rollout["answer_mask"], rollout["old_values"]
-        advantages = generalized_advantages(
-            self.token_rewards(rollout), values, mask, config.gae_lambda, config.gamma
-        )  # (B, R)
+        rewards = self.token_rewards(rollout)  # (B, R)
+        advantages = generalized_advantages(rewards, values, mask, config.gae_lambda, config.gamma)  # (B, R)
         mean, std = self.moments(advantages[mask])
         names = ("input_ids", "attention_mask", "answer_mask", "old_log_probs", "old_values")
         return {name: rollout[name] for name in names} | {
@@ -274,26 +267,14 @@ class PPOLoop(RolloutLoop):
         self.model.reward_std.fill_(std or 1.0)
         self.show([{**rollout, "scores": (rollout["scores"] - mean) / (std or 1.0)} for rollout in rollouts])
 
-    def train_step(self) -> dict[str, float]:
-        """One batch of answers and `ppo_epochs` passes of updates over it."""
-        self.parallel_model.eval()  # dropout would make the ratio differ from 1 before anything has changed
-        rollout = self.rollout(self.train_data, self.order.batch(self.step)[ranks.rank() :: self.ranks])
-        return self.learn_from(rollout)
-
     def learn_from(self, rollout: Batch) -> dict[str, float]:
-        """The updates of one step; returns its figures."""
+        """The passes of updates over the answers of one step; returns its figures."""
         config, mask = self.config, rollout["answer_mask"]
         batch = self.estimate_advantages(rollout)
-        figures = self.mean_over_answers(
-            {
-                "objective/kl": rollout["kl"].sum(dim=1),
-                "objective/entropy": -rollout["old_log_probs"].sum(dim=1),  # of an answer, estimated by itself
-                "objective/scores": rollout["scores"],
-                "objective/rlhf_reward": self.token_rewards(rollout).sum(dim=1),  # what PPO maximises
-                "objective/non_score_reward": -self.model.kl_coef * rollout["kl"].sum(dim=1),
-                "objective/ended": rollout["ended"],
-                "answer_length": mask.sum(dim=1),
-            }
+        figures = self.figures_of(
+            rollout,
+            rlhf_reward=self.token_rewards(rollout).sum(dim=1),  # what PPO maximises
+            non_score_reward=-self.model.kl_coef * rollout["kl"].sum(dim=1),
         )
         figures["objective/kl_coef"] = float(self.model.kl_coef)
         _, unexplained = self.moments((batch["returns"] - batch["old_values"])[mask])
@@ -303,9 +284,8 @@ class PPOLoop(RolloutLoop):
         self.model.policy_weight = float(self.step >= config.critic_warmup_steps)
         figures |= self.update(batch, config.ppo_epochs)
         if config.kl_target and self.model.policy_weight:
-            self.model.kl_coef.fill_(
-                adapted_kl_coef(float(self.model.kl_coef), figures["objective/kl"], config.kl_target)
-            )
+            adapted = adapted_kl_coef(float(self.model.kl_coef), figures["objective/kl"], config.kl_target)
+            self.model.kl_coef.fill_(adapted)
         self.step += 1
         return {**figures, "tokens": int(rollout["attention_mask"].sum()) * self.ranks}
 
@@ -323,10 +303,6 @@ class PPOLoop(RolloutLoop):
         """Mean score of, and divergence over, answers to held-out prompts; the objective joins them."""
         figures = super().evaluate()
         return figures | {"val_objective": figures["val_reward"] - self.config.kl_coef * figures["val_kl"]}
-
-    def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
-        """The best policy has the highest objective."""
-        return metrics["val_objective"] > best["val_objective"]
 
 
 def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, float]:
@@ -363,18 +339,9 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
 
 def train_reward_for(config: PPOConfig) -> str:
     """Train the reward model that a PPO run needs (unless it is finished already); returns its path."""
-    reward_config = RewardConfig(
-        pairwise_data=config.pairwise_data,
-        val_pairwise_data=config.val_pairwise_data,
-        val_fraction=config.val_fraction,
-        sft_model=config.sft_model,
-        output_dir=str(Path(config.output_dir) / "reward"),
-        max_seq_len=config.max_seq_len,
-        seed=config.seed,
-        device=config.device,
-        num_threads=config.num_threads,
-        precision=config.precision,
-        resume="auto" if config.resume else "",  # a path is of PPO's checkpoint
-    )
-    train_reward_model(reward_config)
-    return str(Path(reward_config.output_dir) / "reward_best.pth")
+    names = ("pairwise_data", "val_pairwise_data", "val_fraction", "sft_model", "max_seq_len")
+    names += ("seed", "device", "num_threads", "precision")
+    folder = Path(config.output_dir) / "reward"
+    resume = "auto" if config.resume else ""  # a path is of PPO's checkpoint
+    train_reward_model(**{name: getattr(config, name) for name in names}, output_dir=str(folder), resume=resume)
+    return str(folder / "reward_best.pth")

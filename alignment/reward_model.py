@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from alignment.stage import PreferenceData, SFTStart, StageConfig, open_stage, run
+from alignment.stage import PreferenceData, StageConfig, open_stage, run
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, restore_model, tokenizer_of
 from command_line import UserError, option
@@ -88,7 +88,7 @@ class RewardModel(nn.Module):
 
 
 @dataclass
-class RewardConfig(PreferenceData, SFTStart, LoRAOptions, StageConfig):
+class RewardConfig(PreferenceData, LoRAOptions, StageConfig):
     """Settings of reward-model training."""
 
     output_dir: str = "models/reward"

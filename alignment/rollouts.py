@@ -122,7 +122,7 @@ def kl_terms(log_probs: torch.Tensor, reference: torch.Tensor, estimator: str) -
 class RolloutLoop(TrainingLoop):
     """The training loop of a policy that learns from its own answers.
 
-    A subclass says what an answer is worth (`judge`) and makes a step of `rollout`s and `update`s.
+    A subclass says what an answer is worth (`judge`) and how a step's answers become `update`s (`learn_from`).
 
     Args:
         model: has the policy as `model.policy`; turns a batch into `{"loss", "policy/approxkl_avg", …}`.
@@ -131,6 +131,8 @@ class RolloutLoop(TrainingLoop):
 
     shown = ("objective/scores", "objective/kl")
     published = "policy"
+    best_by = "val_reward"  # what the best policy has most of
+    group_size = 1  # answers to each prompt
 
     def __init__(
         self,
@@ -153,6 +155,20 @@ class RolloutLoop(TrainingLoop):
                 f"{len(val_prompts)} held-out prompts are too few for {self.ranks} ranks; raise --val_fraction or give "
                 "held-out data"
             )
+
+    def global_batch(self) -> int:
+        """Prompts of one step over all ranks."""
+        return self.config.rollout_batch_size // self.group_size * self.ranks
+
+    def train_step(self) -> dict[str, float]:
+        """A batch of fresh answers, and the updates that are made with them."""
+        self.parallel_model.eval()  # dropout would make the ratio differ from 1 before anything has changed
+        mine = self.order.batch(self.step)[ranks.rank() :: self.ranks]
+        return self.learn_from(self.rollout(self.train_data, [index for index in mine for _ in range(self.group_size)]))
+
+    def learn_from(self, rollout: Batch) -> dict[str, float]:
+        """The updates of one step; returns its figures."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------- rollouts
 
@@ -195,8 +211,17 @@ class RolloutLoop(TrainingLoop):
         with adapters_disabled(self.model.policy):
             return self.log_probs(answers)
 
-    def mean_over_answers(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The means of values of answers, (B,) each, over all ranks."""
+    def figures_of(self, rollout: Batch, **more: torch.Tensor) -> dict[str, float]:
+        """What can be said of answers, and `more`, (B,) each: the means over all ranks."""
+        values = {
+            "objective/entropy": -rollout["old_log_probs"].sum(dim=1),  # of an answer, estimated by itself
+            "objective/scores": rollout["scores"],
+            "objective/ended": rollout["ended"],
+            "answer_length": rollout["answer_mask"].sum(dim=1),
+            **{f"objective/{name}": value for name, value in more.items()},
+        }
+        if self.needs_reference:
+            values["objective/kl"] = rollout["kl"].sum(dim=1)
         means = {name: float(value.float().mean()) for name, value in values.items()}
         return {name: ranks.sum_over_ranks(mean, self.device) / self.ranks for name, mean in means.items()}
 
@@ -262,6 +287,10 @@ class RolloutLoop(TrainingLoop):
             figures["val_kl"] = (rollout["kl"].sum(dim=1) for rollout in rollouts)
         return {name: self.moments(torch.cat(list(parts)))[0] for name, parts in figures.items()}
 
+    def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
+        """Whether an evaluation beats the best one so far."""
+        return metrics[self.best_by] > best[self.best_by]
+
     def show(self, rollouts: Iterable[Batch]) -> None:
         """Print the answers to the first held-out prompts, and add them to `samples.jsonl`."""
         if not ranks.is_main():
@@ -312,6 +341,18 @@ def answer_token_log_probs(
         temperature=temperature,
         with_entropy=with_entropy,
     )
+
+
+def policy_figures(
+    old_log_probs: torch.Tensor, log_probs: torch.Tensor, entropy: torch.Tensor, mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """How far the policy has moved from the one that wrote the answers, and how sure it is; all but the mask (B, R)."""
+    return {
+        # KL(old ‖ new): the tokens are the old policy's, http://joschu.net/blog/kl-approx.html, k3
+        "policy/approxkl_avg": masked_mean(kl_terms(old_log_probs, log_probs, "k3"), mask),
+        "policy/entropy_avg": masked_mean(entropy, mask),
+        "val/ratio": masked_mean((log_probs - old_log_probs).exp(), mask),
+    }
 
 
 def select(batch: Batch, rows: torch.Tensor) -> Batch:

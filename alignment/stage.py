@@ -59,19 +59,19 @@ class InstructionData:
 
 
 @dataclass
-class PreferenceData:
+class SFTStart:
+    """The option of the stages that go on from SFT."""
+
+    sft_model: str = option("models/sft/sft_best.pth", "the checkpoint to start from, which is also the reference")
+
+
+@dataclass
+class PreferenceData(SFTStart):
     """Options of the stages that learn from preferences."""
 
     data: ClassVar[str] = "pairwise_data"
     pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data, see the README for its shapes")
     val_pairwise_data: str = option("", "held-out preferences; empty: --val_fraction of the training data")
-
-
-@dataclass
-class SFTStart:
-    """The option of the stages that go on from SFT."""
-
-    sft_model: str = option("models/sft/sft_best.pth", "the checkpoint to start from, which is also the reference")
 
 
 @dataclass
