@@ -9,6 +9,8 @@ command line, its `--help` and its error messages are derived from that one desc
         lr: float = option(2e-4, "peak learning rate", above=0)
 
     config = parse_config(Config, argv, description="train a model")
+
+A class that inherits a field and writes `lr: float = 1e-3` changes its default; what `option` said of it still holds.
 """
 
 from __future__ import annotations
@@ -82,9 +84,18 @@ def _value_type(annotation: Any) -> tuple[Callable[[str], Any], bool]:
     return (_boolean if annotation is bool else annotation), False
 
 
-def _range_of(field: dataclasses.Field) -> str:
-    """The bounds of a field in words; empty if it has none."""
-    return " and ".join(f"{BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata.get("bounds", {}).items())
+def _said_of(config_class: type, name: str) -> dict[str, Any]:
+    """What `option` said of a field: help, choices and bounds, each from the nearest class that says it."""
+    said = {"choices": None, "bounds": {}}
+    for base in reversed(config_class.__mro__):
+        if field := vars(base).get("__dataclass_fields__", {}).get(name):
+            said |= {key: value for key, value in field.metadata.items() if value}
+    return said
+
+
+def _range(bounds: dict[str, float]) -> str:
+    """Bounds in words; empty if there are none."""
+    return " and ".join(f"{BOUNDS[name][1]} {bound}" for name, bound in bounds.items())
 
 
 def complaints_about(config: Any) -> list[str]:
@@ -92,11 +103,11 @@ def complaints_about(config: Any) -> list[str]:
     `validate() -> list[str]`, if there is one, has to say of how the fields fit together."""
     complaints = []
     for field in dataclasses.fields(config):
-        value, bounds = getattr(config, field.name), field.metadata.get("bounds", {})
+        value, bounds = getattr(config, field.name), _said_of(type(config), field.name).get("bounds", {})
         if not bounds or value is None:
             continue
         if not math.isfinite(value) or not all(BOUNDS[name][0](value, bound) for name, bound in bounds.items()):
-            complaints.append(f"--{field.name} must be {_range_of(field)}, not {value}")
+            complaints.append(f"--{field.name} must be {_range(bounds)}, not {value}")
     return complaints + (config.validate() if hasattr(config, "validate") else [])
 
 
@@ -122,16 +133,17 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
         read, several = _value_type(hints[field.name])
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         defaults[field.name] = default
-        allowed = _range_of(field)
+        said = _said_of(config_class, field.name)
+        allowed, choices = _range(said["bounds"]), said["choices"]
         parser.add_argument(
             f"--{field.name}",
             type=read,
-            choices=field.metadata["choices"],
+            choices=choices,
             default=argparse.SUPPRESS,  # so that an option given by the user can be told from a default
-            help=f"{field.metadata['help']} ({allowed + '; ' if allowed else ''}default: {default})",
+            help=f"{said['help']} ({allowed + '; ' if allowed else ''}default: {default})",
             **({"action": "extend", "nargs": "*" if default == [] else "+"} if several else {}),
             **({"nargs": "?", "const": True} if read is _boolean else {}),  # `--flag` alone means true
-            **({} if field.metadata["choices"] else {"metavar": getattr(read, "__name__", "value").strip("_").upper()}),
+            **({} if choices else {"metavar": getattr(read, "__name__", "value").strip("_").upper()}),
         )
     given = vars(parser.parse_args(argv))
     names = {name for name, value in given.items() if value is not None}

@@ -3,6 +3,7 @@
     pretraining text  → token shards on the disk (memory-mapped) → windows of max_seq_len tokens
     instruction data  → conversations → ids and labels, padded to the longest of a batch
     preference data   → conversations that differ in their last answer, and which of them is better
+    unpaired data     → conversations whose last answer is good or bad
     prompts           → ids, padded on the left
 
 A batch is a dict of tensors that the model's `forward` takes. Which samples make up the batch of step n is a pure
@@ -19,7 +20,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -324,14 +325,8 @@ class PreferenceDataset(Dataset):
         self.pad_token_id = tokenizer.pad_token_id
         self.samples: list[dict[str, Any]] = []
         for preference in preferences:
-            n_prompt = len(tokenizer.encode_chat(preference["prompt"], add_generation_prompt=True)["input_ids"])
-            answers = []
-            for answer in preference["answers"]:
-                encoded = tokenizer.encode_chat([*preference["prompt"], answer])
-                # Earlier turns of the assistant are part of the prompt: only the last answer is judged
-                labels = [IGNORED_LABEL] * n_prompt + encoded["labels"][n_prompt:]
-                if len(labels) <= max_seq_len:
-                    answers.append((encoded["input_ids"], labels))
+            encoded = [encode_answer(tokenizer, preference["prompt"], answer) for answer in preference["answers"]]
+            answers = [(ids, labels) for ids, labels in encoded if len(ids) <= max_seq_len]
             if len(answers) >= 2:
                 self.samples.append({"answers": answers, "margin": preference["margin"]})
         self.n_dropped = len(preferences) - len(self.samples)
@@ -358,7 +353,7 @@ class PreferenceDataset(Dataset):
             "margins": (P,), by how much the better one should be better.
             "weights": (P,), 1 for all pairs of a prompt together.
         """
-        rows = [ids for sample in samples for ids, _ in sample["answers"]]
+        rows = pad_samples([answer for sample in samples for answer in sample["answers"]], self.pad_token_id)
         pairs, margins, weights, first = [], [], [], 0
         for sample in samples:
             n_answers = len(sample["answers"])
@@ -368,8 +363,7 @@ class PreferenceDataset(Dataset):
             weights += [1 / len(compared)] * len(compared)
             first += n_answers
         return {
-            "input_ids": pad_rows(rows, self.pad_token_id),
-            "attention_mask": pad_rows([[1] * len(ids) for ids in rows], 0),
+            **{name: rows[name] for name in ("input_ids", "attention_mask")},
             "pairs": torch.tensor(pairs),
             "margins": torch.tensor(margins),
             "weights": torch.tensor(weights),
@@ -378,6 +372,63 @@ class PreferenceDataset(Dataset):
     def count(self, batch: Batch) -> int:
         """How many prompts the batch holds."""
         return round(float(batch["weights"].sum()))
+
+
+class UnpairedDataset(Dataset):
+    """Answers that are good or bad, each beside an answer that was given to another prompt.
+
+    The policy's divergence is estimated from prompts with others' answers (arXiv:2402.01306, section 4.1). Which answer
+    stands beside a prompt is drawn once, so that the reference need be asked once only. Answers that do not fit into
+    `max_seq_len` are left out (`n_dropped` counts them), others' answers are cut there.
+
+    Args:
+        records: as `conversation_data.parse_unpaired` gives them.
+
+    Raises:
+        UserError: no answer fits, or all are to the same prompt.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], tokenizer: ByteLevelBPETokenizer, max_seq_len: int) -> None:
+        self.pad_token_id = tokenizer.pad_token_id
+        encoded = [encode_answer(tokenizer, record["prompt"], record["answer"]) for record in records]
+        fitting = [index for index, (ids, _) in enumerate(encoded) if len(ids) <= max_seq_len]
+        self.n_dropped = len(records) - len(fitting)
+        if not fitting:
+            raise UserError(f"no answer fits into {max_seq_len} tokens; raise --max_seq_len")
+        generator = torch.Generator().manual_seed(0)
+        order = [fitting[index] for index in torch.randperm(len(fitting), generator=generator).tolist()]
+        self.samples: list[dict[str, Any]] = []
+        for place, index in enumerate(order):
+            prompt = records[index]["prompt"]
+            following = (records[other] for other in chain(order[place + 1 :], order[:place]))
+            other = next((record["answer"] for record in following if record["prompt"] != prompt), None)
+            if other is None:
+                raise UserError("all answers are to the same prompt; give answers to two different ones at least")
+            ids, labels = encode_answer(tokenizer, prompt, other)
+            answers = [encoded[index], (ids[:max_seq_len], labels[:max_seq_len])]
+            self.samples.append({"answers": answers, "good": records[index]["good"]})
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sample["answers"][0][0]) for sample in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"answers": [(ids, labels) of the answer, (ids, labels) of another prompt's], "good": bool}"""
+        return self.samples[index]
+
+    def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
+        """ "input_ids", "attention_mask", "labels": (B, longest); "good": (B,); the other answers under "other_…"."""
+        answers = zip(*(sample["answers"] for sample in samples), strict=True)
+        own, other = (pad_samples(rows, self.pad_token_id) for rows in answers)
+        good = torch.tensor([sample["good"] for sample in samples])
+        return {**own, **{f"other_{name}": value for name, value in other.items()}, "good": good}
+
+    def count(self, batch: Batch) -> int:
+        """How many answers the batch holds."""
+        return len(batch["good"])
 
 
 class GPTPPODataset(Dataset):
@@ -416,6 +467,25 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, on_the_left: bool = Fals
     if on_the_left:
         return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
     return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
+
+
+def pad_samples(samples: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> Batch:
+    """(ids, labels) of N texts as "input_ids", "attention_mask", "labels": (N, longest) int64, padded on the right."""
+    rows, labels = zip(*samples, strict=True)
+    return {
+        "input_ids": pad_rows(rows, pad_token_id),
+        "attention_mask": pad_rows([[1] * len(ids) for ids in rows], 0),
+        "labels": pad_rows(labels, IGNORED_LABEL),
+    }
+
+
+def encode_answer(
+    tokenizer: ByteLevelBPETokenizer, prompt: Sequence[Message], answer: Message
+) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a prompt and an answer, which alone has labels: the assistant's earlier turns are not judged."""
+    n_prompt = len(tokenizer.encode_chat(prompt, add_generation_prompt=True)["input_ids"])
+    encoded = tokenizer.encode_chat([*prompt, answer])
+    return encoded["input_ids"], [IGNORED_LABEL] * n_prompt + encoded["labels"][n_prompt:]
 
 
 def count_labels(batch: Batch) -> int:

@@ -4,6 +4,7 @@
     python finetune.py --mode reward --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode ppo    --reward_model models/reward/reward_best.pth
     python finetune.py --mode dpo    --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
+    python finetune.py --mode kto    --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode distill --teacher_model models/sft/sft_best.pth
     python finetune.py --mode rlhf   # the reward model, then PPO
     python finetune.py --mode grpo   --reward evaluation/answer_checker.py:preference_reward
@@ -18,6 +19,7 @@ import sys
 from alignment.distillation import DistillationConfig, distill
 from alignment.dpo import DPOConfig, dpo
 from alignment.grpo import GRPOConfig, train_grpo
+from alignment.kto import KTOConfig, kto
 from alignment.ppo import PPOConfig, rlhf_ppo
 from alignment.reward_model import RewardConfig, RewardModel, train_reward_model
 from alignment.sft import SFTConfig, sft_finetune
@@ -31,6 +33,7 @@ MODES = {
     "reward": (RewardConfig, train_reward_model, "Train a reward model on preference pairs."),
     "ppo": (PPOConfig, rlhf_ppo, "Align with preferences by PPO, given a reward model."),
     "dpo": (DPOConfig, dpo, "Align with preferences by DPO, without a reward model."),
+    "kto": (KTOConfig, kto, "Align with answers that are called good or bad, by KTO."),
     "distill": (DistillationConfig, distill, "Teach a small model what a larger one knows."),
     "rlhf": (PPOConfig, rlhf_ppo, "Train a reward model, then align with preferences by PPO."),
     "grpo": (GRPOConfig, train_grpo, "Learn from a reward function of your own by GRPO."),

@@ -37,23 +37,16 @@ TARGETS = {"attention": ("attention",), "mlp": ("feed_forward",), "all": ("atten
 class LoRAOptions:
     """The settings of LoRA, for the settings of a stage to inherit: `class SFTConfig(LoRAOptions, TrainingConfig)`."""
 
-    lora_rank: int = option(0, "rank of the adapters (LoRA); 0 trains the whole model")
-    lora_alpha: float = option(16.0, "what adapters add is multiplied by this, divided by the rank")
-    lora_dropout: float = option(0.0, "share of an adapter's inputs that are dropped in training")
+    lora_rank: int = option(0, "rank of the adapters (LoRA); 0 trains the whole model", at_least=0)
+    lora_alpha: float = option(16.0, "what adapters add is multiplied by this, divided by the rank", above=0)
+    lora_dropout: float = option(0.0, "share of an adapter's inputs dropped in training", at_least=0, below=1)
     lora_targets: str = option("all", "layers with adapters: attention, mlp, all, or names such as query_proj,up_proj")
     lora_rslora: bool = option(False, "divide --lora_alpha by √rank instead of the rank (rsLoRA)")
-    lora_lr_scale: float = option(10.0, "the learning rate of adapters, as a multiple of --lr")
+    lora_lr_scale: float = option(10.0, "the learning rate of adapters, as a multiple of --lr", above=0)
 
     def validate(self) -> list[str]:
-        """What is wrong with the settings of the stage and with these, a sentence each."""
+        """What does not fit together, a sentence each."""
         complaints = getattr(super(), "validate", list)()
-        if self.lora_rank < 0:
-            complaints.append(f"--lora_rank must be at least 0, not {self.lora_rank}")
-        for name in ("lora_alpha", "lora_lr_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                complaints.append(f"--{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.lora_dropout < 1:
-            complaints.append(f"--lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
         parallel = getattr(self, "parallel", "ddp")
         if self.lora_rank and parallel.partition(":")[0] != "ddp":
             complaints.append(f"--lora_rank works with --parallel ddp, not {parallel}; there is little left to cut up")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -20,68 +20,53 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from alignment.log_probabilities import LOGITS_AT_ONCE
-from alignment.sft import fit_context
+from alignment.stage import InstructionData, StageConfig, fit_context, held_out, run, start_of
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model
-from command_line import UserError, option, require_file
-from data_loader import GPTPretrainDataset, GPTSFTDataset, set_validation_part_aside, tokenize_to_shards
+from command_line import UserError, option
+from data_loader import GPTPretrainDataset, GPTSFTDataset, tokenize_to_shards
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
 from text.chat_template import Message
 from text.conversation_data import load_conversations
 from training import ranks
-from training.training_config import TrainingConfig, prepare_machine
+from training.training_config import prepare_machine
 from training.training_loop import TrainingData, TrainingLoop
 
 
 @dataclass
-class DistillationConfig(TrainingConfig):
+class DistillationConfig(InstructionData, StageConfig):
     """Settings of distillation."""
 
+    start: ClassVar = ("teacher_model", "the teacher", "train it first")
     teacher_model: str = option("models/sft/sft_best.pth", "the checkpoint to learn from")
     student_model: str = option("", "the checkpoint that the student starts from; empty: a new model of these sizes:")
-    n_layers: int = option(0, "layers of a new student; 0 means half of the teacher's")
-    d_model: int = option(0, "width of a new student; 0 means half of the teacher's")
-    n_heads: int = option(0, "attention heads of a new student; 0 means half of the teacher's")
-    n_kv_heads: int = option(0, "key/value heads of a new student; 0 means the teacher's proportion to --n_heads")
-    data_path: str = option("data/sft/sft_data.json", "instruction data, see the README for its shapes")
+    n_layers: int = option(0, "layers of a new student; 0 means half of the teacher's", at_least=0)
+    d_model: int = option(0, "width of a new student; 0 means half of the teacher's", at_least=0)
+    n_heads: int = option(0, "attention heads of a new student; 0 means half of the teacher's", at_least=0)
+    n_kv_heads: int = option(0, "key/value heads of it; 0 means the teacher's proportion to --n_heads", at_least=0)
     text_data: str = option("", "text to learn from instead: a file, a folder, or a name without its ending")
-    val_data_path: str = option("", "validation data of the same kind; empty: --val_fraction of the training data")
-    val_fraction: float = option(0.05, "share of the records or documents set aside, if there is no validation data")
     shard_dir: str = option("models/token_shards", "folder for tokenized --text_data, which is made once and reused")
-    output_dir: str = option("models/distill", "folder for checkpoints, metrics and curves")
-    max_seq_len: int = option(0, "longest conversation or window, in tokens; 0 means the student's context")
-    optimizer: str = option("muon", "adamw, or muon for hidden matrices beside adamw", choices=("adamw", "muon"))
-    batch_size: int = option(32, "conversations or windows of one forward pass on one rank")
-    lr: float = option(3e-3, "peak learning rate")
-    epochs: float = option(6.0, "passes over the training data, if --max_steps is 0")
-    alpha: float = option(0.9, "the teacher's share of the loss, 0 … 1; the rest is the labels'")
-    temperature: float = option(1.0, "both distributions are softened by it; above 1, small probabilities count more")
+    output_dir: str = "models/distill"
+    optimizer: str = "muon"
+    lr: float = 3e-3
+    epochs: float = 6.0
+    alpha: float = option(0.9, "the teacher's share of the loss; the rest is the labels'", at_least=0, at_most=1)
+    temperature: float = option(1.0, "softens both distributions; above 1, small probabilities count more", above=0)
     from_text: bool = option(False, "learn from texts that the teacher writes, not from its probabilities")
-    max_gen_len: int = option(64, "longest answer of the teacher, in tokens, with --from_text")
-    sampling_temperature: float = option(0.0, "of the teacher's answers, with --from_text; 0 takes the likeliest token")
+    max_gen_len: int = option(64, "longest answer of the teacher, in tokens, with --from_text", at_least=1)
+    sampling_temperature: float = option(
+        0.0, "of the teacher's answers, with --from_text; 0 takes the likeliest token", at_least=0
+    )
 
     def validate(self) -> list[str]:
-        """What is wrong with the settings, a sentence each."""
+        """What does not fit together, a sentence each."""
         complaints = super().validate()
         sizes = ("n_layers", "d_model", "n_heads", "n_kv_heads")
-        complaints += [
-            f"--{name} must not be negative, not {getattr(self, name)}" for name in sizes if getattr(self, name) < 0
-        ]
         if self.student_model and any(getattr(self, name) for name in sizes):
             complaints.append(f"--student_model brings its own size; leave out --{', --'.join(sizes)}")
-        if not 0 <= self.alpha <= 1:
-            complaints.append(f"--alpha must be between 0 and 1, not {self.alpha}")
-        if not self.temperature > 0:
-            complaints.append(f"--temperature must be positive, not {self.temperature}")
-        if not self.sampling_temperature >= 0:
-            complaints.append(f"--sampling_temperature must not be negative, not {self.sampling_temperature}")
-        if self.max_gen_len < 1:
-            complaints.append(f"--max_gen_len must be at least 1, not {self.max_gen_len}")
         if self.from_text and self.text_data:
             complaints.append("--from_text has the teacher answer the questions of --data_path; leave out --text_data")
-        if not self.val_data_path and not 0 < self.val_fraction < 1:
-            complaints.append(f"--val_fraction must be between 0 and 1, not {self.val_fraction}")
         return complaints
 
 
@@ -156,10 +141,7 @@ class DistillationModel(nn.Module):
 class DistillationLoop(TrainingLoop):
     """The training loop, whose best checkpoint is the student alone."""
 
-    def published_state(self) -> dict[str, torch.Tensor]:
-        """A plain language model."""
-        prefix, state = "student.", super().published_state()
-        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    published = "student"
 
 
 def student_of(teacher: GPTConfig, config: DistillationConfig) -> GPTConfig:
@@ -239,13 +221,8 @@ def load_data(
     conversations = load_conversations(config.data_path)
     if config.from_text:
         conversations = teacher_answers(config, teacher, tokenizer, conversations)
-    if config.val_data_path:
-        val_conversations = load_conversations(config.val_data_path)
-    else:
-        conversations, val_conversations = set_validation_part_aside(conversations, config.val_fraction)
-        if not (conversations and val_conversations):
-            raise UserError(f"{config.data_path} has too few records to set some aside; give --val_data_path")
-    return tuple(GPTSFTDataset(part, tokenizer, config.max_seq_len) for part in (conversations, val_conversations))
+    parts = held_out(config, conversations, load_conversations)
+    return tuple(GPTSFTDataset(part, tokenizer, config.max_seq_len) for part in parts)
 
 
 def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[str, float]:
@@ -255,9 +232,8 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
         the metrics of the best student.
     """
     config = config or DistillationConfig(**settings)
-    require_file(config.teacher_model, "the teacher", "train it first, or check the path")
-    device = prepare_machine(config)
-    teacher, tokenizer, _ = load_model(config.teacher_model, device)
+    path, device = start_of(config), prepare_machine(config)
+    teacher, tokenizer, _ = load_model(path, device)
     if config.student_model:
         student, student_tokenizer, _ = load_model(config.student_model)
         if student_tokenizer.fingerprint != tokenizer.fingerprint:
@@ -271,30 +247,15 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
     if teacher.config.max_seq_len < config.max_seq_len:
         limit = teacher.config.max_seq_len
         raise UserError(f"{config.teacher_model} reads at most {limit} tokens; use --max_seq_len {limit}")
-    train_data, val_data = load_data(config, teacher, tokenizer)
-    student.recompute_activations = config.recompute_activations
-    is_asked = config.alpha > 0 and not config.from_text
-    loop = DistillationLoop(
-        config,
-        DistillationModel(student, teacher if is_asked else None, config.alpha, config.temperature),
-        student.config,
-        tokenizer,
-        "distill",
-        train_data,
-        val_data,
-        device,
-        lengths=getattr(train_data, "lengths", None),
+    data = load_data(config, teacher, tokenizer)
+    asked = teacher if config.alpha > 0 and not config.from_text else None
+    model = DistillationModel(student, asked, config.alpha, config.temperature)
+    lengths = getattr(data[0], "lengths", None)
+    loop = DistillationLoop(config, model, student.config, tokenizer, "distill", *data, device, lengths)
+    return run(
+        loop,
+        f"a student of {student.num_parameters() / 1e6:.2f} M parameters learns from {config.teacher_model} "
+        f"({teacher.num_parameters() / 1e6:.2f} M), {loop.max_steps} steps",
+        "distilled",
+        lambda best: f"validation loss {best.get('val_cross_entropy', best['val_loss']):.4f} nats a token",
     )
-    if ranks.is_main():
-        print(
-            f"a student of {student.num_parameters() / 1e6:.2f} M parameters learns from {config.teacher_model} "
-            f"({teacher.num_parameters() / 1e6:.2f} M), {loop.max_steps} steps"
-        )
-    best = loop.train()
-    if ranks.is_main():
-        loss = best.get("val_cross_entropy", best["val_loss"])
-        print(
-            f"distilled: {loop.best_path}, validation loss {loss:.4f} nats a token, {loop.seconds:.0f} s; "
-            f"curves in {Path(config.output_dir) / 'curves.png'}"
-        )
-    return best

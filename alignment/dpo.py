@@ -9,84 +9,52 @@ Shapes: N answers of T tokens, P pairs of a better and a worse answer among them
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from alignment.log_probabilities import token_log_probs
-from alignment.reward_model import split_preferences
-from alignment.sft import fit_context
-from checkpoint import load_model
-from command_line import option, require_file
-from data_loader import Batch, BatchOrder, GPTSFTDataset, PreferenceDataset, pad_rows
-from gpt_model import IGNORED_LABEL, GPTModel
-from lora import LoRAOptions, apply_lora
-from text.conversation_data import load_conversations
+from alignment.log_probabilities import answer_log_probs
+from alignment.stage import (
+    Instructions,
+    InstructionsMixedIn,
+    PreferenceData,
+    StageConfig,
+    load_instructions,
+    open_stage,
+    run,
+)
+from command_line import option
+from data_loader import Batch, GPTSFTDataset, PreferenceDataset, pad_samples
+from gpt_model import GPTModel
+from lora import LoRAOptions, lora_layers
+from text.conversation_data import load_preferences
 from training import ranks
-from training.training_config import TrainingConfig, prepare_machine
 from training.training_loop import TrainingLoop
 
 
 @dataclass
-class DPOConfig(LoRAOptions, TrainingConfig):
+class DPOConfig(PreferenceData, InstructionsMixedIn, LoRAOptions, StageConfig):
     """Settings of DPO."""
 
-    pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data, see the README for its shapes")
-    val_pairwise_data: str = option("", "held-out preferences; empty: --val_fraction of the training data")
-    val_fraction: float = option(0.05, "share of the preferences set aside, if there are no held-out ones")
-    sft_model: str = option("models/sft/sft_best.pth", "the checkpoint to start from, which is also the reference")
-    output_dir: str = option("models/dpo", "folder for checkpoints, metrics and curves")
-    sft_data: str = option("", "instruction data to keep learning from, so that nothing is forgotten; empty: none")
-    sft_coef: float = option(1.0, "weight of the supervised loss on --sft_data")
-    max_seq_len: int = option(0, "longest conversation, in tokens; 0 means the model's context")
-    batch_size: int = option(32, "preferences of one forward pass on one rank")
-    lr: float = option(5e-5, "peak learning rate")
-    weight_decay: float = option(0.0, "decoupled weight decay of matrices")
-    compile: str = option("false", "torch.compile; new lengths are compiled anew", choices=("auto", "true", "false"))
-    epochs: float = option(1.0, "passes over the preferences, if --max_steps is 0")
+    output_dir: str = "models/dpo"
+    lr: float = 5e-5
+    weight_decay: float = 0.0
+    compile: str = "false"
     loss: str = option("sigmoid", "sigmoid (DPO) or ipo", choices=("sigmoid", "ipo"))
-    beta: float = option(0.1, "β: how dear it is to move away from the reference")
-    label_smoothing: float = option(0.0, "the share of preferences that are taken to be the wrong way round")
-    rpo_alpha: float = option(1.0, "weight of the supervised loss on the better answers")
+    beta: float = option(0.1, "β: how dear it is to move away from the reference", above=0)
+    label_smoothing: float = option(0.0, "share of preferences taken to be the wrong way round", at_least=0, below=0.5)
+    rpo_alpha: float = option(1.0, "weight of the supervised loss on the better answers", at_least=0)
 
     def validate(self) -> list[str]:
-        """What is wrong with the settings, a sentence each."""
+        """What does not fit together, a sentence each."""
         complaints = super().validate()
-        if not 0 < self.beta < math.inf:
-            complaints.append(f"--beta must be positive, not {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            complaints.append(f"--label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
         if self.label_smoothing and self.loss != "sigmoid":
             complaints.append(f"--label_smoothing is for --loss sigmoid, not {self.loss}")
-        for name in ("sft_coef", "rpo_alpha"):
-            if not 0 <= getattr(self, name) < math.inf:
-                complaints.append(f"--{name} must not be negative, not {getattr(self, name)}")
         return complaints
-
-
-def answer_log_probs(
-    policy: GPTModel, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log π(answer | prompt), the sum over the answer's tokens, and how many these are.
-
-    Args:
-        input_ids, attention_mask: (N, T).
-        labels: (N, T), −100 on the prompt and on padding.
-
-    Returns:
-        (N,) fp32 in nats, (N,) int64.
-    """
-    answer = labels.ne(IGNORED_LABEL)  # (N, T)
-    first = max(1, int(answer.any(dim=0).int().argmax()))  # before it, nothing of this batch is asked for
-    log_probs, _ = token_log_probs(policy, input_ids, attention_mask, first=first)  # (N, T − first)
-    answer = answer[:, first:]
-    return (log_probs * answer).sum(dim=1), answer.sum(dim=1)
 
 
 def dpo_loss(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -116,7 +84,6 @@ class DPOModel(nn.Module):
     def __init__(self, policy: GPTModel, config: DPOConfig) -> None:
         super().__init__()
         self.policy, self.dpo = policy, config
-        policy.recompute_activations = config.recompute_activations
 
     def forward(
         self,
@@ -167,8 +134,8 @@ class DPOModel(nn.Module):
         return means
 
 
-class DPODataset(PreferenceDataset):
-    """Preferences, and how likely each answer is to the reference."""
+class AnswersWithReference:
+    """A data set whose samples have "answers", (ids, labels) each, and how likely each of them is to the reference."""
 
     @torch.no_grad()
     def ask_reference(self, reference: GPTModel, device: torch.device, batch_size: int) -> None:
@@ -177,33 +144,33 @@ class DPODataset(PreferenceDataset):
         mine = self.samples[ranks.rank() :: ranks.world_size()]
         log_probs: list[float] = []
         for start in range(0, len(mine), batch_size):
-            batch = super().collate(mine[start : start + batch_size])
-            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-            labels = self._labels(mine[start : start + batch_size]).to(device)
-            log_probs += answer_log_probs(reference, ids, labels, mask)[0].tolist()
+            rows = [answer for sample in mine[start : start + batch_size] for answer in sample["answers"]]
+            batch = {name: value.to(device) for name, value in pad_samples(rows, self.pad_token_id).items()}
+            log_probs += answer_log_probs(reference, **batch)[0].tolist()
         for rank, values in enumerate(ranks.gather_objects(log_probs)):
             following = iter(values)
             for sample in self.samples[rank :: ranks.world_size()]:
                 sample["reference_log_probs"] = [next(following) for _ in sample["answers"]]
 
+
+class DPODataset(AnswersWithReference, PreferenceDataset):
+    """Preferences, asked of the reference."""
+
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """As `PreferenceDataset.collate`, but without margins; and "labels" (N, T), "reference_log_probs" (N,)."""
         batch = super().collate(samples)
         del batch["margins"]
-        batch["labels"] = self._labels(samples)
-        batch["reference_log_probs"] = torch.tensor([x for sample in samples for x in sample["reference_log_probs"]])
-        return batch
-
-    @staticmethod
-    def _labels(samples: Sequence[dict[str, Any]]) -> torch.Tensor:
-        rows = [labels for sample in samples for _, labels in sample["answers"]]
-        return pad_rows(rows, IGNORED_LABEL)  # (N, T)
+        rows = [answer for sample in samples for answer in sample["answers"]]
+        reference_log_probs = torch.tensor([x for sample in samples for x in sample["reference_log_probs"]])
+        return {**batch, **pad_samples(rows, self.pad_token_id), "reference_log_probs": reference_log_probs}
 
 
 class DPOLoop(TrainingLoop):
     """The training loop with instruction data mixed in, if there is any."""
 
+    algorithm, model_class = "dpo", DPOModel
     shown = ("loss", "rewards/accuracies")
+    published = "policy"
 
     def __init__(
         self,
@@ -215,34 +182,28 @@ class DPOLoop(TrainingLoop):
         device: torch.device,
         sft_data: GPTSFTDataset | None = None,
     ) -> None:
-        model, lengths = DPOModel(policy, config), train_data.lengths
-        super().__init__(config, model, policy.config, tokenizer, "dpo", train_data, val_data, device, lengths)
+        without_dropout(policy)
+        model, stage, lengths = self.model_class(policy, config), self.algorithm, train_data.lengths
+        super().__init__(config, model, policy.config, tokenizer, stage, train_data, val_data, device, lengths)
         with self.updater.autocast():  # nothing is trained yet, so the policy is the reference
             for data in (train_data, val_data):
                 data.ask_reference(policy, device, config.batch_size)
-        self.sft_data = sft_data
-        if sft_data is not None:
-            self.sft_order = BatchOrder(len(sft_data), self.global_batch(), config.seed, sft_data.lengths)
+        self.instructions = Instructions(config, sft_data, self.global_batch()) if sft_data is not None else None
 
     def accumulate(self, batches: list[Batch], counts: list[int]) -> dict[str, float]:
         """As `TrainingLoop.accumulate`; to each micro-batch comes as much of the instruction data."""
-        if self.sft_data is not None:
-            indices, size = self.sft_order.batch(self.step), self.config.batch_size
+        if self.instructions is not None:
+            indices, size = self.instructions.order.batch(self.step), self.config.batch_size
             for number, batch in enumerate(batches):
-                mine = indices[(number * self.ranks + self.data_rank) * size :][:size]
-                instructions = self.sft_data.collate([self.sft_data[index] for index in mine])
-                batch |= {f"sft_{name}": value for name, value in instructions.items()}
+                batch |= self.instructions.batch(indices[(number * self.ranks + self.data_rank) * size :][:size])
         return super().accumulate(batches, counts)
-
-    def published_state(self) -> dict[str, torch.Tensor]:
-        """The policy: a plain language model."""
-        return {name.removeprefix("policy."): value for name, value in super().published_state().items()}
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: policy and reference are to differ by what was learned, not by chance."""
+    """Set every dropout but the adapters' to 0: policy and reference are to differ by what was learned alone."""
+    asked_for = {layer.dropout for layer in lora_layers(model).values()}
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout) and module not in asked_for:
             module.p = 0.0
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
@@ -255,31 +216,13 @@ def dpo(config: DPOConfig | None = None, **settings: Any) -> dict[str, float]:
         the metrics of the best policy, on held-out preferences.
     """
     config = config or DPOConfig(**settings)
-    require_file(config.sft_model, "the SFT model", "run finetune.py --mode sft first, or check the path")
-    device = prepare_machine(config)
-    preferences, val_preferences = split_preferences(
-        config.pairwise_data, config.val_pairwise_data, config.val_fraction
+    policy, tokenizer, device, parts = open_stage(config, load_preferences)
+    data = [DPODataset(part, tokenizer, config.max_seq_len) for part in parts]
+    loop = DPOLoop(config, policy, tokenizer, *data, device, load_instructions(config, tokenizer))
+    return run(
+        loop,
+        f"DPO on {len(loop.train_data)} preferences, {loop.max_steps} steps",
+        "aligned",
+        lambda best: f"prefers the better answer in {best['val_rewards/accuracies']:.1%} of {len(loop.val_data)} "
+        f"held-out pairs, margin {best['val_rewards/margins']:.2f}",
     )
-    policy, tokenizer, _ = load_model(config.sft_model)
-    fit_context(config, policy)
-    without_dropout(policy)
-    apply_lora(policy, config, config.sft_model)
-    loop = DPOLoop(
-        config,
-        policy,
-        tokenizer,
-        DPODataset(preferences, tokenizer, config.max_seq_len),
-        DPODataset(val_preferences, tokenizer, config.max_seq_len),
-        device,
-        GPTSFTDataset(load_conversations(config.sft_data), tokenizer, config.max_seq_len) if config.sft_data else None,
-    )
-    if ranks.is_main():
-        print(f"DPO on {len(loop.train_data)} preferences, {loop.max_steps} steps")
-    best = loop.train()
-    if ranks.is_main():
-        print(
-            f"aligned: {loop.best_path}, prefers the better answer in {best['val_rewards/accuracies']:.1%} of "
-            f"{len(loop.val_data)} held-out pairs, margin {best['val_rewards/margins']:.2f}, {loop.seconds:.0f} s; "
-            f"curves in {Path(config.output_dir) / 'curves.png'}"
-        )
-    return best

@@ -19,49 +19,38 @@ Shapes: B answers (whole groups of G), P prompt tokens (padded on the left), R a
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from alignment.rollouts import RolloutConfig, RolloutLoop, answer_log_probs, kl_terms, masked_mean
-from alignment.sft import fit_context
+from alignment.reward_function import SAMPLE_REWARD, RewardFunction, call_reward, load_reward
+from alignment.rollouts import RolloutConfig, RolloutLoop, answer_token_log_probs, kl_terms, masked_mean, policy_figures
+from alignment.stage import InstructionData, open_stage, run
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import load_model
-from command_line import UserError, option, require_file
-from data_loader import Batch, GPTPPODataset, set_validation_part_aside
+from command_line import option
+from data_loader import Batch, GPTPPODataset
 from gpt_model import GPTModel
-from lora import apply_lora
 from text.conversation_data import parse_prompt
 from text.text_files import iter_records
 from training import ranks
-from training.training_config import prepare_machine
-
-RewardFunction = Callable[[list[str], list[str], list[dict]], Sequence[float]]
-SAMPLE_REWARD = "evaluation/answer_checker.py:preference_reward"  # of the sample data's world
 
 
 @dataclass
-class GRPOConfig(RolloutConfig):
+class GRPOConfig(InstructionData, RolloutConfig):
     """Settings of GRPO. A step is one batch of fresh answers and the updates that are made with them."""
 
-    data_path: str = option("data/sft/sft_data.json", "records with prompts, see the README for their shapes")
-    val_data_path: str = option("", "held-out records; empty: --val_fraction of the training data")
-    val_fraction: float = option(0.02, "share of the records set aside, if there are no held-out ones")
+    val_fraction: float = 0.02
     reward: str = option(SAMPLE_REWARD, "PATH.py:FUNCTION(prompts, responses, records)")
-    output_dir: str = option("models/grpo", "folder for checkpoints, metrics and curves")
-    rollout_batch_size: int = option(128, "answers that each rank writes for one step")
-    batch_size: int = option(128, "answers of one forward pass")
-    lr: float = option(5e-5, "peak learning rate")
-    epochs: float = option(0.1, "passes over the prompts, if --max_steps is 0")
-    group_size: int = option(8, "G: answers to each prompt")
-    grpo_epochs: int = option(2, "passes over the answers of a step")
+    output_dir: str = "models/grpo"
+    rollout_batch_size: int = 128
+    batch_size: int = 128
+    lr: float = 5e-5
+    epochs: float = 0.1
+    group_size: int = option(8, "G: answers to each prompt", at_least=2)
+    grpo_epochs: int = option(2, "passes over the answers of a step", at_least=1)
     advantage_scale: str = option(
         "group", "advantages are divided by the standard deviation of", choices=("group", "batch", "none")
     )
@@ -70,20 +59,13 @@ class GRPOConfig(RolloutConfig):
         "each token weighs the same (tokens), or each answer (answers), or a token 1 / --max_gen_len (constant)",
         choices=("tokens", "answers", "constant"),
     )
-    kl_coef: float = option(0.2, "β: the weight of the divergence from the SFT model in the loss; 0: no reference")
-    clip_low: float = option(0.2, "the probability ratio is clipped to at least 1 − this")
-    clip_high: float = option(0.28, "the probability ratio is clipped to at most 1 + this")
+    kl_coef: float = option(0.2, "β: weight of the divergence from the SFT model; 0: no reference", at_least=0)
+    clip_low: float = option(0.2, "the probability ratio is clipped to at least 1 − this", above=0, below=1)
+    clip_high: float = option(0.28, "the probability ratio is clipped to at most 1 + this", above=0)
 
     def validate(self) -> list[str]:
-        """What is wrong with the settings, a sentence each."""
+        """What does not fit together, a sentence each."""
         complaints = super().validate()
-        complaints += self.must_be("at least 1", lambda value: value >= 1, "grpo_epochs")
-        complaints += self.must_be("at least 2", lambda value: value >= 2, "group_size")
-        complaints += self.must_be("at least 0", lambda value: 0 <= value < math.inf, "kl_coef")
-        complaints += self.must_be("between 0 and 1", lambda value: 0 < value < 1, "clip_low")
-        complaints += self.must_be("positive", lambda value: 0 < value < math.inf, "clip_high")
-        if not self.val_data_path:
-            complaints += self.must_be("between 0 and 1", lambda value: 0 < value < 1, "val_fraction")
         if self.rollout_batch_size % max(1, self.group_size):
             complaints.append(
                 f"--rollout_batch_size {self.rollout_batch_size} must be a multiple of --group_size {self.group_size}"
@@ -118,10 +100,9 @@ class GroupPolicy(nn.Module):
         """
         config, mask = self.grpo, answer_mask
         answers = {"input_ids": input_ids, "attention_mask": attention_mask, "answer_mask": answer_mask}
-        log_probs, entropy = answer_log_probs(self.policy, answers, config.temperature, with_entropy=True)  # (B, R) × 2
+        log_probs, entropy = answer_token_log_probs(self.policy, answers, config.temperature, with_entropy=True)
 
-        log_ratio = log_probs - old_log_probs  # (B, R)
-        ratio = log_ratio.exp()
+        ratio = (log_probs - old_log_probs).exp()  # (B, R)
         clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         advantages = advantages.unsqueeze(1)  # (B, 1): every token of an answer has the answer's
         losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)  # (B, R)
@@ -135,11 +116,8 @@ class GroupPolicy(nn.Module):
                 advantages > 0
             )
             figures |= {
-                # KL(old ‖ new): the tokens are the old policy's, http://joschu.net/blog/kl-approx.html, k3
-                "policy/approxkl_avg": masked_mean(kl_terms(old_log_probs, log_probs, "k3"), mask),
+                **policy_figures(old_log_probs, log_probs, entropy, mask),
                 "policy/clipfrac_avg": masked_mean(clipped.float(), mask),
-                "policy/entropy_avg": masked_mean(entropy, mask),
-                "val/ratio": masked_mean(ratio, mask),
             }
         return {"loss": loss, **figures}
 
@@ -196,15 +174,11 @@ class GRPOLoop(RolloutLoop):
         val_data: RecordDataset,
         device: torch.device,
     ) -> None:
-        self.reward = reward
+        self.reward, self.group_size = reward, config.group_size
         model = GroupPolicy(policy, config)
         super().__init__(config, model, "grpo", tokenizer, data, val_data, device, needs_reference=config.kl_coef > 0)
         if not self.needs_reference:
             self.shown = ("objective/scores", "objective/ended")
-
-    def global_batch(self) -> int:
-        """Prompts of one step over all ranks."""
-        return self.config.rollout_batch_size // self.config.group_size * self.ranks
 
     def judge(self, data: RecordDataset, answers: Batch) -> Batch:
         """ "scores" (B,), "old_log_probs" and, if there is a reference, "reference_log_probs" and "kl" (B, R)."""
@@ -229,29 +203,13 @@ class GRPOLoop(RolloutLoop):
         if ranks.is_main():
             print(f"before training: {figures}", flush=True)
 
-    def train_step(self) -> dict[str, float]:
-        """Groups of answers and `grpo_epochs` passes of updates over them."""
-        self.parallel_model.eval()  # dropout would make the ratio differ from 1 before anything has changed
-        mine = self.order.batch(self.step)[ranks.rank() :: self.ranks]
-        grouped = [index for index in mine for _ in range(self.config.group_size)]
-        return self.learn_from(self.rollout(self.train_data, grouped))
-
     def learn_from(self, rollout: Batch) -> dict[str, float]:
-        """The updates of one step; returns its figures."""
+        """The passes of updates over the groups of one step; returns its figures."""
         config = self.config
         rewards = rollout["scores"] - config.missing_eos_penalty * ~rollout["ended"]  # (B,)
         spreads = rewards.view(-1, config.group_size).std(dim=1, unbiased=False)  # (B / G,)
-        answers = {
-            "objective/entropy": -rollout["old_log_probs"].sum(dim=1),  # of an answer, estimated by itself
-            "objective/scores": rollout["scores"],
-            "objective/ended": rollout["ended"],
-            "objective/group_std": spreads,
-            "objective/equal_groups": spreads == 0,  # nothing can be learned from these
-            "answer_length": rollout["answer_mask"].sum(dim=1),
-        }
-        if self.needs_reference:
-            answers["objective/kl"] = rollout["kl"].sum(dim=1)
-        figures = self.mean_over_answers(answers)
+        # Nothing can be learned from groups of equal answers
+        figures = self.figures_of(rollout, group_std=spreads, equal_groups=spreads == 0)
         _, batch_std = self.moments(rewards)
         names = ("input_ids", "attention_mask", "answer_mask", "old_log_probs")
         batch = {name: rollout[name] for name in (*names, "reference_log_probs") if name in rollout}
@@ -264,81 +222,6 @@ class GRPOLoop(RolloutLoop):
         """How many items the loss of a minibatch is the mean of: answer tokens, or answers."""
         return super().count(batch) if self.config.loss_mean == "tokens" else len(batch["input_ids"])
 
-    def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
-        """The best policy earns most on held-out prompts."""
-        return metrics["val_reward"] > best["val_reward"]
-
-
-# ------------------------------------------------------------------------------------------------------------ rewards
-
-
-def load_reward(place: str) -> RewardFunction:
-    """The function that `PATH.py:FUNCTION` names; the path is seen from the working folder or this project's.
-
-    Raises:
-        UserError: no such file or function, or the file cannot be imported.
-    """
-    file, colon, name = place.rpartition(":")
-    if not (colon and file and name.isidentifier()):
-        raise UserError(f"--reward {place} must be a file and a function in it, such as my_rewards.py:reward")
-    path = Path(file) if Path(file).exists() else Path(__file__).parent.parent / file
-    remedy = f"give PATH.py:FUNCTION, such as {SAMPLE_REWARD}"
-    path = require_file(path if path.exists() else file, "the file of --reward", remedy)
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    if spec is None:
-        raise UserError(f"--reward {place}: {path} is no Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses of the file look themselves up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody else's code raises
-        raise UserError(f"{path} cannot be imported: {described(error)}; mend it") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = ", ".join(
-            key for key, value in vars(module).items() if callable(value) and value.__module__ == spec.name
-        )
-        raise UserError(f"{path} has no function {name}; it has {known or 'none'}")
-    return function
-
-
-def call_reward(function: RewardFunction, prompts: list[str], responses: list[str], records: list[dict]) -> list[float]:
-    """One finite number for each response.
-
-    Raises:
-        UserError: the function raised an exception, or returned something else.
-    """
-    name = getattr(function, "__name__", "reward")
-    try:
-        scores = function(prompts, responses, records)
-    except UserError:
-        raise
-    except Exception as error:  # whatever somebody else's code raises
-        raise UserError(f"the reward function {name} failed: {described(error)}; mend it") from error
-    try:
-        scores = [float(score) for score in scores]
-    except (TypeError, ValueError):
-        raise UserError(f"the reward function {name} must return a list of numbers, not {scores!r:.100}") from None
-    if len(scores) != len(responses):
-        raise UserError(f"the reward function {name} returned {len(scores)} scores for {len(responses)} responses")
-    for score, response in zip(scores, responses, strict=True):
-        if not math.isfinite(score):
-            raise UserError(
-                f"the reward function {name} gave {score} to the response {response!r:.100}; it must be finite"
-            )
-    return scores
-
-
-def described(error: Exception) -> str:
-    """What went wrong in somebody's code and in which line, on one line."""
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error}"  # says where by itself
-    line = error.__traceback__
-    while line.tb_next is not None:
-        line = line.tb_next
-    what = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {what} ({Path(line.tb_frame.f_code.co_filename).name}, line {line.tb_lineno})"
-
 
 def train_grpo(config: GRPOConfig | None = None, **settings: Any) -> dict[str, float]:
     """Let an SFT model learn from a reward function; leaves `grpo_best.pth`.
@@ -347,31 +230,14 @@ def train_grpo(config: GRPOConfig | None = None, **settings: Any) -> dict[str, f
         the metrics of the best policy.
     """
     config = config or GRPOConfig(**settings)
-    require_file(config.sft_model, "the SFT model", "run finetune.py --mode sft first, or check the path")
     reward = load_reward(config.reward)
-    device = prepare_machine(config)
-    records = list(iter_records(config.data_path))
-    if config.val_data_path:
-        val_records = list(iter_records(config.val_data_path))
-    else:
-        records, val_records = set_validation_part_aside(records, config.val_fraction)
-        if not (records and val_records):
-            raise UserError(f"{config.data_path} has too few records to set some aside; give --val_data_path")
-    policy, tokenizer, _ = load_model(config.sft_model)
-    apply_lora(policy, config, config.sft_model)
-    fit_context(config, policy)
-    room = config.max_seq_len - config.max_gen_len
-    data, val_data = (RecordDataset(part, tokenizer, room) for part in (records, val_records))
+    policy, tokenizer, device, parts = open_stage(config, lambda path: list(iter_records(path)))
+    data, val_data = (RecordDataset(part, tokenizer, config.max_seq_len - config.max_gen_len) for part in parts)
     loop = GRPOLoop(config, policy, tokenizer, reward, data, val_data, device)
-    if ranks.is_main():
-        n_prompts = loop.order.batch_size
-        size = f"{loop.max_steps} steps of {n_prompts} prompts with {config.group_size} answers each"
-        print(f"GRPO on {len(data)} prompts, {size}, rewarded by {config.reward}")
-    best = loop.train()
-    if ranks.is_main():
+    size = f"{loop.max_steps} steps of {loop.order.batch_size} prompts with {config.group_size} answers each"
+
+    def figures(best: dict[str, float]) -> str:
         divergence = f", KL {best['val_kl']:.2f} nats an answer" if "val_kl" in best else ""
-        print(
-            f"aligned: {loop.best_path}, held-out reward {best['val_reward']:.3f}{divergence}, {loop.seconds:.0f} s; "
-            f"curves in {Path(config.output_dir) / 'curves.png'}"
-        )
-    return best
+        return f"held-out reward {best['val_reward']:.3f}{divergence}"
+
+    return run(loop, f"GRPO on {len(data)} prompts, {size}, rewarded by {config.reward}", "aligned", figures)

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from gpt_model import GPTModel
+from gpt_model import IGNORED_LABEL, GPTModel
 
 LOGITS_AT_ONCE = 1 << 24  # of a chunk: 64 MiB in fp32
 
@@ -58,6 +58,25 @@ def token_log_probs(
 
     log_probs, entropies = zip(*chunks, strict=True)
     return in_place(log_probs), in_place(entropies) if with_entropy else None
+
+
+def answer_log_probs(
+    model: GPTModel, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log π(answer | prompt), the sum over the answer's tokens, and how many these are.
+
+    Args:
+        input_ids, attention_mask: (B, T).
+        labels: (B, T), −100 on the prompt and on padding.
+
+    Returns:
+        (B,) fp32 in nats, (B,) int64.
+    """
+    answer = labels.ne(IGNORED_LABEL)  # (B, T)
+    first = max(1, int(answer.any(dim=0).int().argmax()))  # before it, nothing of this batch is asked for
+    log_probs, _ = token_log_probs(model, input_ids, attention_mask, first=first)  # (B, T − first)
+    answer = answer[:, first:]
+    return (log_probs * answer).sum(dim=1), answer.sum(dim=1)
 
 
 def _of_chunk(

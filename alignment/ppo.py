@@ -15,6 +15,19 @@ Four networks:
 In full training none shares weights with another. With LoRA the reference is the policy without its adapters, and the
 critic's adapters stand beside the weights of the reward model: two networks in memory and not four.
 
+A step:
+
+    answers = policy(prompts)                                          # write_answers, as it samples
+    score   = (reward(answers) − mean) / std                           # judge, and kl = log π − log π_ref
+    rewards = −β · kl at every token, + score at the last              # token_rewards
+    Â       = GAE(rewards, critic's values), whitened                  # estimate_advantages
+    for each of ppo_epochs, for each minibatch of answers:             # update
+        ratio = π / π of the policy that wrote them
+        loss  = max(−Â · ratio, −Â · clip(ratio))                      # ActorCritic.forward
+              + value_coef · the critic's loss + sft_coef · the supervised loss
+        step of both networks
+    β follows the divergence, if there is a kl_target
+
 Shapes: B answers, P prompt tokens (padded on the left), R answer tokens, T = P + R.
 """
 
@@ -28,52 +41,37 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from alignment.reward_model import RewardConfig, RewardModel, load_reward_model, split_preferences, train_reward_model
-from alignment.rollouts import RolloutConfig, RolloutLoop, answer_log_probs, kl_terms, masked_mean
-from alignment.sft import fit_context
-from checkpoint import load_model
-from command_line import UserError, option, require_file
-from data_loader import Batch, BatchOrder, GPTPPODataset, GPTSFTDataset
+from alignment.reward_model import RewardModel, load_reward_model, train_reward_model
+from alignment.rollouts import RolloutConfig, RolloutLoop, answer_token_log_probs, kl_terms, masked_mean, policy_figures
+from alignment.stage import Instructions, InstructionsMixedIn, PreferenceData, load_instructions, open_stage, run
+from command_line import UserError, option
+from data_loader import Batch, GPTPPODataset, GPTSFTDataset
 from gpt_model import GPTModel
 from lora import apply_lora
-from text.conversation_data import load_conversations
+from text.conversation_data import load_preferences
 from training import ranks
 from training.optimization import build_optimizers
-from training.training_config import prepare_machine
 
 
 @dataclass
-class PPOConfig(RolloutConfig):
+class PPOConfig(PreferenceData, InstructionsMixedIn, RolloutConfig):
     """Settings of PPO. A step is one batch of fresh answers and the updates that are made with them."""
 
-    pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data; its prompts are answered")
-    val_pairwise_data: str = option("", "held-out preferences; empty: --val_fraction of the training data")
-    val_fraction: float = option(0.05, "share of the pairs set aside, if there are no held-out preferences")
     reward_model: str = option("", "a trained reward model; empty: train one in <output_dir>/reward first")
-    output_dir: str = option("models/rlhf", "folder for checkpoints, metrics and curves")
-    sft_data: str = option("", "instruction data to keep learning from, so that nothing is forgotten; empty: none")
-    sft_coef: float = option(1.0, "weight of the supervised loss on --sft_data")
-    ppo_epochs: int = option(2, "passes over the answers of a step")
-    epochs: float = option(1.0, "passes over the prompts, if --max_steps is 0")
-    kl_coef: float = option(0.2, "β: the price of a nat of divergence from the SFT model")
+    output_dir: str = "models/rlhf"
+    ppo_epochs: int = option(2, "passes over the answers of a step", at_least=1)
+    kl_coef: float = option(0.2, "β: the price of a nat of divergence from the SFT model", at_least=0)
     kl_estimator: str = option("k1", "of the divergence at a token: k1 = log π/π_ref, or k3", choices=("k1", "k3"))
-    kl_target: float = option(0.0, "β adapts until an answer diverges by so many nats; 0: β stays --kl_coef")
-    clip_range: float = option(0.2, "the probability ratio is clipped to 1 ± this")
-    value_clip_range: float = option(0.2, "the critic may move by so much from its earlier prediction")
-    value_coef: float = option(0.5, "weight of the critic's loss")
+    kl_target: float = option(0.0, "β adapts until an answer diverges by so many nats; 0: it stays", at_least=0)
+    clip_range: float = option(0.2, "the probability ratio is clipped to 1 ± this", above=0)
+    value_clip_range: float = option(0.2, "the critic may move by so much from its earlier prediction", above=0)
+    value_coef: float = option(0.5, "weight of the critic's loss", at_least=0)
     critic_lr_scale: float = option(5.0, "the critic's learning rate as a multiple of --lr: it has more to learn")
     critic_warmup_steps: int = option(4, "first steps in which only the critic learns: its first guesses mislead")
-    gamma: float = option(1.0, "γ: what a reward is worth one token earlier")
-    gae_lambda: float = option(0.3, "λ of advantage estimation: how far a surprise at the end reaches back")
-
-    def validate(self) -> list[str]:
-        """What is wrong with the settings, a sentence each."""
-        complaints = super().validate()
-        complaints += self.must_be("at least 1", lambda value: value >= 1, "ppo_epochs")
-        complaints += self.must_be("positive", lambda value: value > 0, "clip_range", "value_clip_range")
-        complaints += self.must_be("at least 0", lambda value: value >= 0, "kl_coef", "kl_target", "value_coef")
-        complaints += self.must_be("between 0 and 1", lambda value: 0 <= value <= 1, "gamma", "gae_lambda")
-        return complaints
+    gamma: float = option(1.0, "γ: what a reward is worth one token earlier", at_least=0, at_most=1)
+    gae_lambda: float = option(
+        0.3, "λ of advantage estimation: how far a surprise at the end reaches back", at_least=0, at_most=1
+    )
 
 
 class ActorCritic(nn.Module):
@@ -114,12 +112,11 @@ class ActorCritic(nn.Module):
         """
         config, mask = self.ppo, answer_mask
         answers = {"input_ids": input_ids, "attention_mask": attention_mask, "answer_mask": answer_mask}
-        log_probs, entropy = answer_log_probs(self.policy, answers, config.temperature, with_entropy=True)  # (B, R) × 2
+        log_probs, entropy = answer_token_log_probs(self.policy, answers, config.temperature, with_entropy=True)
         values = answer_values(self.critic, answers)  # (B, R)
 
         # The ratio is against the policy that sampled, not the reference; L^CLIP of arXiv:1707.06347, equation 7
-        log_ratio = log_probs - old_log_probs  # (B, R)
-        ratio = log_ratio.exp()
+        ratio = (log_probs - old_log_probs).exp()  # (B, R)
         clipped_ratio = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
         policy_loss = masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped_ratio), mask)
 
@@ -133,11 +130,8 @@ class ActorCritic(nn.Module):
             figures = {
                 "loss/policy_avg": policy_loss,
                 "loss/value_avg": value_loss,
-                # KL(old ‖ new): the tokens are the old policy's, http://joschu.net/blog/kl-approx.html, k3
-                "policy/approxkl_avg": masked_mean(kl_terms(old_log_probs, log_probs, "k3"), mask),
+                **policy_figures(old_log_probs, log_probs, entropy, mask),
                 "policy/clipfrac_avg": masked_mean(((ratio - 1).abs() > config.clip_range).float(), mask),
-                "policy/entropy_avg": masked_mean(entropy, mask),
-                "val/ratio": masked_mean(ratio, mask),
                 "val/clipfrac_avg": masked_mean((clipped_square > square).float(), mask),
             }
         if sft_input_ids is not None:  # PPO-ptx of arXiv:2203.02155, equation 2, with instructions in place of raw text
@@ -184,6 +178,8 @@ def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
 class PPOLoop(RolloutLoop):
     """The training loop with PPO's step: answer, score, estimate advantages, update several times."""
 
+    best_by = "val_objective"
+
     def __init__(
         self,
         config: PPOConfig,
@@ -203,9 +199,7 @@ class PPOLoop(RolloutLoop):
         apply_lora(critic.backbone, config, config.reward_model)
         super().__init__(config, ActorCritic(policy, critic, config), "ppo", tokenizer, prompts, val_prompts, device)
         self.updater.clip = self.clip_each
-        self.sft_data = sft_data
-        if sft_data is not None:
-            self.sft_order = BatchOrder(len(sft_data), self.global_batch(), config.seed, sft_data.lengths)
+        self.instructions = Instructions(config, sft_data, self.global_batch()) if sft_data is not None else None
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """The policy's and the critic's, each with its own learning rate."""
@@ -223,10 +217,6 @@ class PPOLoop(RolloutLoop):
             for network in (self.model.policy, self.model.critic)
         ]
         return torch.stack(norms).norm()
-
-    def global_batch(self) -> int:
-        """Prompts of one step over all ranks."""
-        return self.config.rollout_batch_size * self.ranks
 
     # --------------------------------------------------------------------------------------------- rewards, advantages
 
@@ -258,9 +248,8 @@ class PPOLoop(RolloutLoop):
     def estimate_advantages(self, rollout: Batch) -> Batch:
         """What `ActorCritic.forward` takes: a rollout with returns and, over the whole batch, whitened advantages."""
         config, mask, values = self.config, rollout["answer_mask"], rollout["old_values"]
-        advantages = generalized_advantages(
-            self.token_rewards(rollout), values, mask, config.gae_lambda, config.gamma
-        )  # (B, R)
+        rewards = self.token_rewards(rollout)  # (B, R)
+        advantages = generalized_advantages(rewards, values, mask, config.gae_lambda, config.gamma)  # (B, R)
         mean, std = self.moments(advantages[mask])
         names = ("input_ids", "attention_mask", "answer_mask", "old_log_probs", "old_values")
         return {name: rollout[name] for name in names} | {
@@ -278,26 +267,14 @@ class PPOLoop(RolloutLoop):
         self.model.reward_std.fill_(std or 1.0)
         self.show([{**rollout, "scores": (rollout["scores"] - mean) / (std or 1.0)} for rollout in rollouts])
 
-    def train_step(self) -> dict[str, float]:
-        """One batch of answers and `ppo_epochs` passes of updates over it."""
-        self.parallel_model.eval()  # dropout would make the ratio differ from 1 before anything has changed
-        rollout = self.rollout(self.train_data, self.order.batch(self.step)[ranks.rank() :: self.ranks])
-        return self.learn_from(rollout)
-
     def learn_from(self, rollout: Batch) -> dict[str, float]:
-        """The updates of one step; returns its figures."""
+        """The passes of updates over the answers of one step; returns its figures."""
         config, mask = self.config, rollout["answer_mask"]
         batch = self.estimate_advantages(rollout)
-        figures = self.mean_over_answers(
-            {
-                "objective/kl": rollout["kl"].sum(dim=1),
-                "objective/entropy": -rollout["old_log_probs"].sum(dim=1),  # of an answer, estimated by itself
-                "objective/scores": rollout["scores"],
-                "objective/rlhf_reward": self.token_rewards(rollout).sum(dim=1),  # what PPO maximises
-                "objective/non_score_reward": -self.model.kl_coef * rollout["kl"].sum(dim=1),
-                "objective/ended": rollout["ended"],
-                "answer_length": mask.sum(dim=1),
-            }
+        figures = self.figures_of(
+            rollout,
+            rlhf_reward=self.token_rewards(rollout).sum(dim=1),  # what PPO maximises
+            non_score_reward=-self.model.kl_coef * rollout["kl"].sum(dim=1),
         )
         figures["objective/kl_coef"] = float(self.model.kl_coef)
         _, unexplained = self.moments((batch["returns"] - batch["old_values"])[mask])
@@ -307,32 +284,25 @@ class PPOLoop(RolloutLoop):
         self.model.policy_weight = float(self.step >= config.critic_warmup_steps)
         figures |= self.update(batch, config.ppo_epochs)
         if config.kl_target and self.model.policy_weight:
-            self.model.kl_coef.fill_(
-                adapted_kl_coef(float(self.model.kl_coef), figures["objective/kl"], config.kl_target)
-            )
+            adapted = adapted_kl_coef(float(self.model.kl_coef), figures["objective/kl"], config.kl_target)
+            self.model.kl_coef.fill_(adapted)
         self.step += 1
         return {**figures, "tokens": int(rollout["attention_mask"].sum()) * self.ranks}
 
     def minibatch(self, rollout: Batch, rows: torch.Tensor) -> Batch:
         """Some rows of a rollout and, if it is mixed in, as many of the instruction data."""
         batch = super().minibatch(rollout, rows)
-        if self.sft_data is None:
+        if self.instructions is None:
             return batch
-        # Which, depends on the step and the rank alone
-        mine = self.sft_order.batch(self.step)[ranks.rank() :: self.ranks]
+        mine = self.instructions.order.batch(self.step)[ranks.rank() :: self.ranks]
         first = self.sft_batches * len(rows) % len(mine)
         self.sft_batches += 1
-        sft = self.sft_data.collate([self.sft_data[index] for index in mine[first : first + len(rows)]])
-        return batch | {f"sft_{name}": value for name, value in sft.items()}
+        return batch | self.instructions.batch(mine[first : first + len(rows)])
 
     def evaluate(self) -> dict[str, float]:
         """Mean score of, and divergence over, answers to held-out prompts; the objective joins them."""
         figures = super().evaluate()
         return figures | {"val_objective": figures["val_reward"] - self.config.kl_coef * figures["val_kl"]}
-
-    def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
-        """The best policy has the highest objective."""
-        return metrics["val_objective"] > best["val_objective"]
 
 
 def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, float]:
@@ -344,59 +314,34 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
         the metrics of the best policy.
     """
     config = config or PPOConfig(**settings)
-    require_file(config.sft_model, "the SFT model", "run finetune.py --mode sft first, or check the path")
     if not config.reward_model:
         config.reward_model = train_reward_for(config)
-    device = prepare_machine(config)
-    pairs, val_pairs = split_preferences(config.pairwise_data, config.val_pairwise_data, config.val_fraction)
-    policy, tokenizer, _ = load_model(config.sft_model)
-    apply_lora(policy, config, config.sft_model)
+    policy, tokenizer, device, parts = open_stage(config, load_preferences)
     reward_model, reward_tokenizer = load_reward_model(config.reward_model)
     if reward_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{config.reward_model} and {config.sft_model} have different tokenizers; use a matching pair")
-    fit_context(config, policy)
     if reward_model.config.max_seq_len < config.max_seq_len:
         limit = reward_model.config.max_seq_len
         raise UserError(
             f"{config.reward_model} reads at most {limit} tokens, fewer than the policy; use --max_seq_len {limit}"
         )
     room = config.max_seq_len - config.max_gen_len
-    loop = PPOLoop(
-        config,
-        policy,
-        reward_model,
-        tokenizer,
-        GPTPPODataset([pair["prompt"] for pair in pairs], tokenizer, room),
-        GPTPPODataset([pair["prompt"] for pair in val_pairs], tokenizer, room),
-        device,
-        GPTSFTDataset(load_conversations(config.sft_data), tokenizer, config.max_seq_len) if config.sft_data else None,
+    data = [GPTPPODataset([pair["prompt"] for pair in part], tokenizer, room) for part in parts]
+    loop = PPOLoop(config, policy, reward_model, tokenizer, *data, device, load_instructions(config, tokenizer))
+    return run(
+        loop,
+        f"PPO on {len(loop.train_data)} prompts, {loop.max_steps} steps of {loop.order.batch_size} answers",
+        "aligned",
+        lambda best: f"held-out reward {best['val_reward']:+.2f} standard deviations above the SFT model, KL "
+        f"{best['val_kl']:.2f} nats an answer",
     )
-    if ranks.is_main():
-        print(f"PPO on {len(loop.train_data)} prompts, {loop.max_steps} steps of {loop.order.batch_size} answers")
-    best = loop.train()
-    if ranks.is_main():
-        print(
-            f"aligned: {loop.best_path}, held-out reward {best['val_reward']:+.2f} standard deviations above the SFT "
-            f"model, KL {best['val_kl']:.2f} nats an answer, {loop.seconds:.0f} s; "
-            f"curves in {Path(config.output_dir) / 'curves.png'}"
-        )
-    return best
 
 
 def train_reward_for(config: PPOConfig) -> str:
     """Train the reward model that a PPO run needs (unless it is finished already); returns its path."""
-    reward_config = RewardConfig(
-        pairwise_data=config.pairwise_data,
-        val_pairwise_data=config.val_pairwise_data,
-        val_fraction=config.val_fraction,
-        sft_model=config.sft_model,
-        output_dir=str(Path(config.output_dir) / "reward"),
-        max_seq_len=config.max_seq_len,
-        seed=config.seed,
-        device=config.device,
-        num_threads=config.num_threads,
-        precision=config.precision,
-        resume="auto" if config.resume else "",  # a path is of PPO's checkpoint
-    )
-    train_reward_model(reward_config)
-    return str(Path(reward_config.output_dir) / "reward_best.pth")
+    names = ("pairwise_data", "val_pairwise_data", "val_fraction", "sft_model", "max_seq_len")
+    names += ("seed", "device", "num_threads", "precision")
+    folder = Path(config.output_dir) / "reward"
+    resume = "auto" if config.resume else ""  # a path is of PPO's checkpoint
+    train_reward_model(**{name: getattr(config, name) for name in names}, output_dir=str(folder), resume=resume)
+    return str(folder / "reward_best.pth")

@@ -7,7 +7,6 @@ arXiv:2203.02155, equation 1. The difference may be asked to exceed a margin (Ll
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from alignment.sft import fit_context
+from alignment.stage import PreferenceData, StageConfig, open_stage, run
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import load_checkpoint, load_model, restore_model, tokenizer_of
-from command_line import UserError, option, require_file
-from data_loader import PreferenceDataset, set_validation_part_aside
+from checkpoint import load_checkpoint, restore_model, tokenizer_of
+from command_line import UserError, option
+from data_loader import PreferenceDataset
 from gpt_model import GPTModel
-from lora import LoRAOptions, apply_lora
+from lora import LoRAOptions
 from text.conversation_data import load_preferences
 from training import ranks
-from training.training_config import TrainingConfig, prepare_machine
 from training.training_loop import TrainingLoop
 
 
@@ -90,42 +88,15 @@ class RewardModel(nn.Module):
 
 
 @dataclass
-class RewardConfig(LoRAOptions, TrainingConfig):
+class RewardConfig(PreferenceData, LoRAOptions, StageConfig):
     """Settings of reward-model training."""
 
-    pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data, see the README for its shapes")
-    val_pairwise_data: str = option("", "held-out preferences; empty: --val_fraction of the training data")
-    val_fraction: float = option(0.05, "share of the pairs set aside, if there are no held-out preferences")
-    sft_model: str = option("models/sft/sft_best.pth", "the checkpoint to start from")
-    output_dir: str = option("models/reward", "folder for checkpoints, metrics and curves")
-    max_seq_len: int = option(0, "longest conversation, in tokens; 0 means the model's context")
-    optimizer: str = option("muon", "adamw, or muon for hidden matrices beside adamw", choices=("adamw", "muon"))
-    batch_size: int = option(32, "preferences of one forward pass on one rank")
-    lr: float = option(4e-4, "peak learning rate")
-    epochs: float = option(1.0, "passes over the training data, if --max_steps is 0")
-    center_rewards_coefficient: float = option(0.0, "weight of (r_chosen + r_rejected)², which keeps rewards around 0")
-
-    def validate(self) -> list[str]:
-        """What is wrong with the settings, a sentence each."""
-        complaints = super().validate()
-        if not 0 <= self.center_rewards_coefficient < math.inf:
-            value = self.center_rewards_coefficient
-            complaints.append(f"--center_rewards_coefficient must not be negative, not {value}")
-        return complaints
-
-
-def split_preferences(path: str, val_path: str, val_fraction: float) -> tuple[list[dict], list[dict]]:
-    """Training and held-out preferences: from two files, or by setting a share of one aside.
-
-    A ranking stays whole: its pairs have the prompt and most answers in common.
-    """
-    preferences = load_preferences(path)
-    if val_path:
-        return preferences, load_preferences(val_path)
-    train_part, val_part = set_validation_part_aside(preferences, val_fraction)
-    if not (train_part and val_part):
-        raise UserError(f"{path} has too few pairs to set some aside; give --val_pairwise_data or more pairs")
-    return train_part, val_part
+    output_dir: str = "models/reward"
+    optimizer: str = "muon"
+    lr: float = 4e-4
+    center_rewards_coefficient: float = option(
+        0.0, "weight of (r_chosen + r_rejected)², which keeps rewards around 0", at_least=0
+    )
 
 
 @torch.no_grad()
@@ -195,39 +166,17 @@ def train_reward_model(config: RewardConfig | None = None, **settings: Any) -> d
         the figures of the best model on held-out preferences, see `preference_figures`.
     """
     config = config or RewardConfig(**settings)
-    require_file(config.sft_model, "the SFT model", "run finetune.py --mode sft first, or check the path")
-    device = prepare_machine(config)
-    preferences, val_preferences = split_preferences(
-        config.pairwise_data, config.val_pairwise_data, config.val_fraction
+    backbone, tokenizer, device, parts = open_stage(config, load_preferences)
+    train_data, val_data = (PreferenceDataset(part, tokenizer, config.max_seq_len) for part in parts)
+    model, lengths = RewardModel(backbone, config.center_rewards_coefficient), train_data.lengths
+    loop = RewardLoop(config, model, backbone.config, tokenizer, "reward", train_data, val_data, device, lengths)
+    return run(
+        loop,
+        f"training a reward model on {len(train_data)} preferences, {loop.max_steps} steps",
+        "reward model",
+        lambda best: f"right on {best['val_accuracy']:.1%} of {len(val_data)} held-out pairs, calibration error "
+        f"{best['val_calibration_error']:.3f}",
     )
-    backbone, tokenizer, _ = load_model(config.sft_model)
-    fit_context(config, backbone)
-    apply_lora(backbone, config, config.sft_model)
-    backbone.recompute_activations = config.recompute_activations
-    train_data = PreferenceDataset(preferences, tokenizer, config.max_seq_len)
-    val_data = PreferenceDataset(val_preferences, tokenizer, config.max_seq_len)
-    model = RewardModel(backbone, config.center_rewards_coefficient)
-    loop = RewardLoop(
-        config,
-        model,
-        backbone.config,
-        tokenizer,
-        "reward",
-        train_data,
-        val_data,
-        device,
-        lengths=train_data.lengths,
-    )
-    if ranks.is_main():
-        print(f"training a reward model on {len(train_data)} preferences, {loop.max_steps} steps")
-    best = loop.train()
-    if ranks.is_main():
-        print(
-            f"reward model: {loop.best_path}, right on {best['val_accuracy']:.1%} of {len(val_data)} held-out pairs, "
-            f"calibration error {best['val_calibration_error']:.3f}, {loop.seconds:.0f} s; "
-            f"curves in {Path(config.output_dir) / 'curves.png'}"
-        )
-    return best
 
 
 def load_reward_model(

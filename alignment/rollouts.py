@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from alignment.log_probabilities import token_log_probs
+from alignment.stage import SFTStart, StageConfig
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from data_loader import Batch, GPTPPODataset
@@ -26,46 +26,37 @@ from inference.sampling import SamplingParams
 from lora import LoRAOptions, adapters_disabled, lora_layers
 from training import ranks
 from training.run_log import read_metrics
-from training.training_config import TrainingConfig
 from training.training_loop import TrainingLoop
 
 
 @dataclass
-class RolloutConfig(LoRAOptions, TrainingConfig):
+class RolloutConfig(SFTStart, LoRAOptions, StageConfig):
     """Settings that PPO and GRPO share. A step is one batch of fresh answers and the updates made with them."""
 
-    sft_model: str = option("models/sft/sft_best.pth", "the checkpoint that the policy starts from")
-    max_seq_len: int = option(0, "longest prompt and answer, in tokens; 0 means the model's context")
-    max_gen_len: int = option(32, "longest answer, in tokens")
-    rollout_batch_size: int = option(64, "answers that each rank writes for one step")
-    batch_size: int = option(64, "answers of one forward pass")
-    lr: float = option(1e-4, "peak learning rate of the policy")
+    max_gen_len: int = option(32, "longest answer, in tokens", at_least=1)
+    rollout_batch_size: int = option(64, "answers that each rank writes for one step", at_least=1)
+    batch_size: int = 64
+    lr: float = 1e-4
     schedule: str = option("cosine", "course of the learning rate", choices=("cosine", "wsd", "constant"))
-    weight_decay: float = option(0.0, "decoupled weight decay of matrices")
-    compile: str = option("false", "torch.compile; new lengths are compiled anew", choices=("auto", "true", "false"))
-    temperature: float = option(1.0, "of sampling; probabilities are taken at the same temperature")
+    weight_decay: float = 0.0
+    compile: str = "false"
+    temperature: float = option(1.0, "of sampling; probabilities are taken at the same temperature", above=0)
     missing_eos_penalty: float = option(1.0, "taken off the reward of an answer that does not end by itself")
-    target_kl: float = option(0.0, "a step's updates stop before one whose policy/approxkl_avg exceeds this; 0: never")
-    log_interval: int = option(1, "steps between records of the metrics")
-    n_samples: int = option(3, "held-out prompts whose answers are shown at every evaluation")
+    target_kl: float = option(
+        0.0, "a step's updates stop before one whose policy/approxkl_avg exceeds this; 0: never", at_least=0
+    )
+    log_interval: int = 1
+    n_samples: int = option(3, "held-out prompts whose answers are shown at every evaluation", at_least=0)
 
     def validate(self) -> list[str]:
-        """What is wrong with the settings, a sentence each."""
+        """What does not fit together, a sentence each."""
         complaints = super().validate()
-        complaints += self.must_be("at least 1", lambda value: value >= 1, "max_gen_len", "rollout_batch_size")
-        complaints += self.must_be("positive", lambda value: 0 < value < math.inf, "temperature")
-        complaints += self.must_be("at least 0", lambda value: 0 <= value < math.inf, "target_kl", "n_samples")
         if self.rollout_batch_size % max(1, self.batch_size * self.grad_accum_steps):
             complaints.append(
                 f"--rollout_batch_size {self.rollout_batch_size} must be a multiple of --batch_size times "
                 f"--grad_accum_steps ({self.batch_size * self.grad_accum_steps})"
             )
         return complaints
-
-    def must_be(self, what: str, holds: object, *names: str) -> list[str]:
-        """A complaint for each of the named settings that is not `what`."""
-        values = {name: getattr(self, name) for name in names}
-        return [f"--{name} must be {what}, not {value}" for name, value in values.items() if not holds(value)]
 
 
 def write_answers(
@@ -131,7 +122,7 @@ def kl_terms(log_probs: torch.Tensor, reference: torch.Tensor, estimator: str) -
 class RolloutLoop(TrainingLoop):
     """The training loop of a policy that learns from its own answers.
 
-    A subclass says what an answer is worth (`judge`) and makes a step of `rollout`s and `update`s.
+    A subclass says what an answer is worth (`judge`) and how a step's answers become `update`s (`learn_from`).
 
     Args:
         model: has the policy as `model.policy`; turns a batch into `{"loss", "policy/approxkl_avg", …}`.
@@ -139,6 +130,9 @@ class RolloutLoop(TrainingLoop):
     """
 
     shown = ("objective/scores", "objective/kl")
+    published = "policy"
+    best_by = "val_reward"  # what the best policy has most of
+    group_size = 1  # answers to each prompt
 
     def __init__(
         self,
@@ -154,8 +148,6 @@ class RolloutLoop(TrainingLoop):
         self.reference = None  # with LoRA it is the policy without its adapters
         if needs_reference and not lora_layers(model.policy):
             self.reference = copy.deepcopy(model.policy).to(device).eval().requires_grad_(False)
-        for network in (module for module in model.modules() if isinstance(module, GPTModel)):
-            network.recompute_activations = config.recompute_activations
         super().__init__(config, model, model.policy.config, tokenizer, stage, prompts, val_prompts, device)
         self.needs_reference = needs_reference
         if len(val_prompts) < self.ranks:
@@ -163,6 +155,20 @@ class RolloutLoop(TrainingLoop):
                 f"{len(val_prompts)} held-out prompts are too few for {self.ranks} ranks; raise --val_fraction or give "
                 "held-out data"
             )
+
+    def global_batch(self) -> int:
+        """Prompts of one step over all ranks."""
+        return self.config.rollout_batch_size // self.group_size * self.ranks
+
+    def train_step(self) -> dict[str, float]:
+        """A batch of fresh answers, and the updates that are made with them."""
+        self.parallel_model.eval()  # dropout would make the ratio differ from 1 before anything has changed
+        mine = self.order.batch(self.step)[ranks.rank() :: self.ranks]
+        return self.learn_from(self.rollout(self.train_data, [index for index in mine for _ in range(self.group_size)]))
+
+    def learn_from(self, rollout: Batch) -> dict[str, float]:
+        """The updates of one step; returns its figures."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------- rollouts
 
@@ -196,17 +202,26 @@ class RolloutLoop(TrainingLoop):
 
     def log_probs(self, answers: Batch) -> torch.Tensor:
         """log π(token | tokens before it) of the policy for answer tokens, (B, R)."""
-        return answer_log_probs(self.model.policy, answers, self.config.temperature)[0]
+        return answer_token_log_probs(self.model.policy, answers, self.config.temperature)[0]
 
     def reference_log_probs(self, answers: Batch) -> torch.Tensor:
         """The same of the policy that training started from."""
         if self.reference is not None:
-            return answer_log_probs(self.reference, answers, self.config.temperature)[0]
+            return answer_token_log_probs(self.reference, answers, self.config.temperature)[0]
         with adapters_disabled(self.model.policy):
             return self.log_probs(answers)
 
-    def mean_over_answers(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The means of values of answers, (B,) each, over all ranks."""
+    def figures_of(self, rollout: Batch, **more: torch.Tensor) -> dict[str, float]:
+        """What can be said of answers, and `more`, (B,) each: the means over all ranks."""
+        values = {
+            "objective/entropy": -rollout["old_log_probs"].sum(dim=1),  # of an answer, estimated by itself
+            "objective/scores": rollout["scores"],
+            "objective/ended": rollout["ended"],
+            "answer_length": rollout["answer_mask"].sum(dim=1),
+            **{f"objective/{name}": value for name, value in more.items()},
+        }
+        if self.needs_reference:
+            values["objective/kl"] = rollout["kl"].sum(dim=1)
         means = {name: float(value.float().mean()) for name, value in values.items()}
         return {name: ranks.sum_over_ranks(mean, self.device) / self.ranks for name, mean in means.items()}
 
@@ -272,6 +287,10 @@ class RolloutLoop(TrainingLoop):
             figures["val_kl"] = (rollout["kl"].sum(dim=1) for rollout in rollouts)
         return {name: self.moments(torch.cat(list(parts)))[0] for name, parts in figures.items()}
 
+    def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
+        """Whether an evaluation beats the best one so far."""
+        return metrics[self.best_by] > best[self.best_by]
+
     def show(self, rollouts: Iterable[Batch]) -> None:
         """Print the answers to the first held-out prompts, and add them to `samples.jsonl`."""
         if not ranks.is_main():
@@ -304,13 +323,8 @@ class RolloutLoop(TrainingLoop):
             prompt, answer = (" ".join(sample[name].split()) for name in ("prompt", "answer"))
             tqdm.write(f"  {sample['score']:+6.2f}  {prompt} → {answer}{'' if sample['ended'] else ' …'}")
 
-    def published_state(self) -> dict[str, torch.Tensor]:
-        """The policy alone: a plain language model, or its adapters."""
-        state = super().published_state()
-        return {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
 
-
-def answer_log_probs(
+def answer_token_log_probs(
     model: GPTModel, answers: Batch, temperature: float, with_entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities of answer tokens and the entropies there, (B, R) each; 0 behind the end of an answer.
@@ -327,6 +341,18 @@ def answer_log_probs(
         temperature=temperature,
         with_entropy=with_entropy,
     )
+
+
+def policy_figures(
+    old_log_probs: torch.Tensor, log_probs: torch.Tensor, entropy: torch.Tensor, mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """How far the policy has moved from the one that wrote the answers, and how sure it is; all but the mask (B, R)."""
+    return {
+        # KL(old ‖ new): the tokens are the old policy's, http://joschu.net/blog/kl-approx.html, k3
+        "policy/approxkl_avg": masked_mean(kl_terms(old_log_probs, log_probs, "k3"), mask),
+        "policy/entropy_avg": masked_mean(entropy, mask),
+        "val/ratio": masked_mean((log_probs - old_log_probs).exp(), mask),
+    }
 
 
 def select(batch: Batch, rows: torch.Tensor) -> Batch:

@@ -3,10 +3,10 @@
     bash run_training.sh                                            # leaves the models that this starts from
     python benchmarks/bench_alignment.py --models_dir models --num_threads 2
 
-    ppo, grpo, dpo   from the SFT model, full training and (as ppo+lora, …) with low-rank adapters
-    sft+lora         from the pretrained model, beside the SFT model that was trained in full
-    student          a small model on a sixth of the instruction data alone, and
-    distill          the same student on the same data with the SFT model as its teacher
+    ppo, grpo, dpo, kto   from the SFT model, full training and (as ppo+lora, …) with low-rank adapters
+    sft+lora              from the pretrained model, beside the SFT model that was trained in full
+    student               a small model on a sixth of the instruction data alone, and
+    distill               the same student on the same data with the SFT model as its teacher
 
 Each run is the command line that a user would type. Its model then answers the held-out questions of data/sft greedily:
 `exact` is the share of right answers, `preferred` the share that answer_checker prefers (right, whole and polite).
@@ -48,8 +48,10 @@ class BenchConfig:
     """Settings of the benchmark."""
 
     models_dir: str = option("models", "what run_training.sh has left: a pretrained, an SFT and a reward model")
-    runs: str = option("ppo,grpo,dpo,ppo+lora,grpo+lora,dpo+lora,sft+lora,student,distill", "what to run, by commas")
-    seeds: str = option("0,1,2", "seeds of ppo, grpo and dpo, by commas; the other runs take the first")
+    runs: str = option(
+        "ppo,grpo,dpo,kto,ppo+lora,grpo+lora,dpo+lora,sft+lora,student,distill", "what to run, by commas"
+    )
+    seeds: str = option("0,1,2", "seeds of ppo, grpo, dpo and kto, by commas; the other runs take the first")
     max_steps: int = option(0, "steps of each run; 0 means as many as the defaults say", at_least=0)
     max_questions: int = option(0, "held-out questions; 0 means all", at_least=0)
     num_threads: int = option(2, "CPU threads", at_least=1)
@@ -76,11 +78,13 @@ COMMANDS: dict[str, list[str]] = {
     "grpo": ["--mode", "grpo", "--sft_model", "{models}/sft/sft_best.pth"],
     "dpo": ["--mode", "dpo", *_preference_data(), "--sft_model", "{models}/sft/sft_best.pth"]
     + ["--sft_data", "data/sft/sft_data.json"],
+    "kto": ["--mode", "kto", *_preference_data(), "--sft_model", "{models}/sft/sft_best.pth"]
+    + ["--sft_data", "data/sft/sft_data.json"],
     "sft": ["--mode", "sft", "--pretrained_model", "{models}/pretrain/pretrain_best.pth"],
     "student": ["--mode", "distill", "--teacher_model", "{models}/sft/sft_best.pth", "--alpha", "0", *STUDENT],
     "distill": ["--mode", "distill", "--teacher_model", "{models}/sft/sft_best.pth", *STUDENT],
 }
-SEVERAL_SEEDS = ("ppo", "grpo", "dpo")
+SEVERAL_SEEDS = ("ppo", "grpo", "dpo", "kto")
 
 
 def run_script(what: str, command: list[str]) -> None:

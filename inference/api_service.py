@@ -61,6 +61,7 @@ MODELS_BEST_FIRST = (
     "models/rlhf/ppo_best.pth",
     "models/grpo/grpo_best.pth",
     "models/dpo/dpo_best.pth",
+    "models/kto/kto_best.pth",
     "models/sft/sft_best.pth",
     "models/sft/sft_best_int8.pth",
     "models/pretrain/pretrain_best.pth",

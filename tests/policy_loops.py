@@ -17,6 +17,7 @@ from alignment.reward_model import RewardModel  # noqa: E402
 from alignment.rollouts import select  # noqa: E402
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from checkpoint import save_checkpoint  # noqa: E402
+from command_line import complaints_about  # noqa: E402
 from data_loader import GPTPPODataset  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
 from lora import apply_lora  # noqa: E402
@@ -70,7 +71,7 @@ def make_loop(algorithm, folder, tokenizer, reward=None, **settings):
     else:
         usual |= dict(grpo_epochs=2, group_size=4)
     config = {"ppo": PPOConfig, "grpo": GRPOConfig}[algorithm](**{**COMMON, **usual, **settings})
-    assert config.validate() == []
+    assert complaints_about(config) == []
     device = prepare_machine(config)
     policy = make_policy(tokenizer)
     if config.lora_rank:

@@ -1,4 +1,4 @@
-"""Reward model, DPO and distillation on two ranks take the steps of one process.
+"""Reward model, DPO, KTO and distillation on two ranks take the steps of one process.
 
 One pair of processes over gloo runs all three; what one process does is run here, in the test's own.
 """
@@ -31,6 +31,7 @@ RUNS = {
     "reward": "--mode reward --pairwise_data pairs.json --sft_model sft.pth --center_rewards_coefficient 0.1",
     "dpo": "--mode dpo --pairwise_data pairs.json --sft_model sft.pth --sft_data sft.json --lr 3e-3",
     "dpo with lora": "--mode dpo --pairwise_data pairs.json --sft_model sft.pth --lora_rank 2 --lr 3e-3",
+    "kto": "--mode kto --pairwise_data pairs.json --sft_model sft.pth --sft_data sft.json --lr 3e-3",
     "distill": "--mode distill --teacher_model sft.pth --data_path sft.json --n_layers 1",
     "distill from text": "--mode distill --teacher_model sft.pth --data_path sft.json --n_layers 1 --from_text",
 }

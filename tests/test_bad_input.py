@@ -42,6 +42,7 @@ SCRIPTS = {
         "--rollout_batch_size 4 --batch_size 4" + QUICK,
     ),
     "dpo": (finetune.main, "--mode dpo --pairwise_data pairs.json --sft_model base.pth" + QUICK),
+    "kto": (finetune.main, "--mode kto --pairwise_data pairs.json --sft_model base.pth" + QUICK),
     "distill": (finetune.main, "--mode distill --data_path sft.json --teacher_model base.pth" + QUICK),
     "finetune": (finetune.main, ""),
     "evaluate": (evaluator.main, "--test_data_path sft.json --device cpu --output_path out/report.json --model_path"),
@@ -87,12 +88,12 @@ pretrain | --preset enormous | --preset: invalid choice: 'enormous'; tiny; mediu
 pretrain | --optimizer sgd | --optimizer: invalid choice: 'sgd'; adamw
 pretrain | --batch_size many | --batch_size: invalid int value: 'many'
 pretrain | --batch_size 0 | --batch_size must be at least 1, not 0
-pretrain | --lr -1 --grad_accum_steps 0 | --lr must be between 0 and 10, not -1.0; --grad_accum_steps must be at least 1
-pretrain | --lr nan | --lr must be between 0 and 10, not nan
-pretrain | --max_steps 0 --epochs nan | --epochs must be positive, not nan
-pretrain | --max_steps 0 --epochs inf | --epochs must be positive, not inf
+pretrain | --lr -1 --grad_accum_steps 0 | --lr must be above 0 and below 10, not -1.0; --grad_accum_steps must be
+pretrain | --lr nan | --lr must be above 0 and below 10, not nan
+pretrain | --max_steps 0 --epochs nan | --epochs must be above 0, not nan
+pretrain | --max_steps 0 --epochs inf | --epochs must be above 0, not inf
 pretrain | --max_steps -3 | --max_steps must be at least 0, not -3
-pretrain | --seed 99999999999999999999 | --seed must be between 0 and 2^31
+pretrain | --seed 99999999999999999999 | --seed must be at least 0 and below 2147483648
 pretrain | --max_seq_len 1 | --max_seq_len must be at least 2
 pretrain | --max_seq_len -8 | --max_seq_len must be at least
 pretrain | --n_heads 3 | d_model 16 must be a multiple of n_heads 3
@@ -153,7 +154,8 @@ sft | --pretrained_model mislabelled.pth | mislabelled.pth holds another archite
 sft | --max_seq_len 1000 | --max_seq_len 1000 is beyond the model's context of 48; lower it
 sft | --max_seq_len 5 | no conversation fits into 5 tokens; raise --max_seq_len
 sft | --val_data_path missing.json | there is no data at missing.json
-sft | --val_fraction 0 | --val_fraction must be between 0 and 1
+sft | --val_fraction 0 | --val_fraction must be above 0, unless --val_data_path is given
+sft | --val_fraction 1 | --val_fraction must be at least 0 and below 1, not 1.0
 sft | --output_dir file | file cannot be a folder; choose another --output_dir
 
 reward | --pairwise_data no_chosen.json | record 2 of no_chosen.json: the field "chosen" is missing
@@ -170,14 +172,17 @@ ppo | --reward_model other_reward.pth | other_reward.pth and base.pth have diffe
 ppo | --sft_model reward.pth | reward.pth is a reward model, which writes no text
 ppo | --max_gen_len 100 | no prompt fits into -52 tokens; raise --max_seq_len or lower --max_gen_len
 ppo | --rollout_batch_size 6 | --rollout_batch_size 6 must be a multiple of --batch_size
-ppo | --pairwise_data one_pair.json | one_pair.json has too few pairs to set some aside
-ppo | --temperature 0 | --temperature must be positive, not 0.0
+ppo | --pairwise_data one_pair.json | one_pair.json has too few records to set some aside
+ppo | --temperature 0 | --temperature must be above 0, not 0.0
 
 dpo | --pairwise_data sft.json | record 1 of sft.json: the field "chosen" is missing
 dpo | --sft_model reward.pth | reward.pth is a reward model, which writes no text
 dpo | --sft_data missing.json | there is no data at missing.json
-dpo | --beta 0 --label_smoothing 0.6 | --beta must be positive; --label_smoothing must be at least 0 and below 0.5
+dpo | --beta 0 --label_smoothing 0.6 | --beta must be above 0; --label_smoothing must be at least 0 and below 0.5
 dpo | --lora_rank 2 --lora_targets nothing | --lora_targets nothing is no linear layer of the model
+
+kto | --pairwise_data sft.json | record 1 of sft.json: the field "label" is missing; true or false
+kto | --beta 0 --desirable_weight -1 | --beta must be above 0; --desirable_weight must be at least 0
 
 distill | --teacher_model reward.pth | reward.pth is a reward model, which writes no text
 distill | --teacher_model missing.pth | the teacher missing.pth does not exist; train it first
@@ -185,7 +190,7 @@ distill | --student_model other.pth | other.pth and base.pth have different toke
 distill | --student_model base.pth --d_model 16 | --student_model brings its own size; leave out --n_layers
 distill | --n_heads 3 | no student has these sizes; must be a multiple of n_heads 3
 distill | --text_data gbk.txt --shard_dir shards | gbk.txt is not UTF-8 text
-distill | --alpha 2 --temperature 0 | --alpha must be between 0 and 1; --temperature must be positive
+distill | --alpha 2 --temperature 0 | --alpha must be at least 0 and at most 1; --temperature must be above 0
 
 evaluate | missing.pth | missing.pth does not exist
 evaluate | damaged.pth | damaged.pth is damaged

@@ -116,6 +116,27 @@ def test_a_number_with_a_bound_is_a_number(number):
         parse(f"--lr={number}")
 
 
+def test_an_inherited_default_can_be_changed_alone(capsys):
+    """What `option` said of the field still holds, and can be said anew in part."""
+
+    @dataclass
+    class Heir(Config):
+        lr: float = 0.25
+        size: int = option(4, "height", at_least=2)
+        kind: str = "b"
+
+    assert parse_config(Heir, [], description="").lr == 0.25
+    with pytest.raises(UserError, match="--lr must be above 0, not -1.0; --size must be at least 2, not 1"):
+        parse_config(Heir, ["--lr", "-1", "--size", "1", "--kind", "a"], description="")
+    with pytest.raises(UserError, match="--kind: invalid choice: 'c'"):
+        parse_config(Heir, ["--kind", "c"], description="")
+    with pytest.raises(SystemExit):
+        parse_config(Heir, ["--help"], description="")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate (above 0; default: 0.25)" in text
+    assert "height (at least 2; default: 4)" in text
+
+
 def test_an_unknown_bound_is_the_programmers_mistake():
     with pytest.raises(TypeError, match="atleast"):
         option(1, "number", atleast=3)

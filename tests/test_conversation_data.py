@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from command_line import UserError
-from text.conversation_data import load_conversations, load_preferences, parse_conversation, parse_preference
+from text.conversation_data import (
+    load_conversations,
+    load_preferences,
+    parse_conversation,
+    parse_preference,
+    parse_unpaired,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 USER, ASSISTANT = {"role": "user", "content": "法国的首都?"}, {"role": "assistant", "content": "巴黎。"}
@@ -197,3 +203,63 @@ def test_the_committed_sample_data_is_in_order():
         assert all([m["role"] for m in c] == ["user", "assistant"] for c in conversations)
     preferences = load_preferences(ROOT / "data" / "sft" / "rlhf_pairwise.json")
     assert all(chosen != rejected for chosen, rejected in (preference["answers"] for preference in preferences))
+
+
+# ----------------------------------------------------------------------------------------------------------- unpaired
+
+
+@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "法国的首都?", "completion": "巴黎。", "label": ...},
+        {"prompt": [USER], "completion": [ASSISTANT], "label": ...},
+        {"messages": [USER, ASSISTANT], "label": ...},
+        {"messages": [USER, ASSISTANT], "kto_tag": ...},
+        {"conversations": sharegpt([USER, ASSISTANT]), "kto_tag": ...},
+        {"instruction": "法国的首都?", "input": "", "output": "巴黎。", "kto_tag": ...},
+    ],
+)
+def test_every_shape_of_unpaired_record_is_the_same_answer(record, good):
+    record = {name: good if value is ... else value for name, value in record.items()}
+    assert parse_unpaired(record, "record 1") == [{"prompt": [USER], "answer": ASSISTANT, "good": good}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "法国的首都?", "chosen": "巴黎。", "rejected": "不知道。"},
+        {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+        {"instruction": "法国的首都?", "responses": ["巴黎。", "Paris?", "不知道。"]},
+    ],
+)
+def test_a_preference_is_a_good_and_a_bad_answer(record):
+    good, bad = parse_unpaired(record, "record 1")
+    assert good == {"prompt": [USER], "answer": GOOD, "good": True}
+    assert bad == {"prompt": [USER], "answer": BAD, "good": False}
+
+
+def test_earlier_turns_are_the_prompt():
+    record = {"prompt": MULTI_TURN[:-1], "completion": MULTI_TURN[-1:], "label": True}
+    assert parse_unpaired(record, "record 1") == parse_unpaired({"messages": MULTI_TURN, "label": True}, "record 1")
+    assert parse_unpaired(record, "record 1")[0]["prompt"] == MULTI_TURN[:-1]
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"prompt": "x", "completion": "y"}, 'the field "label" is missing; it says whether the answer is good'),
+        ({"prompt": "x", "completion": "y", "label": "yes"}, "the field \"label\" must be true or false, not 'yes'"),
+        ({"prompt": "x", "completion": "y", "kto_tag": 1}, 'the field "kto_tag" must be true or false, not 1'),
+        ({"prompt": "x", "completion": "", "label": True}, 'the field "completion" is empty'),
+        ({"completion": "y", "label": True}, 'the field "prompt" is missing'),
+        ({"prompt": [USER], "completion": [USER], "label": True}, "RECORD"),
+        ({"prompt": [{"role": "x"}], "completion": "y", "label": True}, "of RECORD has the role 'x'"),
+        ({"messages": [ASSISTANT], "label": True}, "RECORD is an answer alone; a prompt must stand before it"),
+    ],
+)
+def test_a_wrong_unpaired_record_names_record_and_field(record, complaint):
+    with pytest.raises(UserError) as caught:
+        parse_unpaired(record, "RECORD")
+    assert "RECORD" in str(caught.value)
+    assert complaint in str(caught.value)

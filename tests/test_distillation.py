@@ -13,7 +13,7 @@ from alignment.distillation import DistillationConfig, DistillationLoop, Distill
 from alignment.reward_model import RewardModel
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from command_line import UserError
+from command_line import UserError, complaints_about
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from text.conversation_data import load_conversations
@@ -87,7 +87,7 @@ def make_loop(folder, tokenizer, random_model, **settings):
     config = DistillationConfig(
         **{**COMMON, "output_dir": str(folder), "max_seq_len": 48, "max_steps": 4, "lr": 1e-3, "alpha": 0.5, **settings}
     )
-    assert config.validate() == []
+    assert complaints_about(config) == []
     device = prepare_machine(config)
     student = random_model("modern", seed=1, vocab_size=len(tokenizer), max_seq_len=48)
     teacher = random_model("gpt2", seed=2, vocab_size=len(tokenizer), max_seq_len=48)
@@ -263,18 +263,18 @@ def test_a_new_student_has_half_the_teachers_sizes_unless_told_otherwise():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"alpha": 1.5}, "--alpha must be between 0 and 1, not 1.5"),
-        ({"temperature": 0.0}, "--temperature must be positive, not 0.0"),
-        ({"sampling_temperature": math.nan}, "--sampling_temperature must not be negative, not nan"),
-        ({"d_model": -1}, "--d_model must not be negative"),
+        ({"alpha": 1.5}, "--alpha must be at least 0 and at most 1, not 1.5"),
+        ({"temperature": 0.0}, "--temperature must be above 0, not 0.0"),
+        ({"sampling_temperature": math.nan}, "--sampling_temperature must be at least 0, not nan"),
+        ({"d_model": -1}, "--d_model must be at least 0, not -1"),
         ({"student_model": "s.pth", "d_model": 96}, "--student_model brings its own size; leave out --n_layers"),
         ({"from_text": True, "text_data": "x"}, "leave out --text_data"),
         ({"max_gen_len": 0}, "--max_gen_len must be at least 1, not 0"),
-        ({"val_fraction": 0.0}, "--val_fraction must be between 0 and 1, not 0.0"),
+        ({"val_fraction": 0.0}, "--val_fraction must be above 0, unless --val_data_path is given"),
     ],
 )
 def test_wrong_settings_are_named(settings, words):
-    assert words in "; ".join(DistillationConfig(**settings).validate())
+    assert words in "; ".join(complaints_about(DistillationConfig(**settings)))
 
 
 @pytest.mark.parametrize(

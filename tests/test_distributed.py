@@ -26,7 +26,7 @@ from alignment.ppo import PPOConfig, rlhf_ppo  # noqa: E402
 from alignment.sft import SFTConfig, sft_finetune  # noqa: E402
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from checkpoint import load_checkpoint, load_model, save_checkpoint  # noqa: E402
-from command_line import Interrupted, UserError  # noqa: E402
+from command_line import Interrupted, UserError, complaints_about  # noqa: E402
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel  # noqa: E402
 from training import ranks  # noqa: E402
 from training.parallel_model import Layout, ParallelModel, parse_layout  # noqa: E402
@@ -460,7 +460,7 @@ def test_mistakes_in_the_parallel_option_are_explained(mode, n_ranks, words):
 
 
 def test_a_wrong_parallel_option_ends_before_any_work(monkeypatch):
-    """`validate` knows from torchrun's environment how many ranks there will be."""
+    """The settings know from torchrun's environment how many ranks there will be."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "a multiple of 2 ranks" in TrainingConfig(parallel="fsdp+tp:2").validate()[0]
-    assert TrainingConfig(parallel="fsdp").validate() == []
+    assert "a multiple of 2 ranks" in complaints_about(TrainingConfig(parallel="fsdp+tp:2"))[0]
+    assert complaints_about(TrainingConfig(parallel="fsdp")) == []

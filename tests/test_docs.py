@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import finetune
-from alignment.grpo import call_reward, load_reward
+from alignment.reward_function import call_reward, load_reward
 from checkpoint import save_checkpoint
 from command_line import parse_config
 from gpt_model import GPTConfig, GPTModel
@@ -184,6 +184,7 @@ RUNS = {
     "ppo": f"--mode rlhf {PAIRS} {SFT} --rollout_batch_size 2 --max_gen_len 4",
     "grpo": "--mode grpo --sft_model base.pth --data_path data.json --rollout_batch_size 2 --group_size 2",
     "dpo": f"--mode dpo {PAIRS} {SFT}",
+    "kto": f"--mode kto {PAIRS} {SFT} --grad_accum_steps 4",
     "distillation": "--mode distill --teacher_model base.pth --data_path data.json --val_data_path data.json",
 }
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import finetune
-from alignment.dpo import DPOConfig, DPODataset, DPOLoop, DPOModel, answer_log_probs, dpo, dpo_loss, ipo_loss
+from alignment.dpo import DPOConfig, DPODataset, DPOLoop, DPOModel, dpo, dpo_loss, ipo_loss
+from alignment.log_probabilities import answer_log_probs
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from command_line import UserError
+from command_line import UserError, complaints_about
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from lora import adapters_disabled, apply_lora, lora_layers
@@ -69,7 +70,7 @@ def make_data(tokenizer, policy, items=None):
 def make_loop(folder, tokenizer, policy, **settings):
     usual = dict(output_dir=str(folder), max_seq_len=64, max_steps=4, eval_interval=4, lr=1e-2, schedule="constant")
     config = DPOConfig(**{**COMMON, **usual, "batch_size": 8, **settings})
-    assert config.validate() == []
+    assert complaints_about(config) == []
     device = prepare_machine(config)
     preferences = [parse_preference(item, "record") for item in [*records(12), RANKING]]
     data = [DPODataset(part, tokenizer, 64) for part in (preferences, preferences[-4:])]
@@ -287,15 +288,15 @@ def test_the_reference_is_asked_once(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"beta": 0.0}, "--beta must be positive, not 0.0"),
+        ({"beta": 0.0}, "--beta must be above 0, not 0.0"),
         ({"label_smoothing": 0.5}, "--label_smoothing must be at least 0 and below 0.5, not 0.5"),
         ({"label_smoothing": 0.1, "loss": "ipo"}, "--label_smoothing is for --loss sigmoid, not ipo"),
-        ({"rpo_alpha": -1.0}, "--rpo_alpha must not be negative"),
-        ({"sft_coef": math.nan}, "--sft_coef must not be negative, not nan"),
+        ({"rpo_alpha": -1.0}, "--rpo_alpha must be at least 0"),
+        ({"sft_coef": math.nan}, "--sft_coef must be at least 0, not nan"),
     ],
 )
 def test_wrong_settings_are_named(settings, words):
-    assert words in "; ".join(DPOConfig(**settings).validate())
+    assert words in "; ".join(complaints_about(DPOConfig(**settings)))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import torch
 from policy_loops import fixed_rollout, make_loop
 
 import finetune
-from alignment.grpo import GRPOConfig, RecordDataset, call_reward, group_advantages, load_reward, train_grpo
-from alignment.rollouts import answer_log_probs
-from command_line import UserError
+from alignment.grpo import GRPOConfig, RecordDataset, group_advantages, train_grpo
+from alignment.reward_function import call_reward, load_reward
+from alignment.rollouts import answer_token_log_probs
+from command_line import UserError, complaints_about
 from training.run_log import read_metrics
 
 
@@ -64,7 +65,7 @@ def test_the_loss_is_the_clipped_one_by_hand(tmp_path, tokenizer, loss_mean):
     batch = random_batch(loop)
     with torch.no_grad():
         output = loop.model(**batch)
-        log_probs, _ = answer_log_probs(loop.model.policy, batch, 1.0)
+        log_probs, _ = answer_token_log_probs(loop.model.policy, batch, 1.0)
     policy, kl, clipped = ([[] for _ in range(8)] for _ in range(3))
     for row, t in batch["answer_mask"].nonzero().tolist():
         ratio = math.exp(log_probs[row, t] - batch["old_log_probs"][row, t])
@@ -98,7 +99,7 @@ def test_the_loss_is_trls(tmp_path, tokenizer, loss_mean, loss_type, kl_coef):
     gradients = []
 
     def log_probs_and_entropies(model, *args, **kwargs):
-        return *answer_log_probs(loop.model.policy, batch, 1.0, with_entropy=True), None
+        return *answer_token_log_probs(loop.model.policy, batch, 1.0, with_entropy=True), None
 
     theirs = SimpleNamespace(
         _get_per_token_logps_and_entropies=log_probs_and_entropies, aux_loss_enabled=False, top_entropy_quantile=1.0,
@@ -247,14 +248,14 @@ def test_scores_may_come_as_tensors():
 
 def test_settings_that_make_no_sense_are_refused(tmp_path, tokenizer):
     complaints = " ".join(
-        GRPOConfig(
-            grpo_epochs=0, group_size=1, kl_coef=-1.0, clip_low=1.5, clip_high=math.nan, val_fraction=0.0
-        ).validate()
+        complaints_about(
+            GRPOConfig(grpo_epochs=0, group_size=1, kl_coef=-1.0, clip_low=1.5, clip_high=math.nan, val_fraction=0.0)
+        )
     )  # fmt: skip
     for named in ("--grpo_epochs must", "--group_size must be at least 2", "--kl_coef must", "--clip_low must",
                   "--clip_high must", "--val_fraction must"):  # fmt: skip
         assert named in complaints
-    assert "must be a multiple of --group_size 7" in " ".join(GRPOConfig(group_size=7).validate())
+    assert "must be a multiple of --group_size 7" in " ".join(complaints_about(GRPOConfig(group_size=7)))
     with pytest.raises(UserError, match="the SFT model missing.pth does not exist"):
         finetune.main(["--mode", "grpo", "--sft_model", "missing.pth"])
     make_loop("grpo", tmp_path, tokenizer, lora_rank=1)  # leaves sft.pth

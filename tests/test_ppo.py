@@ -11,11 +11,12 @@ from policy_loops import COMMON, PROMPTS, make_loop
 import finetune
 from alignment.ppo import PPOConfig, adapted_kl_coef, answer_values, generalized_advantages, rlhf_ppo
 from alignment.reward_model import RewardModel
-from alignment.rollouts import answer_log_probs
+from alignment.rollouts import answer_token_log_probs
+from alignment.stage import Instructions
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from command_line import UserError
-from data_loader import BatchOrder, GPTSFTDataset
+from command_line import UserError, complaints_about
+from data_loader import GPTSFTDataset
 from gpt_model import GPTConfig, GPTModel
 from training.run_log import read_metrics
 
@@ -119,7 +120,7 @@ def test_the_loss_is_the_clipped_one_by_hand(loop):
         batch["old_log_probs"] = batch["old_log_probs"] + 0.4 * torch.randn_like(batch["old_log_probs"])
         batch["old_values"] = batch["old_values"] + 0.4 * torch.randn_like(batch["old_values"])
         output = loop.model(**batch)
-        new, _ = answer_log_probs(loop.model.policy, batch, 1.0)
+        new, _ = answer_token_log_probs(loop.model.policy, batch, 1.0)
         values = answer_values(loop.model.critic, batch)
     policy_terms, value_terms, clipped, value_clipped = [], [], 0, 0
     for row, t in batch["answer_mask"].nonzero().tolist():
@@ -364,10 +365,12 @@ def test_models_that_do_not_fit_together_are_refused(folder, tokenizer):
 
 def test_settings_that_make_no_sense_are_refused():
     complaints = " ".join(
-        PPOConfig(
-            ppo_epochs=0, temperature=0.0, rollout_batch_size=100, batch_size=64, clip_range=0.0, gae_lambda=1.5,
-            kl_coef=-1.0,
-        ).validate()
+        complaints_about(
+            PPOConfig(
+                ppo_epochs=0, temperature=0.0, rollout_batch_size=100, batch_size=64, clip_range=0.0, gae_lambda=1.5,
+                kl_coef=-1.0,
+            )
+        )
     )  # fmt: skip
     for named in ("--ppo_epochs must", "--temperature must", "--rollout_batch_size 100 must be a multiple",
                   "--clip_range must", "--gae_lambda must", "--kl_coef must"):  # fmt: skip
@@ -403,7 +406,7 @@ def test_mixed_in_instructions_keep_the_policy_from_forgetting_them(tmp_path, to
     losses = {}
     for coefficient in (0.0, 2.0):
         loop = make_loop("ppo", tmp_path / str(coefficient), tokenizer, sft_coef=coefficient, lr=3e-3)
-        loop.sft_data, loop.sft_order = data, BatchOrder(len(data), loop.global_batch(), 0, data.lengths)
+        loop.instructions = Instructions(loop.config, data, loop.global_batch())
         for _ in range(8):
             figures = loop.train_step()
         assert "loss/sft_avg" in figures

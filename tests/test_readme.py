@@ -92,6 +92,7 @@ LEAVES = {
     "python finetune.py --mode rlhf": ["models/rlhf/ppo_best.pth", "models/rlhf/reward/reward_best.pth"],
     "python finetune.py --mode grpo": ["models/grpo/grpo_best.pth"],
     "python finetune.py --mode dpo": ["models/dpo/dpo_best.pth"],
+    "python finetune.py --mode kto": ["models/kto/kto_best.pth"],
     "python finetune.py --mode sft --pretrained_model": ["models/sft_lora/sft_best.pth"],
     "python -m alignment.lora_export": ["models/sft_lora/merged.pth"],
     "python finetune.py --mode distill": ["models/distill/distill_best.pth"],

@@ -12,7 +12,7 @@ import finetune
 from alignment.reward_model import RewardModel
 from alignment.rollouts import kl_terms, masked_mean, select, write_answers
 from checkpoint import load_checkpoint, load_model
-from command_line import UserError
+from command_line import UserError, complaints_about
 from lora import lora_layers
 from training.run_log import read_metrics
 
@@ -357,10 +357,12 @@ def test_grpo_continues_exactly(folder, capsys):
 
 def test_the_common_settings_are_checked():
     complaints = " ".join(
-        finetune.GRPOConfig(
-            **COMMON, max_gen_len=0, temperature=0.0, target_kl=-1.0, rollout_batch_size=100, n_samples=-1
-        ).validate()
+        complaints_about(
+            finetune.GRPOConfig(
+                **COMMON, max_gen_len=0, temperature=0.0, target_kl=-1.0, rollout_batch_size=100, n_samples=-1
+            )
+        )
     )
-    for named in ("--max_gen_len must be at least 1", "--temperature must be positive", "--target_kl must be",
+    for named in ("--max_gen_len must be at least 1", "--temperature must be above 0", "--target_kl must be",
                   "--rollout_batch_size 100 must be a multiple of --batch_size", "--n_samples must"):  # fmt: skip
         assert named in complaints

@@ -12,6 +12,12 @@ Preference data:
     {"conversations" | "messages": […], "chosen": {…}, "rejected": {…}, "margin"?}     LLaMA-Factory
     {"instruction", "input"?, "responses": [best, …, worst]}
 
+Unpaired data, answers that are good or bad:
+
+    {"prompt": text or […], "completion": text or […], "label": true | false}     TRL
+    {"conversations" | "messages": […], "kto_tag" | "label": true | false}     LLaMA-Factory
+    any shape of instruction data with "label", and any preference: its best answer is good, its worst one bad
+
 The one shape inside is a list of messages `{"role": "system" | "user" | "assistant", "content": str}`.
 """
 
@@ -153,3 +159,48 @@ def load_preferences(path: str | Path) -> list[dict[str, Any]]:
         UserError: the file cannot be read, or a record is malformed.
     """
     return [parse_preference(record, where) for where, record in iter_records(path)]
+
+
+def parse_unpaired(record: dict, where: str) -> list[dict[str, Any]]:
+    """The answers of one record as `{"prompt": messages, "answer": message, "good": bool}`.
+
+    Of a preference these are the best answer, which is good, and the worst one, which is bad; what those between them
+    are, a ranking does not say.
+
+    Raises:
+        UserError: which record, and which field is missing or wrong.
+    """
+    field = "kto_tag" if "kto_tag" in record else "label"
+    if field not in record:
+        if not {"chosen", "rejected", "responses"} & record.keys():
+            raise UserError(f'{where}: the field "label" is missing; it says whether the answer is good, true or false')
+        preference = parse_preference(record, where)
+        sides = ((preference["answers"][0], True), (preference["answers"][-1], False))
+        return [{"prompt": preference["prompt"], "answer": answer, "good": good} for answer, good in sides]
+    if not isinstance(record[field], bool):
+        raise UserError(f'{where}: the field "{field}" must be true or false, not {record[field]!r}')
+    instruction = {"messages": _turns(record, where)} if "completion" in record else record
+    *prompt, answer = parse_conversation(instruction, where)
+    if not prompt:
+        raise UserError(f"{where} is an answer alone; a prompt must stand before it")
+    return [{"prompt": prompt, "answer": answer, "good": record[field]}]
+
+
+def _turns(record: dict, where: str) -> list[Message]:
+    """TRL's prompt and completion, each a text or a list of messages, as messages that end with an answer."""
+    turns: list[Message] = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record.get(name)
+        if not isinstance(value, list):
+            value = [_text(record, name, where)]
+        turns += [_message(turn, f'a turn in "{name}" of {where}', role) for turn in value]
+    return turns
+
+
+def load_unpaired(path: str | Path) -> list[list[dict[str, Any]]]:
+    """The answers of each record of a file or folder.
+
+    Raises:
+        UserError: the file cannot be read, or a record is malformed.
+    """
+    return [parse_unpaired(record, where) for where, record in iter_records(path)]

@@ -63,6 +63,7 @@ class TrainingLoop:
     """
 
     shown = ("loss", "lr")  # what stands beside the progress bar
+    published = ""  # the part of the model that the best checkpoint consists of; empty: all of it
 
     def __init__(
         self,
@@ -85,8 +86,9 @@ class TrainingLoop:
         self.checkpoint_folder = self.folder / "checkpoints"
 
         model = model.to(device)
-        if hasattr(model, "recompute_activations"):
-            model.recompute_activations = config.recompute_activations
+        for module in model.modules():
+            if hasattr(module, "recompute_activations"):
+                module.recompute_activations = config.recompute_activations
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.lora = lora_settings(model)
@@ -316,8 +318,9 @@ class TrainingLoop:
         ranks.barrier()
 
     def published_state(self) -> dict[str, torch.Tensor]:
-        """The weights that the best checkpoint consists of."""
-        return self.parallel_model.model_state()
+        """The weights that the best checkpoint consists of; those of a part go by their names in the part."""
+        prefix, state = self.published and f"{self.published}.", self.parallel_model.model_state()
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def save(self) -> None:
         """Write everything that exact resuming needs and drop the oldest checkpoints."""

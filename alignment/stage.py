@@ -1,0 +1,171 @@
+"""What every stage after pretraining has in common, so that its own file shows its idea alone: data, loss, metrics.
+
+    policy, tokenizer, device, parts = open_stage(config, load_preferences)
+    loop = …                                     # parts → data sets; a model that has the stage's loss
+    return run(loop, "DPO on 200 preferences", "aligned", lambda best: f"margin {best['val_rewards/margins']:.2f}")
+
+A stage's settings inherit `StageConfig`, `LoRAOptions` where adapters make sense, and of the options below those that
+it shares with others. Which checkpoint it starts from and which data it reads are among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import load_model
+from command_line import UserError, option, require_file
+from data_loader import Batch, BatchOrder, GPTSFTDataset, set_validation_part_aside
+from gpt_model import GPTModel
+from lora import apply_lora
+from text.conversation_data import load_conversations
+from training import ranks
+from training.training_config import TrainingConfig, prepare_machine
+from training.training_loop import TrainingLoop
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+@dataclass
+class StageConfig(TrainingConfig):
+    """Settings that all stages share."""
+
+    data: ClassVar[str]  # the option that names the data; with `val_` before it, that of the held-out data
+    start: ClassVar[tuple[str, str, str]] = ("sft_model", "the SFT model", "run finetune.py --mode sft first")
+
+    val_fraction: float = option(0.05, "share of the data held out, if there is no held-out data", at_least=0, below=1)
+    max_seq_len: int = option(0, "longest sample, in tokens; 0 means the model's context", at_least=0)
+    batch_size: int = 32
+
+    def validate(self) -> list[str]:
+        """What does not fit together, a sentence each."""
+        complaints = super().validate()
+        if not self.val_fraction and not getattr(self, f"val_{self.data}"):
+            complaints.append(f"--val_fraction must be above 0, unless --val_{self.data} is given")
+        return complaints
+
+
+@dataclass
+class InstructionData:
+    """Options of the stages that learn from answers, or answer questions."""
+
+    data: ClassVar[str] = "data_path"
+    data_path: str = option("data/sft/sft_data.json", "instruction data, see the README for its shapes")
+    val_data_path: str = option("", "held-out data of the same kind; empty: --val_fraction of the training data")
+
+
+@dataclass
+class SFTStart:
+    """The option of the stages that go on from SFT."""
+
+    sft_model: str = option("models/sft/sft_best.pth", "the checkpoint to start from, which is also the reference")
+
+
+@dataclass
+class PreferenceData(SFTStart):
+    """Options of the stages that learn from preferences."""
+
+    data: ClassVar[str] = "pairwise_data"
+    pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data, see the README for its shapes")
+    val_pairwise_data: str = option("", "held-out preferences; empty: --val_fraction of the training data")
+
+
+@dataclass
+class InstructionsMixedIn:
+    """Options of the stages that may keep learning from instruction data, too."""
+
+    sft_data: str = option("", "instruction data to keep learning from, so that nothing is forgotten; empty: none")
+    sft_coef: float = option(1.0, "weight of the supervised loss on --sft_data", at_least=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
+def open_stage(
+    config: StageConfig, read: Callable[[str], Sequence]
+) -> tuple[GPTModel, ByteLevelBPETokenizer, torch.device, tuple[list, list]]:
+    """The model to start from, with adapters if any are asked for; tokenizer, device; records and held-out records.
+
+    Args:
+        read: a path → records.
+
+    Raises:
+        UserError: something is missing, or unfit; before any work is done.
+    """
+    path = start_of(config)
+    device = prepare_machine(config)
+    parts = held_out(config, read(getattr(config, config.data)), read)
+    model, tokenizer, _ = load_model(path)
+    fit_context(config, model)
+    apply_lora(model, config, path)
+    return model, tokenizer, device, parts
+
+
+def start_of(config: StageConfig) -> str:
+    """The path of the checkpoint that a stage starts from, which is there."""
+    name, what, remedy = config.start
+    path = getattr(config, name)
+    require_file(path, what, f"{remedy}, or check the path")
+    return path
+
+
+def held_out(config: StageConfig, records: Sequence, read: Callable[[str], Sequence]) -> tuple[list, list]:
+    """Records to train on and held-out ones: those of a file of their own, or a share of `records`.
+
+    What belongs together is one record: the answers of a ranking have the prompt in common and stay on one side.
+    """
+    if path := getattr(config, f"val_{config.data}"):
+        return list(records), list(read(path))
+    parts = set_validation_part_aside(records, config.val_fraction)
+    if not all(parts):
+        path = getattr(config, config.data)
+        raise UserError(f"{path} has too few records to set some aside; give --val_{config.data} or more records")
+    return parts
+
+
+def fit_context(config: TrainingConfig, model: GPTModel) -> None:
+    """Settle `max_seq_len`: what the model can take, unless the user asked for less."""
+    limit = model.config.max_seq_len
+    if config.max_seq_len > limit:
+        raise UserError(f"--max_seq_len {config.max_seq_len} is beyond the model's context of {limit}; lower it")
+    config.max_seq_len = config.max_seq_len or limit
+
+
+# ------------------------------------------------------------------------------------------------------------- closing
+
+
+def run(loop: TrainingLoop, doing: str, done: str, figures: Callable[[dict[str, float]], str]) -> dict[str, float]:
+    """Train, and say what is being done and what has been made; returns the metrics of the best model."""
+    if ranks.is_main():
+        print(doing)
+    best = loop.train()
+    if ranks.is_main():
+        curves = loop.folder / "curves.png"
+        print(f"{done}: {loop.best_path}, {figures(best)}, {loop.seconds:.0f} s; curves in {curves}")
+    return best
+
+
+# ---------------------------------------------------------------------------------------------- instructions mixed in
+
+
+class Instructions:
+    """Instruction data beside the data of a stage: which of it a step sees depends on the seed and the step alone."""
+
+    def __init__(self, config: StageConfig, data: GPTSFTDataset, batch_size: int) -> None:
+        self.data, self.order = data, BatchOrder(len(data), batch_size, config.seed, data.lengths)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """{"sft_input_ids", "sft_labels"}, which stand in a batch of the stage."""
+        batch = self.data.collate([self.data[index] for index in indices])
+        return {f"sft_{name}": value for name, value in batch.items()}
+
+
+def load_instructions(config: StageConfig, tokenizer: ByteLevelBPETokenizer) -> GPTSFTDataset | None:
+    """The data of `--sft_data`, if there is any."""
+    if not config.sft_data:
+        return None
+    return GPTSFTDataset(load_conversations(config.sft_data), tokenizer, config.max_seq_len)
