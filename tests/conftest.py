@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT))  # the project is run from its folder, not install
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from cpu_level import CPU_LEVELS, possible_levels  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
-from inference.kernels import fastest_way  # noqa: E402
 from inference.kernels.linear_products import native_library  # noqa: E402
 
 CORPUS = [
@@ -87,15 +86,6 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     """Tiny matrices gain nothing from a second thread, and sums in a fixed order repeat; trainers set more."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_measurements(tmp_path_factory):
-    """What another worker measures must not change the kernel of a layer from one call to the next."""
-    path = tmp_path_factory.mktemp("cache") / "linear_kernels.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastest_way, "_memory", lambda: path)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ MEASURE_SECONDS = 1e-3  # all ways together
 SOURCES = ("fastest_way.py", "linear_products.py", "linear_products.c")  # a change of them makes times void
 
 _lock = threading.Lock()
+_chosen: dict[tuple[Path | None, str], str] = {}  # in this process, which keeps to it whatever others measure
 
 
 def fastest_way(ways: dict[str, Callable[[], Product]], weights: str, shape: tuple[int, int], bucket: int) -> str:
@@ -43,12 +44,14 @@ def fastest_way(ways: dict[str, Callable[[], Product]], weights: str, shape: tup
     n_out, n_in = shape
     key = f"{weights} {n_in}x{n_out}, rows {bucket}, {torch.get_num_threads()} threads, of {' '.join(ways)}"
     with _lock:
-        name = _remembered().get(key)
+        path = _memory()
+        name = _chosen.get((path, key)) or _remembered(path).get(key)
         if name not in ways:
             name = _measure(ways, n_in, ROW_BUCKETS[bucket] if bucket < len(ROW_BUCKETS) else 2 * ROW_BUCKETS[-1])
             if name is None:
                 return "plain"
-            _remember(key, name)
+            _remember(path, key, name)
+        _chosen[path, key] = name
         return name
 
 
@@ -83,30 +86,31 @@ def _measure(ways: dict[str, Callable[[], Product]], n_in: int, n_rows: int) -> 
     return best
 
 
-def _memory() -> Path:
-    return cache_folder() / "linear_kernels.json"
-
-
-def _machine() -> str:
+def _memory() -> Path | None:
+    """The file of what was measured on this machine with this version; None for a user without a home."""
     sources = [Path(__file__).with_name(name).read_bytes() for name in SOURCES]
-    return hashlib.sha256(repr((cpu_fingerprint(), torch.__version__, sources)).encode()).hexdigest()[:16]
-
-
-def _remembered(path: Path | None = None) -> dict[str, str]:
-    """What was measured on this machine with this version, by shape; empty if the file is missing or damaged."""
+    machine = hashlib.sha256(repr((cpu_fingerprint(), torch.__version__, sources)).encode()).hexdigest()[:16]
     try:
-        known = json.loads((path or _memory()).read_text())
-        return known["choices"] if known["machine"] == _machine() else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        return cache_folder() / f"linear_kernels-{machine}.json"
+    except OSError:
+        return None
+
+
+def _remembered(path: Path | None) -> dict[str, str]:
+    """The fastest ways by shape; empty if the file is missing or damaged."""
+    try:
+        known = json.loads(path.read_text()) if path else {}
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
         return {}
 
 
-def _remember(key: str, name: str) -> None:
-    content = {"machine": _machine(), "choices": {**_remembered(), key: name}}
+def _remember(path: Path | None, key: str, name: str) -> None:
+    if path is None:
+        return
     try:
-        path = _memory()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with replacing(path) as file:
-            file.write(json.dumps(content, indent=1).encode())
+            file.write(json.dumps({**_remembered(path), key: name}, indent=1).encode())
     except OSError:
-        return  # no home, or one that cannot be written to: the next process measures again
+        return  # a home that cannot be written to: the next process measures again
