@@ -248,7 +248,8 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
         raise UserError(f"{config.teacher_model} reads at most {limit} tokens; use --max_seq_len {limit}")
     data = load_data(config, teacher, tokenizer)
     asked = teacher if config.alpha > 0 and not config.from_text else None
-    model, lengths = DistillationModel(student, asked, config.alpha, config.temperature), getattr(data[0], "lengths", None)
+    model = DistillationModel(student, asked, config.alpha, config.temperature)
+    lengths = getattr(data[0], "lengths", None)  # windows of text have none: they are all of one length
     loop = DistillationLoop(config, model, student.config, tokenizer, "distill", *data, device, lengths)
     return run(
         loop,
