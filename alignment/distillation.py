@@ -250,7 +250,7 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
     data = load_data(config, teacher, tokenizer)
     asked = teacher if config.alpha > 0 and not config.from_text else None
     model = DistillationModel(student, asked, config.alpha, config.temperature)
-    lengths = getattr(data[0], "lengths", None)
+    lengths = getattr(data[0], "lengths", None)  # windows of text have none: they are all of one length
     loop = DistillationLoop(config, model, student.config, tokenizer, "distill", *data, device, lengths)
     return run(
         loop,
