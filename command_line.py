@@ -20,7 +20,7 @@ import operator
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -43,7 +43,7 @@ BOUNDS = {  # of a number: how it is compared, and how that is said
 }
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] | None = None, **bounds: float) -> Any:
+def option(default: Any, help: str, *, choices: Collection[str] | None = None, **bounds: float) -> Any:
     """A dataclass field with a default, a sentence of help and, where it applies, the values that are allowed.
 
     `default` may also be the word `list` for a field that takes several values and is empty by default. A number may
@@ -85,16 +85,23 @@ def _range_of(field: dataclasses.Field) -> str:
     return " and ".join(f"{BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata.get("bounds", {}).items())
 
 
-def complaints_about(config: Any) -> list[str]:
-    """A sentence for each number of a config that is beyond the bounds of its field (None is within all), and what its
-    `validate() -> list[str]`, if there is one, has to say of how the fields fit together."""
+def complaints_about(config: Any, prefix: str = "--") -> list[str]:
+    """A sentence for each value of a config that its field does not allow (None is always allowed), and what its
+    `validate() -> list[str]`, if there is one, has to say of how the fields fit together.
+
+    Args:
+        prefix: stands before the names of fields; empty for a config that is no command line.
+    """
     complaints = []
     for field in dataclasses.fields(config):
-        value, bounds = getattr(config, field.name), field.metadata.get("bounds", {})
-        if not bounds or value is None:
+        value, bounds, choices = (getattr(config, field.name), *map(field.metadata.get, ("bounds", "choices")))
+        if value is None:
             continue
-        if not math.isfinite(value) or not all(BOUNDS[name][0](value, bound) for name, bound in bounds.items()):
-            complaints.append(f"--{field.name} must be {_range_of(field)}, not {value}")
+        within = (BOUNDS[name][0](value, bound) for name, bound in (bounds or {}).items())
+        if bounds and not (math.isfinite(value) and all(within)):
+            complaints.append(f"{prefix}{field.name} must be {_range_of(field)}, not {value}")
+        if choices and value not in choices:
+            complaints.append(f"{prefix}{field.name} must be one of {', '.join(choices)}, not {value!r}")
     return complaints + (config.validate() if hasattr(config, "validate") else [])
 
 
