@@ -82,27 +82,32 @@ def _value_type(annotation: Any) -> tuple[Callable[[str], Any], bool]:
 
 def _range_of(field: dataclasses.Field) -> str:
     """The bounds of a field in words; empty if it has none."""
-    return " and ".join(f"{BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata.get("bounds", {}).items())
+    return " and ".join(f"{BOUNDS[name][1]} {bound:g}" for name, bound in field.metadata["bounds"].items())
 
 
-def complaints_about(config: Any, prefix: str = "--") -> list[str]:
-    """A sentence for each value of a config that its field does not allow (None is always allowed), and what its
-    `validate() -> list[str]`, if there is one, has to say of how the fields fit together.
+def beyond_bounds(config: Any, prefix: str = "--") -> list[str]:
+    """A sentence for each value of a config that its field does not allow; None is always allowed.
 
     Args:
         prefix: stands before the names of fields; empty for a config that is no command line.
     """
     complaints = []
     for field in dataclasses.fields(config):
-        value, bounds, choices = (getattr(config, field.name), *map(field.metadata.get, ("bounds", "choices")))
+        value, bounds, choices = getattr(config, field.name), field.metadata["bounds"], field.metadata["choices"]
         if value is None:
             continue
-        within = (BOUNDS[name][0](value, bound) for name, bound in (bounds or {}).items())
+        within = (BOUNDS[name][0](value, bound) for name, bound in bounds.items())
         if bounds and not (math.isfinite(value) and all(within)):
             complaints.append(f"{prefix}{field.name} must be {_range_of(field)}, not {value}")
         if choices and value not in choices:
             complaints.append(f"{prefix}{field.name} must be one of {', '.join(choices)}, not {value!r}")
-    return complaints + (config.validate() if hasattr(config, "validate") else [])
+    return complaints
+
+
+def complaints_about(config: Any) -> list[str]:
+    """What is `beyond_bounds`, and what a config's `validate() -> list[str]`, if there is one, has to say of how the
+    fields fit together; a sentence each."""
+    return beyond_bounds(config) + (config.validate() if hasattr(config, "validate") else [])
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, *, description: str) -> Config:

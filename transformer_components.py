@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from command_line import complaints_about, option
+from command_line import beyond_bounds, option
 
 PartClass = TypeVar("PartClass", bound="Part")
 
@@ -264,7 +264,7 @@ class GPTConfig:
     """Everything that determines the model's function and the names and shapes of its weights.
 
     Raises:
-        ValueError: everything that is wrong with the configuration.
+        ValueError: all values that are not allowed or, if there are none, all that do not go together.
     """
 
     vocab_size: int = option(MISSING, "how many tokens there are", at_least=1)
@@ -294,21 +294,19 @@ class GPTConfig:
             self.d_ff = swiglu_width if self.activation == "swiglu" else 4 * self.d_model
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.d_model // max(1, self.n_heads)
-        if complaints := complaints_about(self, prefix=""):
+        if complaints := beyond_bounds(self, prefix="") or self.complaints():
             raise ValueError("; ".join(complaints))
 
-    def validate(self) -> list[str]:
+    def complaints(self) -> list[str]:
         """What does not go together, a sentence each."""
-        if min(self.d_model, self.n_heads, self.n_kv_heads, self.head_dim) < 1:
-            return []  # which the bounds of the fields have said
-        complaints = []
+        complaints = POSITIONS[self.position].complaints(self)
         if self.head_dim * self.n_heads != self.d_model and self.d_model % self.n_heads:
             complaints.append(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
             complaints.append(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
         if self.pad_token_id >= self.vocab_size:
             complaints.append(f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}")
-        return complaints + POSITIONS.get(self.position, Positions).complaints(self)
+        return complaints
 
     @classmethod
     def for_architecture(cls, architecture: str, **sizes: Any) -> GPTConfig:

@@ -464,5 +464,7 @@ def test_a_wrong_configuration_says_what_is_wrong(settings, complaint):
 
 
 def test_every_mistake_of_a_configuration_is_named_at_once():
-    with pytest.raises(ValueError, match="dropout .*; activation .*; pad_token_id "):
-        GPTConfig(64, d_model=32, n_heads=4, dropout=-1, pad_token_id=99, activation="relu")
+    with pytest.raises(ValueError, match="n_layers .*; dropout .*; activation "):
+        GPTConfig(64, d_model=32, n_layers=0, n_heads=4, dropout=-1, activation="relu")
+    with pytest.raises(ValueError, match="even head_dim, not 7; .*n_kv_heads 3; pad_token_id 99"):
+        GPTConfig(64, d_model=28, n_heads=4, n_kv_heads=3, pad_token_id=99, position="rotary")
