@@ -284,8 +284,8 @@ class GPTConfig:
     activation: str = option("gelu", "kind of feed-forward networks", choices=("gelu", "swiglu"))
     bias: bool = option(True, "whether linear layers have biases")
     qk_norm: bool = option(False, "whether queries and keys pass a norm over each head")
-    norm_eps: float = option(1e-5, "epsilon of all norms")
-    rope_theta: float = option(10000.0, "base of the wave lengths of rotary positions")
+    norm_eps: float = option(1e-5, "epsilon of all norms", above=0)
+    rope_theta: float = option(10000.0, "base of the wave lengths of rotary positions", above=0)
     tie_embeddings: bool = option(True, "whether the output layer is the token embedding")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,7 @@
-"""What layers want minimised of their own reaches every trainer's gradients exactly once, and no evaluation."""
+"""What layers want minimised of their own reaches every trainer's gradients exactly once, and no evaluation.
+
+That two ranks count it once, too, and that pipelines refuse it, is tested with the other trainers on ranks.
+"""
 
 import json
 import shlex
@@ -13,9 +16,7 @@ import pretrain_trainer
 import transformer_components
 from alignment.reward_model import RewardModel
 from checkpoint import save_checkpoint
-from command_line import UserError
 from gpt_model import GPTConfig, GPTModel
-from training.parallel_model import Layout, ParallelModel
 from training.run_log import read_metrics
 from training.training_loop import TrainingLoop
 from transformer_components import AuxiliaryLoss, FeedForwardNetwork, auxiliary_losses
@@ -181,9 +182,3 @@ def test_only_what_is_differentiated_is_collected(loop):
     assert len(collected) == 2 * len(model.layers)
     model(ids)
     assert len(collected) == 2 * len(model.layers)
-
-
-def test_pipelines_refuse_it_in_one_sentence(loop):
-    with pytest.raises(UserError) as caught:
-        ParallelModel._require_suitable(type("Two", (), {"layout": Layout(pp=2)}), loop().model, "pp")
-    assert str(caught.value) == "--parallel pp leaves out the losses that layers have of their own; use ddp or fsdp"
