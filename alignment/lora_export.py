@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from alignment.reward_model import RewardModel
-from alignment.transformers_names import family_of, parts_of
+from alignment.transformers_names import TRANSPOSED, architecture_of, parts_of
 from checkpoint import config_of, find_base, load_checkpoint, restore_model, save_checkpoint, tokenizer_of
 from command_line import UserError, option, parse_config, run_main
 from gpt_model import GPTConfig
@@ -86,7 +86,7 @@ def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> 
         "lora_alpha": alpha,
         "lora_dropout": lora["lora_dropout"],
         "use_rslora": lora["lora_rslora"],
-        "fan_in_fan_out": family_of(config).is_transposed,
+        "fan_in_fan_out": architecture_of(config) in TRANSPOSED,
         "bias": "none",
         **fused,
     }

@@ -1,13 +1,11 @@
-"""Our models in Hugging Face `transformers`: by which names their weights and sizes go there.
+"""Our models in Hugging Face `transformers`: what their weights and sizes are called there.
 
-One table, `FAMILIES`, for everything that leaves this project or is compared with others: adapters for `peft`, the same
-weights in another program, the tests of parity. A further family of models is one more entry.
+One table for everything that leaves this project or is compared with others: adapters for `peft`, the same weights in
+another program, the tests of parity. A further family of models is one more column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,120 +13,78 @@ import torch
 from command_line import UserError
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 
+MODELS = {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}  # by architecture; the columns below, too
+TRANSPOSED = ("gpt2",)  # whose layers have matrices (in, out)
 
-@dataclass(frozen=True)
-class Family:
-    """An architecture as `transformers` has it; parts go by our name: theirs."""
-
-    name: str  # <name>Config, and the model's class <name>…
-    model: str
-    sizes: dict[str, str]  # fields of the configuration
-    outside: dict[str, str]  # parts of the model that are not in a layer
-    layers: str  # where layer 0 is, but for its number
-    inside: dict[str, str]  # parts of a layer
-    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # their part: ours, which stand in it in this order
-    is_transposed: bool = False  # whether the matrices of their layers are (in, out)
-    settings: Callable[[GPTConfig], dict[str, Any]] = lambda config: {}  # of their configuration, beside the sizes
-
-
-FAMILIES = {  # by the names in `ARCHITECTURES`
-    "gpt2": Family(
-        "GPT2",
-        "GPT2LMHeadModel",
-        sizes={
-            "vocab_size": "vocab_size",
-            "max_seq_len": "n_positions",
-            "d_model": "n_embd",
-            "n_layers": "n_layer",
-            "n_heads": "n_head",
-            "d_ff": "n_inner",
-            "norm_eps": "layer_norm_epsilon",
-            "tie_embeddings": "tie_word_embeddings",
-        },
-        outside={
-            "token_embedding": "transformer.wte",
-            "position_embedding": "transformer.wpe",
-            "final_norm": "transformer.ln_f",
-            "lm_head": "lm_head",
-        },
-        layers="transformer.h",
-        inside={
-            "attention_norm": "ln_1",
-            "attention.output_proj": "attn.c_proj",
-            "feed_forward_norm": "ln_2",
-            "feed_forward.up_proj": "mlp.c_fc",
-            "feed_forward.down_proj": "mlp.c_proj",
-        },
-        fused={"attn.c_attn": ("attention.query_proj", "attention.key_proj", "attention.value_proj")},
-        is_transposed=True,
-    ),
-    "modern": Family(
-        "Qwen3",
-        "Qwen3ForCausalLM",
-        sizes={
-            "vocab_size": "vocab_size",
-            "max_seq_len": "max_position_embeddings",
-            "d_model": "hidden_size",
-            "n_layers": "num_hidden_layers",
-            "n_heads": "num_attention_heads",
-            "n_kv_heads": "num_key_value_heads",
-            "head_dim": "head_dim",
-            "d_ff": "intermediate_size",
-            "norm_eps": "rms_norm_eps",
-            "tie_embeddings": "tie_word_embeddings",
-        },
-        outside={"token_embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"},
-        layers="model.layers",
-        inside={
-            "attention_norm": "input_layernorm",
-            "attention.query_proj": "self_attn.q_proj",
-            "attention.key_proj": "self_attn.k_proj",
-            "attention.value_proj": "self_attn.v_proj",
-            "attention.output_proj": "self_attn.o_proj",
-            "attention.query_norm": "self_attn.q_norm",
-            "attention.key_norm": "self_attn.k_norm",
-            "feed_forward_norm": "post_attention_layernorm",
-            "feed_forward.gate_proj": "mlp.gate_proj",
-            "feed_forward.up_proj": "mlp.up_proj",
-            "feed_forward.down_proj": "mlp.down_proj",
-        },
-        settings=lambda config: {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}},
-    ),
-}
+# Parts with weights; # is the number of a layer. Several of ours with one name stand in it below one another
+PARTS = """
+    token_embedding                 transformer.wte              model.embed_tokens
+    position_embedding              transformer.wpe              -
+    layers.#.attention_norm         transformer.h.#.ln_1         model.layers.#.input_layernorm
+    layers.#.attention.query_proj   transformer.h.#.attn.c_attn  model.layers.#.self_attn.q_proj
+    layers.#.attention.key_proj     transformer.h.#.attn.c_attn  model.layers.#.self_attn.k_proj
+    layers.#.attention.value_proj   transformer.h.#.attn.c_attn  model.layers.#.self_attn.v_proj
+    layers.#.attention.query_norm   -                            model.layers.#.self_attn.q_norm
+    layers.#.attention.key_norm     -                            model.layers.#.self_attn.k_norm
+    layers.#.attention.output_proj  transformer.h.#.attn.c_proj  model.layers.#.self_attn.o_proj
+    layers.#.feed_forward_norm      transformer.h.#.ln_2         model.layers.#.post_attention_layernorm
+    layers.#.feed_forward.gate_proj -                            model.layers.#.mlp.gate_proj
+    layers.#.feed_forward.up_proj   transformer.h.#.mlp.c_fc     model.layers.#.mlp.up_proj
+    layers.#.feed_forward.down_proj transformer.h.#.mlp.c_proj   model.layers.#.mlp.down_proj
+    final_norm                      transformer.ln_f             model.norm
+    lm_head                         lm_head                      lm_head
+"""
+SIZES = """
+    vocab_size      vocab_size          vocab_size
+    max_seq_len     n_positions         max_position_embeddings
+    d_model         n_embd              hidden_size
+    n_layers        n_layer             num_hidden_layers
+    n_heads         n_head              num_attention_heads
+    n_kv_heads      -                   num_key_value_heads
+    head_dim        -                   head_dim
+    d_ff            n_inner             intermediate_size
+    norm_eps        layer_norm_epsilon  rms_norm_eps
+    tie_embeddings  tie_word_embeddings tie_word_embeddings
+"""
 
 
-def family_of(config: GPTConfig) -> Family:
-    """The family that a configuration belongs to.
+def column(table: str, architecture: str) -> list[tuple[str, str]]:
+    """(ours, theirs) of whatever an architecture has of a table."""
+    rows = [line.split() for line in table.strip().splitlines()]
+    number = 1 + list(MODELS).index(architecture)
+    return [(row[0], row[number]) for row in rows if row[number] != "-"]
+
+
+def architecture_of(config: GPTConfig) -> str:
+    """ "gpt2" or "modern".
 
     Raises:
-        UserError: `transformers` has no such architecture.
+        UserError: `transformers` has no such model.
     """
     for architecture, switches in ARCHITECTURES.items():
         if all(getattr(config, name) == value for name, value in switches.items() if name != "norm_eps"):
-            return FAMILIES[architecture]
-    raise UserError(f"transformers has no such model; it has those of the architectures {' and '.join(FAMILIES)}")
+            return architecture
+    raise UserError(f"transformers has no such model; it has those of the architectures {' and '.join(MODELS)}")
 
 
-def parts_of(config: GPTConfig) -> dict[str, tuple[str, ...]]:
-    """All parts of a model with weights by their names in `transformers`: ours, several where theirs is a fused one."""
-    family = family_of(config)
-    of_layer = {theirs: (ours,) for ours, theirs in family.inside.items()} | family.fused
-    return {theirs: (ours,) for ours, theirs in family.outside.items()} | {
-        f"{family.layers}.{index}.{theirs}": tuple(f"layers.{index}.{name}" for name in ours)
-        for index in range(config.n_layers)
-        for theirs, ours in of_layer.items()
-    }
+def parts_of(config: GPTConfig) -> dict[str, list[str]]:
+    """The parts of a model with weights, {theirs: ours}."""
+    parts: dict[str, list[str]] = {}
+    for ours, theirs in column(PARTS, architecture_of(config)):
+        for index in map(str, range(config.n_layers if "#" in ours else 1)):
+            parts.setdefault(theirs.replace("#", index), []).append(ours.replace("#", index))
+    return parts
 
 
 def weights_for_transformers(state: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
     """The weights of a whole model under the names and in the shapes of `transformers`."""
-    family, weights = family_of(config), {}
+    is_transposed, weights = architecture_of(config) in TRANSPOSED, {}
     for theirs, ours in parts_of(config).items():
         for kind in ("weight", "bias"):
             if f"{ours[0]}.{kind}" in state:
                 weight = torch.cat([state[f"{name}.{kind}"] for name in ours])
-                is_transposed = family.is_transposed and theirs.startswith(family.layers) and weight.ndim == 2
-                weights[f"{theirs}.{kind}"] = weight.mT if is_transposed else weight
+                in_layer = ours[0].startswith("layers.") and weight.ndim == 2
+                weights[f"{theirs}.{kind}"] = weight.mT if is_transposed and in_layer else weight
     return weights
 
 
@@ -139,13 +95,15 @@ def in_transformers(model: GPTModel, **settings: Any) -> Any:
         settings: of its configuration, beside those that follow from ours.
 
     Raises:
-        UserError: `transformers` has no such architecture.
+        UserError: `transformers` has no such model.
     """
     import transformers  # needed here only, and slow to import
 
-    config, family = model.config, family_of(model.config)
-    sizes = {theirs: getattr(config, ours) for ours, theirs in family.sizes.items()}
-    their_config = getattr(transformers, f"{family.name}Config")(**sizes, **family.settings(config), **settings)
-    theirs = getattr(transformers, family.model)(their_config).eval()
+    config, architecture = model.config, architecture_of(model.config)
+    settings |= {theirs: getattr(config, ours) for ours, theirs in column(SIZES, architecture)}
+    if architecture != "gpt2":
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    kind = getattr(transformers, MODELS[architecture])
+    theirs = kind(kind.config_class(**settings)).eval()
     theirs.load_state_dict(weights_for_transformers(model.state_dict(), config), strict=True)
     return theirs

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignment.transformers_names import family_of, in_transformers
+from alignment.transformers_names import architecture_of, in_transformers
 from command_line import UserError
 
 pytest.importorskip("transformers")
@@ -19,7 +19,7 @@ def random_ids(*shape, seed=0):
 
 def test_a_model_that_transformers_does_not_have_is_refused(random_model):
     with pytest.raises(UserError, match="transformers has no such model; it has .* gpt2 and modern"):
-        family_of(random_model("gpt2", position="sinusoidal").config)
+        architecture_of(random_model("gpt2", position="sinusoidal").config)
 
 
 @pytest.mark.parametrize("tied", [True, False])
