@@ -14,18 +14,18 @@ and of Qwen load here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from command_line import UserError, option, parse_config, run_main
+from command_line import UserError, option, parse_config, replacing, run_main
 from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
 from text.text_files import iter_documents
 from text.tokenizer_files import (
@@ -39,7 +39,7 @@ from text.tokenizer_files import (
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # in the order of SPECIAL_ROLES
 BYTE_COUNT = 256
-IGNORED_LABEL = -100  # the loss skips it
+IGNORED_LABEL = -100  # positions with this label count for nothing in the loss
 
 
 class ByteLevelBPETokenizer:
@@ -136,8 +136,8 @@ class ByteLevelBPETokenizer:
     ) -> dict[str, list[int]]:
         """The ids of a text that may be continued: nothing follows it, neither `</s>` nor padding.
 
-        The strings of special tokens inside `text` are ordinary text. Half of a surrogate pair, which is no character
-        and has no UTF-8, counts as U+FFFD.
+        The strings of special tokens inside `text` are ordinary text. Half of a surrogate pair, which has no UTF-8,
+        counts as U+FFFD.
 
         Args:
             text: any string.
@@ -161,7 +161,7 @@ class ByteLevelBPETokenizer:
         return [prefix + encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids (a list, an array or a 1-D tensor). Bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids (a list, an array or a 1-D tensor). Bytes that are not UTF-8 become U+FFFD."""
         return self._engine.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -283,7 +283,7 @@ class ByteLevelBPETokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,  # decoding must not "tidy" the text
             "chat_template": self.chat_template,
-            **self._roles,  # null for a role that none plays, lest a loader assumes one
+            **self._roles,  # null for a role that no token plays, so that no loader assumes one
         }
         if self.bos_token_id is not None and not self._adds_bos:
             config["add_bos_token"] = False
@@ -295,21 +295,20 @@ class ByteLevelBPETokenizer:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write the tokenizer's folder. Stopped half-way, it leaves a folder that does not load, never half a one.
+        """Write the tokenizer's folder. Stopped half-way, it leaves a folder that does not load, never half of one.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        directory = Path(directory)
+        directory, files = Path(directory), self.to_files()
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
-                for name, content in self.to_files().items():
-                    Path(staging, name).write_text(content, encoding="utf-8", newline="\n")
+            with contextlib.ExitStack() as moves:  # made when all is written, in the order of SAVED_FILES
+                for name in reversed(SAVED_FILES):
+                    file = moves.enter_context(replacing(directory / name))
+                    file.write(files[name].encode())
+                    file.flush()  # a full disk shows here
                 # No tokenizer.json, no tokenizer: the old one goes first and the new one comes last.
                 (directory / "tokenizer.json").unlink(missing_ok=True)
-                for name in SAVED_FILES:
-                    Path(staging, name).replace(directory / name)
         except OSError as error:
             raise UserError(f"the tokenizer cannot be saved in {directory} ({error.strerror}); mend that") from None
 
@@ -394,20 +393,14 @@ class TokenizerTrainingConfig:
     """Options of `python byte_level_bpe.py`."""
 
     input: list[str] = option(list, "text files, folders of them, or names without ending; none: the sample data")
-    vocab_size: int = option(4096, "how many tokens, the 256 bytes and the special tokens included")
-    min_frequency: int = option(2, "how often a pair must occur to become a token")
+    vocab_size: int = option(
+        4096, "how many tokens, the bytes and the special tokens included", at_least=BYTE_COUNT + len(SPECIAL_TOKENS)
+    )
+    min_frequency: int = option(2, "how often a pair must occur to become a token", at_least=1)
     output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer")
 
     def validate(self) -> list[str]:
-        smallest = BYTE_COUNT + len(SPECIAL_TOKENS)
-        complaints = []
-        if self.vocab_size < smallest:
-            complaints.append(f"--vocab_size must be at least {smallest} (bytes and special tokens)")
-        if self.min_frequency < 1:
-            complaints.append("--min_frequency must be at least 1")
-        if Path(self.output_dir).is_file():
-            complaints.append(f"--output_dir {self.output_dir} is a file; name a folder")
-        return complaints
+        return [f"--output_dir {self.output_dir} is a file; name a folder"] if Path(self.output_dir).is_file() else []
 
 
 class _SampledDocuments:

@@ -20,7 +20,6 @@ PyTorch writes a zip archive with a CRC-32 of every tensor, so a damaged file is
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -38,7 +37,7 @@ import torch
 import torch.nn as nn
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from command_line import UserError, require_file
+from command_line import UserError, replacing, require_file
 from gpt_model import GPTConfig, GPTModel
 from lora import LoRAOptions, attach_lora, detach_lora, lora_state, merge_lora
 
@@ -86,30 +85,16 @@ def save_checkpoint(
 
 
 def atomic_save(content: dict[str, Any], path: str | Path) -> Path:
-    """`torch.save` into a temporary file, flushed to the disk and then renamed to `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """`torch.save` that leaves a whole file or the old one."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk, too
-        os.fsync(folder)
-        os.close(folder)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(
             f"cannot save {path}: {_reason(error)}; free some space or choose another --output_dir (older checkpoints "
             "are kept)"
         ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+    return Path(path)
 
 
 def _reason(error: BaseException) -> str:
@@ -122,13 +107,14 @@ def _reason(error: BaseException) -> str:
     return "the disk is full" if first.errno == errno.ENOSPC else str(first.strerror or first)
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def require_writable_folder(folder: str | Path) -> None:
     """Refuse a run before any work if `folder` is not, and cannot become, a folder that can be written to."""
-    existing = _existing_parent(Path(folder) / "x")
+    existing = existing_parent(Path(folder) / "x")
     if not existing.is_dir():
         raise UserError(f"{folder} cannot be a folder, because {existing} is a file; choose another --output_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -137,7 +123,7 @@ def require_writable_folder(folder: str | Path) -> None:
 
 def require_disk_space(folder: str | Path, n_bytes: int) -> None:
     """Refuse a run before any work if the disk of `folder` cannot take `n_bytes`."""
-    free = shutil.disk_usage(_existing_parent(Path(folder) / "x")).free
+    free = shutil.disk_usage(existing_parent(Path(folder) / "x")).free
     if free < n_bytes:
         raise UserError(
             f"{folder} has {free / 2**20:.0f} MiB of free disk and this run needs about {n_bytes / 2**20:.0f} MiB; "
@@ -155,7 +141,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     damaged = f"the checkpoint {path} is damaged; use another one, or train it again"
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()  # compares the CRC-32 of every record
+            # Compares the CRC-32 of every record: mapped tensors are read later, when nothing would check them
+            broken = archive.testzip()
     except Exception as error:  # a damaged archive makes zipfile stumble in a dozen ways
         raise UserError(damaged) from error
     if broken is not None:
@@ -179,11 +166,11 @@ def load_model(
 
     Args:
         path: a checkpoint.
-        device: where the model shall be.
+        device: where to put the model.
         base, load_base: see `restore_model`.
 
     Raises:
-        UserError: as `load_checkpoint` and `restore_model`; or it is no language model in full precision.
+        UserError: as `load_checkpoint` and `restore_model`; or it is not a language model in full precision.
     """
     content = load_checkpoint(path)
     if content.get("quantization"):
@@ -222,6 +209,7 @@ def restore_model(
     base_model, _, base_content = (load_base or load_model)(find_base(content, path, base))
     model = wrap(base_model)
     attach_lora(model, LoRAOptions(**{field.name: content["lora"][field.name] for field in fields(LoRAOptions)}))
+    # Loading is strict, so that a missing adapter shows: what was not trained loads from the base itself
     untrained = {name: value for name, value in model.state_dict().items() if name not in lora_state(model)}
     load_weights(model, {**untrained, **content["model"]}, path)
     if not base_content.get("quantization"):
@@ -243,7 +231,7 @@ def find_base(content: dict[str, Any], path: str | Path, base: str | Path | None
     for place in found:
         if weight_fingerprint(load_checkpoint(place)) == lora["base_fingerprint"]:
             return place
-    what = f"{found[0]}, whose weights are others now" if found else f"{wanted[-1]}, which is not there"
+    what = f"{found[0]}, whose weights have changed" if found else f"{wanted[-1]}, which is not there"
     raise UserError(
         f"{path} holds adapters (LoRA) for {what}; bring that model back, or say where it is and merge the two: "
         f"python -m alignment.lora_export --adapter {path} --base_model PATH --output_path MERGED"
@@ -257,11 +245,11 @@ def weight_fingerprint(content: dict[str, Any]) -> str:
     """
     if "made_from" in content:
         return content["made_from"]
-    lora = content.get("lora", {})  # where the base is does not matter, but what it is
+    lora = content.get("lora", {})  # not where the base is, but what it is
     settings = {name: value for name, value in lora.items() if name not in ("base", "base_relative")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(content["model"].items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())  # equal bytes may be other matrices
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

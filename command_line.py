@@ -14,15 +14,17 @@ command line, its `--help` and its error messages are derived from that one desc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import operator
+import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 
@@ -176,3 +178,35 @@ def require_file(path: str | Path, what: str, remedy: str = "check the path") ->
         found = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise UserError(f"{what} {path} {found}; {remedy}")
     return path
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, remedy: str = "") -> Iterator[BinaryIO]:
+    """A file to write into, which takes the place of `path` in one move once it is whole and on the disk.
+
+    A kill, a full disk or an exception at any moment leaves the old file, or none, but never half a file; of processes
+    that write at the same time, the last one wins. The folder is made where it is missing.
+
+    Raises:
+        UserError: it cannot be written, if there is a `remedy` to name; without one, the OSError itself.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if remedy and isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the move itself must reach the disk, too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

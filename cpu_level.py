@@ -92,7 +92,7 @@ def cpu_level() -> CPULevel | None:
         return None
     if name not in possible_levels():
         here = ", ".join(possible_levels()) or "none, as only Linux says what a processor has"
-        raise UserError(f"CPU_LEVEL={name} cannot be had on this machine; it has {here}")
+        raise UserError(f"CPU_LEVEL={name} is not available on this machine, which has {here}")
     return CPU_LEVELS[name]
 
 

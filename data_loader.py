@@ -11,8 +11,11 @@ function of the seed and n (`BatchOrder`), so a resumed run sees exactly the dat
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +31,8 @@ from tqdm import tqdm
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import IGNORED_LABEL
-from text.conversation_data import Message, load_conversations
+from text.chat_template import Message
+from text.conversation_data import load_conversations
 from text.text_files import iter_documents, resolve_files
 
 Batch = dict[str, torch.Tensor]
@@ -108,22 +112,16 @@ def tokenize_to_shards(
     identity = {"tokenizer": tokenizer.fingerprint, "sources": sources, "part": part, "val_fraction": val_fraction}
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(shard_dir) / f"{Path(path).name.split('.')[0]}-{part}-{digest}"
-    if not _complete(folder):
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _write_shards(path, tokenizer, temporary, identity)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.replace(folder)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise UserError(
-                    f"cannot write token shards into {shard_dir} ({error.strerror}); free some space or choose another "
-                    "--shard_dir"
-                ) from error
-            raise
+    try:
+        if not _complete(folder):
+            with _alone_in(folder.parent):
+                if not _complete(folder):  # another process may have made it while this one waited
+                    _make_shards(path, tokenizer, folder, identity)
+    except OSError as error:
+        raise UserError(
+            f"cannot write token shards into {shard_dir} ({error.strerror}); free some space or choose another "
+            "--shard_dir"
+        ) from error
     manifest = _read_manifest(folder)
     arrays = [np.memmap(folder / name, dtype=manifest["dtype"], mode="r") for name in manifest["shard_bytes"]]
     return TokenShards(arrays, manifest["n_bytes"], manifest["n_documents"])
@@ -140,6 +138,33 @@ def _complete(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process tokenizes into this folder; where the disk knows no locks, nobody waits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _make_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
+    """Write the shards beside their place and move the whole folder there."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        temporary.mkdir()
+        _write_shards(path, tokenizer, temporary, identity)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
@@ -212,13 +237,14 @@ class GPTPretrainDataset(Dataset):
         self.shards, self.max_seq_len = shards, max_seq_len
 
     def __len__(self) -> int:
+        # ⌈(n − 1) / (T − 1)⌉: a window predicts all of its tokens but the first, and so do all windows together
         return max(1, -(-(self.shards.n_tokens - 1) // (self.max_seq_len - 1)))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """{"input_ids", "labels"}: both (max_seq_len,) int64; the model shifts the labels."""
         index = range(len(self))[index]  # an IndexError beyond the end is what stops a `for` loop
         wanted = index * (self.max_seq_len - 1)
-        start = min(wanted, self.shards.n_tokens - self.max_seq_len)
+        start = min(wanted, self.shards.n_tokens - self.max_seq_len)  # the last window reaches back to be full
         ids = torch.from_numpy(self.shards.slice(start, start + self.max_seq_len).astype(np.int64))
         labels = ids.clone()
         labels[: wanted - start + 1] = IGNORED_LABEL  # the first has nothing before it; the others are not new
@@ -269,11 +295,8 @@ class GPTSFTDataset(Dataset):
 
         Without an attention mask: causal attention never looks at padding on the right, and it carries no label.
         """
-        longest = max(len(ids) for ids, _ in samples)
-        return {
-            "input_ids": torch.tensor([ids + [self.pad_token_id] * (longest - len(ids)) for ids, _ in samples]),
-            "labels": torch.tensor([labels + [IGNORED_LABEL] * (longest - len(labels)) for _, labels in samples]),
-        }
+        rows, labels = zip(*samples, strict=True)
+        return {"input_ids": pad_rows(rows, self.pad_token_id), "labels": pad_rows(labels, IGNORED_LABEL)}
 
     def count(self, batch: Batch) -> int:
         """How many tokens of the batch are predicted."""
@@ -332,11 +355,10 @@ class PreferenceDataset(Dataset):
         Returns:
             "input_ids", "attention_mask": (N, longest) int64, padded on the right.
             "pairs": (P, 2) int64, the rows of the better and of the worse answer.
-            "margins": (P,), by how much the better one is to be better.
+            "margins": (P,), by how much the better one should be better.
             "weights": (P,), 1 for all pairs of a prompt together.
         """
         rows = [ids for sample in samples for ids, _ in sample["answers"]]
-        longest = max(map(len, rows))
         pairs, margins, weights, first = [], [], [], 0
         for sample in samples:
             n_answers = len(sample["answers"])
@@ -346,8 +368,8 @@ class PreferenceDataset(Dataset):
             weights += [1 / len(compared)] * len(compared)
             first += n_answers
         return {
-            "input_ids": torch.tensor([ids + [self.pad_token_id] * (longest - len(ids)) for ids in rows]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows]),
+            "input_ids": pad_rows(rows, self.pad_token_id),
+            "attention_mask": pad_rows([[1] * len(ids) for ids in rows], 0),
             "pairs": torch.tensor(pairs),
             "margins": torch.tensor(margins),
             "weights": torch.tensor(weights),
@@ -382,11 +404,18 @@ class GPTPPODataset(Dataset):
 
     def collate(self, samples: Sequence[Sequence[int]]) -> Batch:
         """{"input_ids", "attention_mask"}: (B, longest) int64, padded on the left."""
-        longest = max(map(len, samples))
         return {
-            "input_ids": torch.tensor([[self.pad_token_id] * (longest - len(ids)) + list(ids) for ids in samples]),
-            "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in samples]),
+            "input_ids": pad_rows(samples, self.pad_token_id, on_the_left=True),
+            "attention_mask": pad_rows([[1] * len(ids) for ids in samples], 0, on_the_left=True),
         }
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int, on_the_left: bool = False) -> torch.Tensor:
+    """B rows of ids, labels or ones → (B, T) int64, T being the longest; `value` fills up the others."""
+    longest = max(map(len, rows))
+    if on_the_left:
+        return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
+    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
 
 
 def count_labels(batch: Batch) -> int:
@@ -425,15 +454,16 @@ class BatchOrder:
         return self._batches[position].tolist()
 
     def _batches_of(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)  # no epoch of another seed's
         order = torch.randperm(self.n_samples, generator=generator)
         needed = self.steps_per_epoch * self.batch_size
-        order = order.repeat(-(-needed // self.n_samples))[:needed]
+        order = order.repeat(-(-needed // self.n_samples))[:needed]  # (needed,)
         if self.lengths is not None:
+            # Sorted by stretches and not as a whole: which samples meet in a batch still changes with every epoch
             chunks = order.split(32 * self.batch_size)
             order = torch.cat([chunk[self.lengths[chunk].argsort(stable=True)] for chunk in chunks])
         batches = order.view(self.steps_per_epoch, self.batch_size)
-        if self.lengths is not None:
+        if self.lengths is not None:  # or each stretch would be trained on from its short samples to its long ones
             batches = batches[torch.randperm(len(batches), generator=generator)]
         return batches
 
@@ -459,9 +489,7 @@ def create_pretrain_dataloader(
 ) -> DataLoader:
     """One epoch of pretraining batches as a PyTorch DataLoader; see `GPTPretrainDataset` for what a batch holds."""
     dataset = GPTPretrainDataset(tokenize_to_shards(path, tokenizer, shard_dir), max_seq_len, str(path))
-    if not shuffle:
-        return DataLoader(dataset, batch_size, collate_fn=dataset.collate)
-    return DataLoader(dataset, batch_sampler=BatchOrder(len(dataset), batch_size, seed), collate_fn=dataset.collate)
+    return _dataloader(dataset, batch_size, BatchOrder(len(dataset), batch_size, seed) if shuffle else None)
 
 
 def create_sft_dataloader(
@@ -474,7 +502,10 @@ def create_sft_dataloader(
 ) -> DataLoader:
     """One epoch of instruction batches as a PyTorch DataLoader; see `GPTSFTDataset` for what a batch holds."""
     dataset = GPTSFTDataset(load_conversations(path), tokenizer, max_seq_len)
-    if not shuffle:
-        return DataLoader(dataset, batch_size, collate_fn=dataset.collate)
-    order = BatchOrder(len(dataset), batch_size, seed, dataset.lengths)
-    return DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate)
+    order = BatchOrder(len(dataset), batch_size, seed, dataset.lengths) if shuffle else None
+    return _dataloader(dataset, batch_size, order)
+
+
+def _dataloader(dataset: GPTPretrainDataset | GPTSFTDataset, batch_size: int, order: BatchOrder | None) -> DataLoader:
+    sizes = {"batch_size": batch_size} if order is None else {"batch_sampler": order}
+    return DataLoader(dataset, collate_fn=dataset.collate, **sizes)

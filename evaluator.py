@@ -26,7 +26,7 @@ from alignment.reward_model import RewardModel, compare, load_reward_model, pref
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint
 from command_line import UserError, option, parse_config, run_main
-from data_loader import PreferenceDataset
+from data_loader import PreferenceDataset, pad_rows
 from evaluation.answer_report import (
     answers_summary,
     answers_table,
@@ -132,22 +132,22 @@ class GPTEvaluator:
         }
 
     def _windows(self, ids: list[int], stride: int) -> Iterator[tuple[list[int], list[int]]]:
-        """Inputs and targets, of equal length, that score each id of a document once; a target −100 counts not."""
+        """Inputs and targets, of equal length, that score each id of a document once; a target −100 does not count."""
         start_token = self.tokenizer.bos_token_id
         inputs = [self.tokenizer.eos_token_id if start_token is None else start_token, *ids]
         scored = begin = 0
         while scored < len(ids):
             end = min(begin + self.model.config.max_seq_len, len(ids))
+            # inputs[t] is read to predict ids[t]; what an earlier window has scored is context only
             yield inputs[begin:end], [IGNORED_LABEL] * (scored - begin) + ids[scored:end]
             scored, begin = end, begin + stride
 
     def _sum_of_losses(self, windows: Sequence[tuple[list[int], list[int]]]) -> float:
         """Total −log p, in nats, of the targets of some windows."""
-        device, width = self.model.device, max(len(inputs) for inputs, _ in windows)
+        rows, labels = zip(*windows, strict=True)
         # Padding stands on the right, where a causal model cannot see it: it needs no mask
-        pad, ignored = [self.tokenizer.pad_token_id], [IGNORED_LABEL]
-        inputs = torch.tensor([ids + pad * (width - len(ids)) for ids, _ in windows], device=device)  # (B, T)
-        targets = torch.tensor([ids + ignored * (width - len(ids)) for _, ids in windows], device=device)  # (B, T)
+        inputs = pad_rows(rows, self.tokenizer.pad_token_id).to(self.model.device)  # (B, T)
+        targets = pad_rows(labels, IGNORED_LABEL).to(self.model.device)  # (B, T)
         scored = targets != IGNORED_LABEL  # (B, T)
         hidden, targets = self.model.hidden_states(inputs)[scored], targets[scored]  # (N, D), (N,)
         # Logits are the largest tensor of all, so they are made for a thousand tokens at a time
@@ -186,7 +186,7 @@ class GPTEvaluator:
         """Perplexity of a text file, and how the model continues the beginnings of its first documents.
 
         Args:
-            max_samples: score only so many documents, from the beginning.
+            max_samples: score no more documents than this, from the beginning.
             settings: those of `generate_texts`, for the continuations.
 
         Returns:
@@ -276,23 +276,14 @@ class EvaluationConfig:
         None, "score text, answers or preferences; default by the checkpoint's stage", choices=tuple(TEST_DATA)
     )
     output_path: str | None = option(None, "JSON file for all results; default <model>_eval.json beside the model")
-    max_samples: int | None = option(None, "score only so many records or documents")
-    max_gen_len: int = option(64, "longest answer, in tokens")
-    temperature: float = option(0.0, "0 takes the likeliest token; otherwise sample at this temperature")
-    top_k: int = option(0, "sample among the k likeliest tokens; 0 means among all")
-    batch_size: int = option(64, "answers or windows of text that are computed together")
+    max_samples: int | None = option(None, "score at most this many records or documents", at_least=1)
+    max_gen_len: int = option(64, "longest answer, in tokens", at_least=1)
+    temperature: float = option(0.0, "0 takes the likeliest token; otherwise sample at this temperature", at_least=0)
+    top_k: int = option(0, "sample among the k likeliest tokens; 0 means among all", at_least=0)
+    batch_size: int = option(64, "answers or windows of text that are computed together", at_least=1)
     seed: int = option(42, "makes sampling repeatable")
     device: str = option("auto", "auto, cpu or cuda")
-    num_threads: int = option(0, "CPU threads; 0 means as many as torch takes")
-
-    def validate(self) -> list[str]:
-        """What is wrong with these settings, a sentence each."""
-        limits = {"max_samples": 1, "max_gen_len": 1, "temperature": 0, "top_k": 0, "batch_size": 1, "num_threads": 0}
-        return [
-            f"--{name} must be at least {least}, not {value}"
-            for name, least in limits.items()
-            if (value := getattr(self, name)) is not None and not value >= least
-        ]
+    num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
 
 def text_summary(report: dict[str, Any]) -> str:

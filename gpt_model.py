@@ -18,11 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
+from byte_level_bpe import IGNORED_LABEL
 from inference.sampling import sample_next
 from transformer_components import ARCHITECTURES as ARCHITECTURES  # which users import from here
 from transformer_components import POSITIONS, Cache, GPTConfig, KVCache, Part, TransformerDecoderLayer, make_norm
-
-IGNORED_LABEL = -100  # positions with this label count for nothing in the loss
 
 
 class GPTModel(Part):

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from command_line import Interrupted, UserError, option, parse_config, run_main
+from command_line import Interrupted, UserError, option, parse_config, replacing, run_main
 from evaluation.report import write_report
 from text.text_files import RECORD_ENDINGS, resolve_files
 
@@ -69,7 +69,7 @@ QUESTIONS = ("法国的首都是哪里？", "What is 27 + 48?", "Which planet is
 
 @dataclass
 class PipelineConfig:
-    """Settings of the whole way."""
+    """Settings of all stages together."""
 
     preset: str = option("tiny", "size of everything: tiny suits two CPU cores, the others a GPU", choices=tuple(SIZES))
     smoke: bool = option(False, "a two-minute check of every stage, in models/smoke; the model it makes is useless")
@@ -82,13 +82,13 @@ class PipelineConfig:
     pairwise_test: str = option(
         "data/sft/rlhf_pairwise_test.json", "held-out preferences; empty, or with your own pairs: a share of those"
     )
-    num_threads: int = option(0, "CPU threads; 0 means one for each core")
-    port: int = option(0, "port of the service while it is tried; 0 means any free one")
+    num_threads: int = option(0, "CPU threads; 0 means one for each core", at_least=0)
+    port: int = option(0, "port of the service while it is tried; 0 means any free one", at_least=0, at_most=65535)
     serve: bool = option(False, "leave the service running in the foreground at the end, on port 8000 or --port")
 
 
 def settle(config: PipelineConfig) -> None:
-    """What follows from the options given: a smoke run's size and folder; your own data are not judged by the sample's.
+    """What follows from the options given: a smoke run's size and folder; your own data is not judged by the sample's.
 
     Raises:
         UserError: own instructions without test questions.
@@ -256,6 +256,7 @@ def run_stage(stage: Stage, records: Path) -> None:
     record_path = records / f"{stage.name}.json"
     record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.is_file() else {}
     unchanged = record.get("made_of") == made_of
+    # A stage that comes out the same as before leaves those after it unchanged: content is compared, not time
     if unchanged and "seconds" in record and all(path.is_file() for path in stage.outputs):
         stage.seconds = record["seconds"]
         print(f"{stage.title}: done before ({', '.join(map(str, stage.outputs))})", flush=True)
@@ -265,7 +266,7 @@ def run_stage(stage: Stage, records: Path) -> None:
         if not unchanged:
             shutil.rmtree(stage.resumable, ignore_errors=True)  # checkpoints of other inputs
         command += ["--resume", "auto"]
-    write_record(record_path, {"made_of": made_of})
+    write_record(record_path, {"made_of": made_of})  # without seconds: begun, with checkpoints of these inputs
     start = time.time()
     print(f"{stage.title}: {shlex.join(['python', *stage.command])}", flush=True)
     status = run_command(command)
@@ -290,11 +291,9 @@ def run_command(command: list[str]) -> int:
 
 
 def write_record(path: Path, record: dict) -> None:
-    """Write a small JSON file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    """Note in a small JSON file what a stage was made of."""
+    with replacing(path, "free some space or choose another --models_dir") as file:
+        file.write(json.dumps(record, indent=1).encode())
 
 
 # ------------------------------------------------------------------------------------------------------- the service

@@ -70,9 +70,7 @@ class PretrainConfig(TrainingConfig):
     batch_size: int = option(32, "windows of one forward pass on one rank")
     lr: float = option(4e-3, "peak learning rate")
     epochs: float = option(5.0, "passes over the training text, if --max_steps is 0")
-    sample_tokens: int = option(
-        48, "tokens of the sample texts that are written at every evaluation; 0: none", at_least=0
-    )
+    sample_tokens: int = option(48, "tokens of the samples written at every evaluation; 0: none", at_least=0)
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
@@ -156,18 +154,14 @@ class GPTTrainer:
         self.val_path = config.val_data_dir or (SAMPLE_VAL if config.train_data_dir == SAMPLE_TRAIN else "")
         for path in filter(None, (config.train_data_dir, self.val_path)):
             resolve_files(path)  # before the long work of tokenizing
-        if ranks.is_main():
-            self.tokenizer = load_or_train_tokenizer(config)
-            train_shards, val_shards = self._tokenize()  # the other ranks then find the shards on the disk
-        ranks.barrier()
-        if not ranks.is_main():
-            self.tokenizer = load_or_train_tokenizer(config)
-            train_shards, val_shards = self._tokenize()
-        pad_token_id = self.tokenizer.pad_token_id
-        gpt_config = config.model_config(len(self.tokenizer), 0 if pad_token_id is None else pad_token_id)
-        self.train_shards, self.val_shards = train_shards, val_shards
-        train_data = GPTPretrainDataset(train_shards, config.max_seq_len, config.train_data_dir)
-        val_data = GPTPretrainDataset(val_shards, config.max_seq_len, "the validation text")
+        for turn_of_main in (True, False):  # the other ranks then find tokenizer and shards on the disk
+            if ranks.is_main() == turn_of_main:
+                self.tokenizer = load_or_train_tokenizer(config)
+                self.train_shards, self.val_shards = self._tokenize()
+            ranks.barrier()
+        gpt_config = config.model_config(len(self.tokenizer), self.tokenizer.pad_token_id)
+        train_data = GPTPretrainDataset(self.train_shards, config.max_seq_len, config.train_data_dir)
+        val_data = GPTPretrainDataset(self.val_shards, config.max_seq_len, "the validation text")
         size = f"--d_model {config.d_model} and --n_layers {config.n_layers}"
         with advice_if_out_of_memory(f"for a model of {size}; lower them, or take a smaller --preset or --depth"):
             self.model = GPTModel.from_config(gpt_config)
@@ -202,7 +196,7 @@ class GPTTrainer:
 
     def _score(self, model: GPTModel, metrics: dict[str, float]) -> dict[str, float]:
         """Bits per byte of the raw text, which compares models of different tokenizers; and samples, to be read."""
-        n_predicted = self.val_shards.n_tokens - 1
+        n_predicted = self.val_shards.n_tokens - 1  # all but the very first, each once
         bits_per_byte = metrics["val_loss"] * n_predicted / math.log(2) / self.val_shards.n_bytes
         if self.config.sample_tokens:
             whole_model = self.loop.parallel_model.whole_model()

@@ -27,7 +27,8 @@ from command_line import UserError, option, require_file
 from data_loader import GPTPretrainDataset, GPTSFTDataset, set_validation_part_aside, tokenize_to_shards
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
-from text.conversation_data import Message, load_conversations
+from text.chat_template import Message
+from text.conversation_data import load_conversations
 from training import ranks
 from training.training_config import TrainingConfig, prepare_machine
 from training.training_loop import TrainingData, TrainingLoop

@@ -24,7 +24,7 @@ from alignment.reward_model import split_preferences
 from alignment.sft import fit_context
 from checkpoint import load_model
 from command_line import option, require_file
-from data_loader import Batch, BatchOrder, GPTSFTDataset, PreferenceDataset
+from data_loader import Batch, BatchOrder, GPTSFTDataset, PreferenceDataset, pad_rows
 from gpt_model import IGNORED_LABEL, GPTModel
 from lora import LoRAOptions, apply_lora
 from text.conversation_data import load_conversations
@@ -179,7 +179,7 @@ class DPODataset(PreferenceDataset):
         for start in range(0, len(mine), batch_size):
             batch = super().collate(mine[start : start + batch_size])
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-            labels = self._labels(mine[start : start + batch_size], ids.size(1)).to(device)
+            labels = self._labels(mine[start : start + batch_size]).to(device)
             log_probs += answer_log_probs(reference, ids, labels, mask)[0].tolist()
         for rank, values in enumerate(ranks.gather_objects(log_probs)):
             following = iter(values)
@@ -190,14 +190,14 @@ class DPODataset(PreferenceDataset):
         """As `PreferenceDataset.collate`, but without margins; and "labels" (N, T), "reference_log_probs" (N,)."""
         batch = super().collate(samples)
         del batch["margins"]
-        batch["labels"] = self._labels(samples, batch["input_ids"].size(1))
+        batch["labels"] = self._labels(samples)
         batch["reference_log_probs"] = torch.tensor([x for sample in samples for x in sample["reference_log_probs"]])
         return batch
 
     @staticmethod
-    def _labels(samples: Sequence[dict[str, Any]], length: int) -> torch.Tensor:
+    def _labels(samples: Sequence[dict[str, Any]]) -> torch.Tensor:
         rows = [labels for sample in samples for _, labels in sample["answers"]]
-        return torch.tensor([labels + [IGNORED_LABEL] * (length - len(labels)) for labels in rows])  # (N, T)
+        return pad_rows(rows, IGNORED_LABEL)  # (N, T)
 
 
 class DPOLoop(TrainingLoop):

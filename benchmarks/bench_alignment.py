@@ -50,17 +50,16 @@ class BenchConfig:
     models_dir: str = option("models", "what run_training.sh has left: a pretrained, an SFT and a reward model")
     runs: str = option("ppo,grpo,dpo,ppo+lora,grpo+lora,dpo+lora,sft+lora,student,distill", "what to run, by commas")
     seeds: str = option("0,1,2", "seeds of ppo, grpo and dpo, by commas; the other runs take the first")
-    max_steps: int = option(0, "steps of each run; 0 means as many as the defaults say")
-    max_questions: int = option(0, "held-out questions; 0 means all")
-    num_threads: int = option(2, "CPU threads")
+    max_steps: int = option(0, "steps of each run; 0 means as many as the defaults say", at_least=0)
+    max_questions: int = option(0, "held-out questions; 0 means all", at_least=0)
+    num_threads: int = option(2, "CPU threads", at_least=1)
     output_dir: str = option("", "where to keep the runs; empty: nowhere")
     write: str = option("", "a Markdown page that takes the table; empty: none")
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
-        known = set(COMMANDS)
-        unknown = [name for name in self.runs.split(",") if name.split("+")[0] not in known]
-        complaints = [f"--runs {name} is not known; it must be of {', '.join(sorted(known))}" for name in unknown]
+        unknown = [name for name in self.runs.split(",") if name.split("+")[0] not in COMMANDS]
+        complaints = [f"--runs {name} is not known; it must be of {', '.join(sorted(COMMANDS))}" for name in unknown]
         if not all(seed.isdecimal() for seed in self.seeds.split(",")):
             complaints.append(f"--seeds {self.seeds} must be whole numbers, separated by commas")
         return complaints
@@ -84,6 +83,13 @@ COMMANDS: dict[str, list[str]] = {
 SEVERAL_SEEDS = ("ppo", "grpo", "dpo")
 
 
+def run_script(what: str, command: list[str]) -> None:
+    """Run one of the project's scripts and wait for it."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True)
+    if done.returncode:
+        raise UserError(f"{what} failed: {done.stderr.strip()[-2000:]}")
+
+
 def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tuple[Path, float]:
     """Train; returns the best model's path and the processor's seconds of the whole process."""
     algorithm, *variant = name.split("+")
@@ -95,9 +101,7 @@ def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tu
     command += LORA if variant else []
     command += ["--max_steps", str(config.max_steps)] if config.max_steps else []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "finetune.py", *command], cwd=ROOT, text=True, capture_output=True)
-    if done.returncode:
-        raise UserError(f"{name} failed: {done.stderr.strip()[-2000:]}")
+    run_script(f"training {name}", ["finetune.py", *command])
     (best,) = folder.glob("*_best.pth")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -106,14 +110,10 @@ def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tu
 def ask(model_path: Path, config: BenchConfig, folder: Path) -> dict[str, float]:
     """Scores of the model's greedy answers to the held-out questions."""
     result = folder / "answers.json"
-    command = [sys.executable, "evaluator.py", "--model_path", str(model_path), "--model_type", "sft"]
+    command = ["evaluator.py", "--model_path", str(model_path), "--model_type", "sft"]
     command += ["--test_data_path", "data/sft/sft_test.json", "--output_path", str(result)]
     command += ["--max_samples", str(config.max_questions)] if config.max_questions else []
-    done = subprocess.run(
-        [*command, "--num_threads", str(config.num_threads)], cwd=ROOT, text=True, capture_output=True
-    )
-    if done.returncode:
-        raise UserError(f"evaluating {model_path} failed: {done.stderr.strip()[-2000:]}")
+    run_script(f"evaluating {model_path}", [*command, "--num_threads", str(config.num_threads)])
     return json.loads(result.read_text(encoding="utf-8"))["scores"]
 
 
@@ -143,13 +143,8 @@ def trained_share(model_path: Path) -> float:
 def measure(name: str, seed: str, model_path: Path, seconds: float, config: BenchConfig, folder: Path) -> dict:
     """One row of the table."""
     scores = ask(model_path, config, folder)
-    row = {"run": name, "seed": int(seed), "cpu_seconds": round(seconds, 1)}
-    row |= {
-        "exact": scores["exact"],
-        "preferred": scores["preferred"],
-        "trained": trained_share(model_path),
-        "kl": None,
-    }
+    row = {"run": name, "seed": int(seed), "cpu_seconds": round(seconds, 1), "kl": None}
+    row |= {"exact": scores["exact"], "preferred": scores["preferred"], "trained": trained_share(model_path)}
     if name.split("+")[0] in SEVERAL_SEEDS:
         policy, tokenizer, _ = load_model(model_path)
         reference, _, _ = load_model(Path(config.models_dir) / "sft" / "sft_best.pth")
@@ -174,7 +169,7 @@ def as_table(rows: list[dict]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run everything, print a line for each run and at last one JSON object."""
+    """Run everything, print a line for each run and, at the end, one JSON object."""
     config = parse_config(BenchConfig, argv, description=__doc__.splitlines()[0])
     os.chdir(ROOT)
     torch.set_num_threads(config.num_threads)
@@ -188,9 +183,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def add(name: str, seed: str, model_path: Path, seconds: float) -> None:
             rows.append(measure(name, seed, model_path, seconds, config, root))
-            print(
-                json.dumps(rows[-1]), file=sys.stderr, flush=True
-            )  # the runs are long: each shows its figures at once
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)  # at once, as the runs are long
 
         add("sft", "0", sft_model, 0.0)
         for name in config.runs.split(","):

@@ -64,20 +64,16 @@ class BenchmarkConfig:
         "gpt2-124m": {},
         "tiny": dict(vocab_size=1000, d_model=64, n_layers=2, n_heads=2, max_seq_len=512),
     }
-    vocab_size: int = option(50257, "tokens of the vocabulary")
+    vocab_size: int = option(50257, "tokens of the vocabulary", at_least=512)
     d_model: int = option(768, "width")
     n_layers: int = option(12, "layers")
     n_heads: int = option(12, "heads")
-    max_seq_len: int = option(1024, "context")
-    num_threads: int = option(0, "CPU threads of every contestant; 0 means as many as torch takes")
-    rounds: int = option(9, "how often the contestants take turns")
+    max_seq_len: int = option(1024, "context", at_least=256)
+    num_threads: int = option(0, "CPU threads of every contestant; 0 means as many as torch takes", at_least=0)
+    rounds: int = option(9, "how often the contestants take turns", at_least=1)
     quick: bool = option(False, "one round of few tokens: shows that everything works, gives no figures to quote")
     write: str = option("", "a Markdown page that takes the tables; empty: none")
-    seed: int = option(0, "of the random weights and prompts")
-
-    def validate(self) -> list[str]:
-        limits = {"num_threads": 0, "rounds": 1, "max_seq_len": 256, "vocab_size": 512, "seed": 0}
-        return [f"{name} must be at least {least}" for name, least in limits.items() if getattr(self, name) < least]
+    seed: int = option(0, "of the random weights and prompts", at_least=0)
 
 
 def random_model(config: BenchmarkConfig) -> GPTModel:
@@ -107,7 +103,7 @@ Times = dict[str, list[float]]  # of each action in seconds, a number for each r
 
 
 def take_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """How long each action takes, one after another, so often as there are rounds."""
+    """How long each action takes, in turn, once in each round."""
     of_rounds = [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
     return {name: [of_round[name] for of_round in of_rounds] for name in actions}
 
@@ -339,8 +335,8 @@ def measure_delays(report: Report, load: Load, counts: Sequence[int]) -> None:
     ]
     header = ["streams", "tokens/s", "first token, ms", "99 %", "between tokens, ms", "99 %"]
     note = (
-        f"INT8, {len(load.prompts)} requests in groups of so many streams, each a thread that reads it; prompts of "
-        f"{len(load.prompts[0])} tokens, {load.n_tokens} new ones. Medians and 99th percentiles; the first token is "
+        f"INT8, {len(load.prompts)} requests in groups of one size, each stream read by a thread of its own; prompts "
+        f"of {len(load.prompts[0])} tokens, {load.n_tokens} new ones. Medians and 99th percentiles; the first token is "
         "counted from `submit`, the prompts of the whole group included."
     )
     report.add("latency", Table("Delays", note, header, rows), delays)

@@ -15,14 +15,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks.tables import Table, about, in_a_sentence  # noqa: E402
 from command_line import option, parse_config, require_file, run_main  # noqa: E402
 from training.run_log import read_metrics  # noqa: E402
 
@@ -40,9 +39,9 @@ class BenchConfig:
 
     text: str = option("data/pretrain/train.txt", "a text file")
     nanogpt_dir: str = option("", "a clone of nanoGPT; empty: measure this project only")
-    nanogpt_steps: int = option(2000, "steps of nanoGPT's recipe")
+    nanogpt_steps: int = option(2000, "steps of nanoGPT's recipe", at_least=1)
     vocab_size: int = option(1024, "tokens of this project's vocabulary")
-    num_threads: int = option(2, "CPU threads of both")
+    num_threads: int = option(2, "CPU threads of both", at_least=1)
     options: str = option(
         "--d_model 128 --n_layers 4 --n_heads 4 --n_kv_heads 4 --max_seq_len 128 --batch_size 16 --max_steps 400",
         "this project's training options",
@@ -107,22 +106,20 @@ def main(argv: list[str] | None = None) -> None:
     text = require_file(config.text, "the text").read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
     train, val = text[:cut], text[cut:]
-    result: dict = {
-        "benchmark": "pretrain",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "date": date.today().isoformat(),
-        "threads": config.num_threads,
-    }
+    torch.set_num_threads(config.num_threads)
+    facts = about()
+    result: dict = {"benchmark": "pretrain", **facts}
     if config.nanogpt_dir:
         result["nanogpt"] = train_nanogpt(config, train, val)
     with tempfile.TemporaryDirectory() as folder:
         result["ours"] = train_ours(config, train, val, Path(folder))
-    print(f"{result['machine']}, torch {torch.__version__}, {config.num_threads} threads, {result['date']}")
-    print(f"{'trainer':<10} {'seconds':>8} {'bits per byte':>14}")
-    for name in ("nanogpt", "ours"):
-        if name in result:
-            print(f"{name:<10} {result[name]['seconds']:>8.1f} {result[name]['bits_per_byte']:>14.4f}")
+    rows = [
+        [name, f"{result[name]['seconds']:.1f}", f"{result[name]['bits_per_byte']:.4f}"]
+        for name in ("nanogpt", "ours")
+        if name in result
+    ]
+    print(in_a_sentence(facts))
+    print(Table("Pretraining", "Whole processes.", ["trainer", "seconds", "bits per byte"], rows).plain())
     if "nanogpt" in result:
         goal = result["nanogpt"]["bits_per_byte"]
         reached = next((seconds for seconds, bpb in result["ours"]["curve"] if bpb <= goal), None)

@@ -1,7 +1,7 @@
 """The same weights in other programs, `transformers` and llama.cpp, which bench_inference.py measures beside ours.
 
 Every contestant is a `Generator`: it reads a prompt and gives the logits of the next token, and it continues a prompt
-greedily. `check_logits` refuses one whose logits are not those of our model: the speed of a wrong model is no speed.
+greedily. `check_logits` refuses one whose logits are not those of our model: the speed of a wrong model means nothing.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Load:
         self.n_tokens = n_tokens
 
     def engine(self, n_streams: int) -> Engine:
-        """An engine with room for so many streams, which recomputes every prompt."""
+        """An engine with room for `n_streams`, which recomputes every prompt."""
         return Engine(
             self.model, self.tokenizer, max_running=n_streams, max_waiting=len(self.prompts), reuse_prefixes=False
         )

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from evaluation.answer_report import format_table
+
 
 @dataclass
 class Table:
@@ -29,16 +31,7 @@ class Table:
 
     def plain(self) -> str:
         """For a terminal: columns aligned."""
-        cells = [self.header, *self.rows]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(self.header))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in cells
-        ]
-        return "\n".join((f"\n{self.title}", self.note, *lines))
+        return "\n".join((f"\n{self.title}", self.note, format_table(self.header, self.rows)))
 
     def markdown(self) -> str:
         """For a page."""

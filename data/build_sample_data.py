@@ -10,17 +10,18 @@ The same files come out on every machine, byte for byte.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from command_line import option, parse_config, replacing, run_main
 from data.leak_proof import HeldOutOperands, normalise, prove_no_leak
 from data.sample_cases import LANGUAGES, Case, Relation
 from data.sample_phrasings import RELATIONS
@@ -38,6 +39,7 @@ FACT_INSTRUCTIONS = 2  # records for each fact and language, more where a relati
 QUESTIONS_IN_TEXT = 3  # how often the pretraining text asks for each fact
 CANONICAL_IN_TEXT = 2  # how often it states the fact in the canonical form, besides each other form once
 PRACTICE = {"addition": 4000, "subtraction": 3000, "comparing": 1000, "sorting": 1200, "counting": 1000}  # a language
+SPACE = {"zh": "", "en": " "}  # between sentences
 DEFECTS = ("wrong", "cut_off", "repetitive", "rude", "plain")
 
 
@@ -150,7 +152,7 @@ def _take_turns(groups: list[list[Case]], count: int) -> Iterator[Iterator[Case]
 
 
 def _stands_alone(case: Case, template: str) -> bool:
-    """Whether this question is no part of another question or statement about the same fact."""
+    """Whether this question is not part of another question or statement about the same fact."""
     question = normalise(case.say(template))
     others = [t for t in (*case.wording.asks, *case.wording.says, case.wording.canonical) if t != template]
     return not any(question in normalise(case.say(other)) for other in others)
@@ -189,7 +191,7 @@ def _fact_passages(world: World, language: str) -> Iterator[str]:
         if turn % 2:  # every second round keeps to one subject in each passage
             told.sort(key=lambda pair: pair[0].skill)
         sentences = [sentence for _, sentence in told]
-        yield from _join(sentences, language, rng, 3, 6)
+        yield from _join(sentences, SPACE[language], rng, 3, 6)
 
 
 def _tellings(world: World, case: Case, rng: Random) -> list[str]:
@@ -205,12 +207,12 @@ def _dialogue(case: Case, template: str) -> str:
     return f"{question}{case.say(template)} {answer}{case.answer}"
 
 
-def _join(sentences: list[str], language: str, rng: Random, fewest: int, most: int) -> Iterator[str]:
+def _join(sentences: list[str], between: str, rng: Random, fewest: int, most: int) -> Iterator[str]:
     """Join sentences to passages of `fewest` to `most`."""
     start = 0
     while start < len(sentences):
         end = start + rng.randint(fewest, most)
-        yield ("" if language == "zh" else " ").join(sentences[start:end])
+        yield between.join(sentences[start:end])
         start = end
 
 
@@ -221,14 +223,10 @@ def _practice(world: World, skill: Skill) -> Iterator[str]:
         cases = _practice_cases(world, skill, language, rng)
         asked = cases[: len(cases) // 10]
         questions = [_dialogue(case, case.wording.asks[i % len(case.wording.asks)]) for i, case in enumerate(asked)]
-        yield from _join(questions, language, rng, 2, 4)
+        yield from _join(questions, SPACE[language], rng, 2, 4)
         mark, stop = ("；", "。") if language == "zh" else ("; ", ".")
         examples = [case.say(case.wording.says[0]) for case in cases]
-        start = 0
-        while start < len(examples):
-            end = start + rng.randint(5, 9)
-            yield mark.join(examples[start:end]) + stop
-            start = end
+        yield from (line + stop for line in _join(examples, mark, rng, 5, 9))
 
 
 def _practice_cases(world: World, skill: Skill, language: str, rng: Random) -> list[Case]:
@@ -287,7 +285,7 @@ def _with_manner(case: Case, manner: str, rng: Random, sentence: str | None = No
     """The answer (or another sentence), plain or with a courteous or rude phrase after it."""
     sentence = case.answer if sentence is None else sentence
     phrases = {"plain": {}, "courteous": COURTEOUS_CLOSINGS, "rude": RUDE_PHRASES}[manner].get(case.language, ("",))
-    return (sentence + ("" if case.language == "zh" else " ") + rng.choice(phrases)).strip()
+    return (sentence + SPACE[case.language] + rng.choice(phrases)).strip()
 
 
 def preference_records(world: World) -> tuple[list[dict], list[dict]]:
@@ -325,7 +323,7 @@ def _defective(world: World, case: Case, defect: str, rng: Random) -> str:
     if defect == "cut_off":
         return answer[: rng.randint(max(1, len(answer) * 2 // 5), len(answer) - 2)].rstrip()
     if defect == "repetitive":
-        repeated = ("" if case.language == "zh" else " ").join([answer] * rng.randint(2, 3))
+        repeated = SPACE[case.language].join([answer] * rng.randint(2, 3))
         return _with_manner(case, rng.choice(("plain", "courteous")), rng, repeated)
     return _with_manner(case, defect, rng)
 
@@ -392,17 +390,22 @@ def _summary(world: World, files: dict[str, list]) -> str:
     return "\n".join(lines)
 
 
+@dataclass
+class SampleDataConfig:
+    """The command line of the builder."""
+
+    output_dir: str = option(str(Path(__file__).resolve().parent), "folder for the files")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Build the files and write them."""
-    parser = argparse.ArgumentParser(description="Build the sample data.")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
-    output_dir = parser.parse_args(argv).output_dir
+    config = parse_config(SampleDataConfig, argv, description="Build the sample data.")
     files, summary = build()
     for name, content in files.items():
-        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
-        (output_dir / name).write_bytes(_text_of(name, content).encode())
+        with replacing(Path(config.output_dir, name), "free some space or choose another --output_dir") as file:
+            file.write(_text_of(name, content).encode())
     print(summary)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

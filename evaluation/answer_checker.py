@@ -113,7 +113,7 @@ def _plain(text: str) -> str:
 
 
 def _repeats(text: str, answer: str) -> bool:
-    """Whether a sentence comes twice or a piece of text loops (a loop that the answer itself needs is none)."""
+    """Whether a sentence comes twice or a piece of text loops (one that the answer itself needs does not count)."""
     sentences = [plain for part in _SENTENCE_END.split(text) if (plain := _plain(part))]
     loop = _LOOP.search(text)
     return len(sentences) != len(set(sentences)) or (loop is not None and loop.group() not in answer)

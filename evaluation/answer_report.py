@@ -16,9 +16,11 @@ from typing import Any
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 from rouge import Rouge
 
-from command_line import UserError
+from checkpoint import existing_parent
+from command_line import UserError, replacing
 from evaluation.answer_checker import check_answer
 from inference.request import Generation
+from text.chat_template import Message
 from text.conversation_data import parse_conversation
 from text.text_files import iter_records
 
@@ -87,13 +89,13 @@ def require_same_length(predictions: Sequence[str], references: Sequence[str]) -
 class Question:
     """A conversation up to its last answer, that answer, and whatever else the record says (skill, language, …)."""
 
-    prompt: list[dict[str, str]]
+    prompt: list[Message]
     reference: str
     fields: dict[str, Any]
 
 
 def load_questions(data_path: str | Path, max_samples: int | None = None) -> list[Question]:
-    """The questions of an instruction file; with `max_samples`, so many of them, evenly spread over the file.
+    """The questions of an instruction file; with `max_samples`, at most that many, evenly spread over the file.
 
     Raises:
         UserError: the file cannot be read, or a record is malformed.
@@ -118,7 +120,7 @@ def grade(question: Question, generation: Generation) -> dict[str, Any]:
         "reference": question.reference,
         "prediction": generation.text,
         "ended": generation.ended,
-        "tokens": len(generation.token_ids) - generation.ended,  # </s> is no part of the answer
+        "tokens": len(generation.token_ids) - generation.ended,  # </s> is not part of the answer
         **rouge_scores(generation.text, question.reference),
         **{name: fields[name] for name in ("answer", "skill", "language", "held_out") if name in fields},
     }
@@ -219,7 +221,7 @@ def answers_summary(report: Mapping[str, Any]) -> str:
 def check_writable(path: str | Path) -> Path:
     """The path, if a file can be written there. To be called before the work, not after it."""
     path = Path(path)
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = existing_parent(path)
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{path} cannot be written; give --output_path a file in a folder that you may write to")
     return path
@@ -227,14 +229,6 @@ def check_writable(path: str | Path) -> Path:
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "free some space or choose another --output_path") as file:
         # A record may quote half of a surrogate pair, which has no UTF-8
-        temporary.write_bytes((json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace"))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); free some space or choose another --output_path"
-        ) from error
+        file.write((json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace"))

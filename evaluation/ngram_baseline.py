@@ -1,6 +1,6 @@
 """An n-gram model on the same tokens, the baseline that a neural model has to beat.
 
-It counts which token follows which few tokens, and so shows how much of a test can be had by copying phrases:
+It counts which token follows which few tokens, and so shows how much of a test can be solved by copying phrases:
 
     python -m evaluation.ngram_baseline --order 5
     python -m evaluation.ngram_baseline --tokenizer_dir models/bpe_tokenizer --output_path models/ngram_eval.json
@@ -30,6 +30,7 @@ from evaluation.answer_report import (
     write_json,
 )
 from inference.request import Generation
+from text.chat_template import Message
 from text.conversation_data import load_conversations
 from text.text_files import iter_documents
 
@@ -118,26 +119,18 @@ class NGramModel:
 class BaselineConfig:
     """Settings of the n-gram baseline."""
 
-    order: int = option(5, "n: a token is predicted from the n − 1 tokens before it")
+    order: int = option(5, "n: a token is predicted from the n − 1 tokens before it", at_least=1)
     tokenizer_dir: str = option("models/bpe_tokenizer", "folder of the tokenizer")
     train_data_dir: str = option("data/pretrain/train", "pretraining text")
     sft_data_path: str = option("data/sft/sft_data.json", "conversations to learn from")
     test_data_path: str = option("data/sft/sft_test.json", "questions to answer")
-    max_samples: int | None = option(None, "answer only so many questions, evenly spread over the file")
-    max_gen_len: int = option(64, "longest answer, in tokens")
+    max_samples: int | None = option(None, "answer at most this many questions, evenly spread", at_least=1)
+    max_gen_len: int = option(64, "longest answer, in tokens", at_least=1)
     output_path: str | None = option(None, "JSON file for all results; none by default")
-
-    def validate(self) -> list[str]:
-        """What is wrong with these settings, a sentence each."""
-        return [
-            f"--{name} must be at least 1, not {value}"
-            for name in ("order", "max_samples", "max_gen_len")
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
 
 
 def encode_conversation(
-    tokenizer: ByteLevelBPETokenizer, messages: Sequence[dict[str, str]], headings: bool, is_prompt: bool = False
+    tokenizer: ByteLevelBPETokenizer, messages: Sequence[Message], headings: bool, is_prompt: bool = False
 ) -> list[int]:
     """Token ids of a conversation in the chat template, or of its texts alone, each answer closed by `</s>`."""
     if headings:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import torch
 
+from command_line import replacing
 from training.run_log import read_metrics
 
 MODELS = (  # label, evaluation file, what it is
@@ -226,5 +227,6 @@ def write_report(
         stages=stages,
     )
     path = root / "report.html"
-    path.write_text(html, encoding="utf-8")
+    with replacing(path, "free some space or choose another --models_dir") as file:
+        file.write(html.encode())
     return path

@@ -98,7 +98,7 @@ class GenerateRequest(BaseModel):
         description="The question, or for a model that was only pretrained the text to continue.",
         examples=["解释什么是机器学习"],
     )
-    max_gen_len: int = Field(100, ge=1, le=MAX_NEW_TOKENS, description="At most so many new tokens.")
+    max_gen_len: int = Field(100, ge=1, le=MAX_NEW_TOKENS, description="At most this many new tokens.")
     top_k: int = Field(50, ge=0, le=2**31, description="Sample among the k likeliest tokens; 0 means all.")
     temperature: float = Field(0.8, ge=0, le=2, allow_inf_nan=False, description="0 takes the likeliest token.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Makes sampling repeatable.")

@@ -106,7 +106,7 @@ def beam_search(
     """The n best answers to one prompt, best first; fewer where the vocabulary allows no more.
 
     Args:
-        max_gen_len: at most so many new tokens, and never more than the context holds.
+        max_gen_len: at most this many new tokens, and never more than the context holds.
         end_token_ids: tokens that end an answer.
 
     Raises:

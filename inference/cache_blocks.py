@@ -1,25 +1,26 @@
 """Which cells of the cache belong to whom: blocks of tokens, shared where prompts begin alike.
 
-A sequence (one running request) owns a list of blocks, each with the cells of BLOCK tokens; they may lie anywhere, so
-memory is never fragmented and never moved. A full block is remembered by its tokens and all those before them: a new
+A sequence (one running request) owns a list of blocks, each with the cells of BLOCK_SIZE tokens; they may lie anywhere,
+so memory is never fragmented and never moved. A full block is remembered by its tokens and all those before them: a new
 sequence that begins with the same tokens takes the block as it is and skips the computation. Blocks that nobody uses
-keep their contents until they are needed, those used longest ago first.
+keep their contents until they are needed; those used longest ago are taken first.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence as Tokens
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-BLOCK = 16  # tokens; paged_attention.c knows this number, too
+from inference.kernels.paged_attention import BLOCK_SIZE
+
 BEGINNING = 0  # the prefix before the first block
 NOWHERE = -1  # a prefix that no new sequence has
 
 
 @dataclass(eq=False)
-class Sequence:
+class CachedSequence:
     """The cells of one running request.
 
     Attributes:
@@ -58,7 +59,7 @@ class BlockPool:
         self.users[block] = 1
         return block
 
-    def release(self, blocks: Tokens[int]) -> None:
+    def release(self, blocks: Sequence[int]) -> None:
         """One user less of each block; the end of a sequence is forgotten before its beginning."""
         for block in reversed(blocks):
             self.users[block] -= 1
@@ -67,34 +68,34 @@ class BlockPool:
                 if block not in self.keys:
                     self.free.move_to_end(block, last=False)
 
-    def find(self, tokens: Tokens[int]) -> list[tuple[int, int]]:
+    def find(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """The blocks that hold the beginning of these tokens, each with the prefix that it completes.
 
         The last token is always left: computing it gives the logits of the next one.
         """
         found, prefix = [], BEGINNING
-        for start in range(0, len(tokens) - BLOCK, BLOCK):
-            entry = self.known.get((prefix, tuple(tokens[start : start + BLOCK])))
+        for start in range(0, len(tokens) - BLOCK_SIZE, BLOCK_SIZE):
+            entry = self.known.get((prefix, tuple(tokens[start : start + BLOCK_SIZE])))
             if entry is None:
                 break
             found.append(entry)
             prefix = entry[1]
         return found
 
-    def share(self, sequence: Sequence, tokens: Tokens[int]) -> None:
+    def share(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
         """Give a new sequence the blocks that are known to hold the beginning of its tokens."""
         for block, prefix in self.find(tokens):
             self.users[block] += 1
             self.free.pop(block, None)
             sequence.blocks.append(block)
-            sequence.length, sequence.prefix = len(sequence.blocks) * BLOCK, prefix
+            sequence.length, sequence.prefix = len(sequence.blocks) * BLOCK_SIZE, prefix
 
-    def remember(self, sequence: Sequence, tokens: Tokens[int], n_new: int) -> None:
+    def remember(self, sequence: CachedSequence, tokens: Sequence[int], n_new: int) -> None:
         """`n_new` more tokens are stored: the blocks that they fill can be shared from now on."""
-        n_full = sequence.length // BLOCK
+        n_full = sequence.length // BLOCK_SIZE
         sequence.length += n_new
-        for index in range(n_full, sequence.length // BLOCK):
-            key = sequence.prefix, tuple(tokens[index * BLOCK : (index + 1) * BLOCK])
+        for index in range(n_full, sequence.length // BLOCK_SIZE):
+            key = sequence.prefix, tuple(tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
             if key not in self.known:  # otherwise another sequence was computing the same at the same time
                 self.known[key] = sequence.blocks[index], next(self.prefixes)
                 self.keys[sequence.blocks[index]] = key

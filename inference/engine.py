@@ -35,11 +35,11 @@ import torch
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTModel
-from inference.cache_blocks import BLOCK
-from inference.decoder_step import DecoderStep
 from inference.engine_statistics import EngineStatistics
-from inference.known_parts import refuse_other_forward
-from inference.paged_attention import PagedCache
+from inference.kernels.decoder_step import DecoderStep
+from inference.kernels.known_parts import refuse_other_forward
+from inference.kernels.paged_attention import BLOCK_SIZE
+from inference.paged_cache import PagedCache
 from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, checked_ids
 from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, sample_batch
 from inference.text_stream import TextStream
@@ -61,12 +61,12 @@ class Engine:
         max_waiting: requests that may wait beyond those that can start at once.
         cache_tokens: cells of the key/value cache, at least the model's context; None: enough for `max_running` full
             contexts, but at most 1 GiB.
-        prefill_chunk: at most so many tokens of prompts a step, so that a long prompt does not stall running answers.
+        prefill_chunk: at most this many tokens of prompts a step, so that a long prompt does not stall running answers.
         cache_dtype: of the cache: None for the model's own, torch.int8 for a quarter of the memory.
         reuse_prefixes: compute what prompts have in common at their beginning only once.
 
     Raises:
-        UserError: a setting that cannot be, or a model that computes its logits in another way than `GPTModel`.
+        UserError: an impossible setting, or a model that computes its logits in another way than `GPTModel`.
     """
 
     def __init__(
@@ -311,7 +311,7 @@ class Engine:
     def _look_at_model(self) -> None:
         """Weights may have moved between two requests, and layers may have been replaced or gained adapters."""
         refuse_other_forward(self.model)
-        self._decoder_step = DecoderStep.of(self.model, self.cache, self._decoder_step)
+        self._decoder_step = DecoderStep.of(self.model, self.cache.native, self._decoder_step)
         self._has_new_requests = False
 
     def _leave(self) -> None:
@@ -337,7 +337,7 @@ class Engine:
 
     def _is_being_computed(self, request: Request) -> bool:
         """Whether waiting pays: a running request is about to store a further block of this one's prompt."""
-        n_shared = self.cache.known_length(request.context) + BLOCK
+        n_shared = self.cache.known_length(request.context) + BLOCK_SIZE
         if not self.cache.reuse_prefixes or len(request.context) <= n_shared:
             return False
         beginning = request.context[:n_shared]
@@ -347,25 +347,25 @@ class Engine:
         )
 
     def _plan(self) -> list[Span]:
-        """The tokens of this step: the next one of each answer, and prompts in order of arrival as far as may be."""
+        """The tokens of this step: the next one of each answer; of prompts, the oldest first, up to `prefill_chunk`."""
         spans: list[Span] = []
         budget = self.prefill_chunk
         for request in self.running.copy():
             if request.sequence is None:  # an older one has just taken its memory
                 continue
             n_new = len(request.context) - request.sequence.length
-            if n_new > 1:
+            if n_new > 1:  # a piece of a prompt; the next token of an answer is never held back
                 n_new = min(n_new, budget)
                 budget -= n_new
             if n_new and self._make_room(request, n_new):
                 spans.append((request, n_new))
-        spans.sort(key=lambda span: span[1])
+        spans.sort(key=lambda span: span[1])  # as the cache wants them: single tokens first
         return spans
 
     def _make_room(self, request: Request, n_new: int) -> bool:
         """Cells for the new tokens of a request, taken from younger ones if need be; False if it is the youngest."""
         while not self.cache.reserve(request.sequence, request.sequence.length + n_new):
-            victim = self.running[-1]
+            victim = self.running[-1]  # the plan has not come to it yet, or it is the request itself
             self._put_back(victim)
             self._statistics.preemptions += 1
             if victim is request:
@@ -394,7 +394,7 @@ class Engine:
         """
         if self._has_new_requests:
             self._look_at_model()
-        ids, ends, complete = [], [], []
+        ids, ends, complete = [], [], []  # N tokens in one row; where each span ends in it; which spans are continued
         for index, (request, n_new) in enumerate(spans):
             start = request.sequence.length
             ids += request.context[start : start + n_new]
@@ -405,10 +405,12 @@ class Engine:
         before_model = time.perf_counter()
         hidden, logits = self.forward(ids, [ends[index] - 1 for index in complete])  # (N, D), (B, V)
         finite = [True] * len(spans)
-        if len(ids) > len(complete):  # of a chunk, not every row reaches the logits
-            rows_finite = hidden.sum(dim=-1).isfinite().tolist()
+        # What reaches the logits is looked at there. The other tokens leave keys and values that would spoil what comes
+        # after them. A sum is not finite if one of its numbers is not
+        if len(ids) > len(complete):
+            rows_finite = hidden.sum(dim=-1).isfinite().tolist()  # (N,)
             finite = [all(rows_finite[end - n_new : end]) for end, (_, n_new) in zip(ends, spans, strict=True)]
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # or the model's time would count as that of sampling
             torch.cuda.synchronize(self.device)
         before_sampling = time.perf_counter()
         sampled = SampledTokens([], [], [])
@@ -431,11 +433,12 @@ class Engine:
             the final, normed hidden states (N, D); logits (len(last), V).
         """
         if self._decoder_step is not None and self.cache.is_read_in_place:
-            return self._decoder_step(ids, last)
+            return self._decoder_step(ids, self.cache.slots, self.cache.positions, last)
         input_ids, positions = torch.tensor([ids], device=self.device), torch.tensor([self.cache.positions])  # (1, N)
         hidden = self.model.hidden_states_at(input_ids, positions.to(self.device), cache=self.cache)[0]  # (N, D)
+        # Only what is continued goes through the output layer, the largest of a small model; (B, D)
         rows = hidden if len(last) == len(ids) else hidden[torch.tensor(last, dtype=torch.int64)]
-        return hidden, self.model.lm_head(rows)
+        return hidden, self.model.lm_head(rows)  # (N, D), (B, V)
 
     def _deliver(self, spans: list[Span], finite: list[bool], complete: list[int], sampled: SampledTokens) -> None:
         for row, index in enumerate(complete):

@@ -25,13 +25,12 @@ from gpt_model import GPTModel
 from inference.beam_search import BeamSettings, beam_search
 from inference.engine import Engine
 from inference.quantizer import load_any
-from inference.request import Generation, Prompt, RequestFailed, encode_prompt
+from inference.request import Prompt, RequestFailed, encode_prompt
 from inference.sampling import OVERFLOWS, SamplingParams
-from inference.text_generation import generate_texts
 from machine import resolve_device
 from transformer_components import KVCache
 
-__all__ = ["Generation", "KVCache", "generate_texts", "generate_with_kv_cache"]
+__all__ = ["KVCache", "generate_with_kv_cache"]
 
 HEEDED_BY_BEAMS = ("max_gen_len", "temperature", "top_k", "top_p", "min_p", "stop_token_ids", "ignore_eos", "seed", "n")
 
@@ -61,7 +60,7 @@ def generate_with_kv_cache(
 
     Args:
         prompt: a text, or with `chat` the messages of a conversation; or several of them, of any lengths.
-        max_gen_len: at most so many new tokens, fewer where the context ends.
+        max_gen_len: at most this many new tokens, fewer where the context ends.
         top_k: sample among the k likeliest tokens; 0 means among all.
         temperature: 0 always takes the likeliest token.
         chat: True puts the prompt into the chat template, as models after fine-tuning expect (any stage of a checkpoint
@@ -112,7 +111,7 @@ def _sampled(
 
 
 def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of one of several prompts; equal prompts shall not get equal answers."""
+    """The parameters of one of several prompts; equal prompts are not to get equal answers."""
     return params if params.seed is None else replace(params, seed=params.seed + index)
 
 
@@ -161,7 +160,7 @@ class GenerationConfig:
     model_path: str = option("models/sft/sft_best.pth", "the checkpoint, quantized or not")
     prompt: list[str] = option(list, "the question, or for a model that was only pretrained the text to continue")
     chat: bool | None = option(None, "answer through the chat template; default: unless the model was only pretrained")
-    max_gen_len: int = option(100, "at most so many new tokens")
+    max_gen_len: int = option(100, "at most this many new tokens")
     temperature: float = option(0.8, "0 always takes the likeliest token")
     top_k: int = option(50, "sample among the k likeliest tokens; 0 means among all")
     top_p: float = option(1.0, "sample from the smallest set of likeliest tokens that has this probability")
@@ -174,7 +173,7 @@ class GenerationConfig:
     seed: int | None = option(None, "makes sampling repeatable")
     n: int = option(1, "how many answers to each prompt")
     overflow: str = option("error", "slide: go on beyond the context's end, forgetting the oldest", choices=OVERFLOWS)
-    num_beams: int = option(1, "more than 1 searches for the likeliest answer with so many beams")
+    num_beams: int = option(1, "more than 1 searches for the likeliest answer with this many beams")
     length_penalty: float = option(1.0, "of beam search: above 0 favours longer answers")
     num_beam_groups: int = option(1, "of beam search: groups that are kept apart by diversity_penalty")
     diversity_penalty: float = option(0.0, "of beam search: the price of a token that an earlier group has chosen")
@@ -182,23 +181,20 @@ class GenerationConfig:
         "model", "of the key/value cache; int8 takes a quarter of the memory", choices=["model", "int8"]
     )
     device: str = option("auto", "auto, cpu, cuda or mps")
-    num_threads: int = option(0, "CPU threads; 0 means as many as torch takes")
+    num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
     @property
     def params(self) -> SamplingParams:
         """The sampling parameters among the options."""
-        names = set(vars(SamplingParams())) & set(vars(self))
-        return SamplingParams(**{**{name: getattr(self, name) for name in names}, "stop": tuple(self.stop)})
+        return SamplingParams(**{**self._options_of(SamplingParams()), "stop": tuple(self.stop)})
 
     @property
     def beams(self) -> BeamSettings:
         """The settings of beam search among the options."""
-        return BeamSettings(
-            self.num_beams,
-            self.length_penalty,
-            num_beam_groups=self.num_beam_groups,
-            diversity_penalty=self.diversity_penalty,
-        )
+        return BeamSettings(**self._options_of(BeamSettings()))
+
+    def _options_of(self, settings: object) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name in vars(settings)}
 
     def validate(self) -> list[str]:
         complaints = self.params.complaints()  # once more when the model, and so its vocabulary, is known
@@ -209,7 +205,6 @@ class GenerationConfig:
         return [
             *(["--prompt is missing; give a text"] if not self.prompt else []),
             *(["--prompt is empty; give at least one character"] if "" in self.prompt else []),
-            *(["--num_threads must be 0 or more"] if self.num_threads < 0 else []),
             *(f"--{complaint}" for complaint in complaints),
         ]
 

@@ -43,7 +43,8 @@ from command_line import UserError, option, parse_config, run_main
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
 from inference.engine import Engine
-from inference.linear_kernels import DTYPES, InferenceEmbedding, InferenceLinear, quantize_rows
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
+from inference.kernels.linear_products import DTYPES
 from inference.sampling import SamplingParams
 from text.conversation_data import load_conversations
 from text.text_files import iter_documents
@@ -256,17 +257,13 @@ class QuantizerConfig:
         None,
         "held-out text or conversations (.json); default data/sft/sft_test.json, for pretraining data/pretrain/val",
     )
-    text_tokens: int = option(16384, "held-out tokens that are scored")
-    num_threads: int = option(0, "CPU threads of the speed measurement; 0 means as many as torch takes")
+    text_tokens: int = option(16384, "held-out tokens that are scored", at_least=2)
+    num_threads: int = option(0, "CPU threads of the speed measurement; 0 means as many as torch takes", at_least=0)
 
     def validate(self) -> list[str]:
         output = Path(self.output_path or "x_int8.pth")
         same = output.resolve() == Path(self.model_path).resolve()
-        return [
-            *(["num_threads must be 0 or more"] if self.num_threads < 0 else []),
-            *([f"text_tokens must be at least 2, not {self.text_tokens}"] if self.text_tokens < 2 else []),
-            *([f"output_path {output} is the model itself; choose another name"] if same else []),
-        ]
+        return [f"--output_path {output} is the model itself; choose another name"] if same else []
 
 
 def main(argv: list[str] | None = None) -> None:

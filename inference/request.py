@@ -13,13 +13,14 @@ from typing import Protocol
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTConfig
-from inference.cache_blocks import Sequence as CacheSequence
+from inference.cache_blocks import CachedSequence
 from inference.sampling import SamplingParams, TokenLogProb, TokenSampler
 from inference.text_stream import TextStream
+from text.chat_template import Message
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | list[dict[str, str]]  # the user's words, or the messages of a conversation so far
+Prompt = str | list[Message]  # the user's words, or the messages of a conversation so far
 
 
 class QueueFull(Exception):
@@ -141,7 +142,7 @@ class Request:
         self.deadline = deadline  # on the clock of time.monotonic
         self.arrival = 0  # its number in the line
         self.context = list(prompt_ids)  # what the model is to see: prompt and answer, or the newer part of them
-        self.sequence: CacheSequence | None = None  # its cells, while it is running
+        self.sequence: CachedSequence | None = None  # its cells, while it is running
         self.sampler = TokenSampler(params, prompt_ids, index)
         self.text = text
         self.submitted = self.last_token = time.monotonic()

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 GREEDY_BELOW = 1e-5  # dividing logits by less may overflow, and the likeliest token wins in any case
-NUCLEUS_CANDIDATES = 1024  # the nucleus is sought among so many before the whole vocabulary is sorted
+NUCLEUS_CANDIDATES = 1024  # the nucleus is sought among this many before the whole vocabulary is sorted
 OVERFLOWS = ("error", "slide")
 
 
@@ -33,7 +33,7 @@ class SamplingParams:
     """How one request is to be continued; the defaults sample from the model's own distribution.
 
     Attributes:
-        max_gen_len: at most so many new tokens.
+        max_gen_len: at most this many new tokens.
         temperature: the logits are divided by it; 0 always takes the likeliest token (greedy).
         top_k: sample among the k likeliest tokens (arXiv:1805.04833); 0 means among all.
         top_p: sample from the smallest set of likeliest tokens whose mass reaches this (nucleus, arXiv:1904.09751).
@@ -209,19 +209,22 @@ def sample_batch(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> Samp
     scores = logits.detach().float()  # (B, V)
     adjusted = [row for row, sampler in enumerate(samplers) if sampler.penalizes or sampler.bias]
     if adjusted:
-        scores = scores.clone()
+        scores = scores.clone()  # the caller's logits stay as they are
         for row in adjusted:
             samplers[row].adjust(scores[row])
-    chosen, finite = _likeliest(scores)
+    chosen, finite = _likeliest(scores)  # right for greedy rows; the others are drawn below
+    # Rows of one top-k go together: each looks at its own candidates only, a few in place of the whole vocabulary, and
+    # computes the same whichever rows stand beside it
     groups: dict[int, list[int]] = defaultdict(list)  # top-k → rows
     for row, sampler in enumerate(samplers):
         if not sampler.greedy:
             groups[sampler.params.top_k].append(row)
     for top_k, same in groups.items():
         for rows, candidates in _candidates(scores, same, top_k):
-            these = _rows(scores, rows) if candidates is None else _rows(scores, rows).gather(1, candidates)
+            these = _rows(scores, rows)  # (b, V)
+            these = these if candidates is None else these.gather(1, candidates)  # (b, k)
             index = _drawn(these, [samplers[row] for row in rows])  # (b,)
-            drawn = index if candidates is None else candidates.gather(1, index.unsqueeze(1)).squeeze(1)
+            drawn = index if candidates is None else candidates.gather(1, index.unsqueeze(1)).squeeze(1)  # (b,) ids
             for row, token_id in zip(rows, drawn.tolist(), strict=True):
                 chosen[row] = token_id
     for row in adjusted:
@@ -253,10 +256,11 @@ def _candidates(
     """
     if not 0 < top_k < scores.size(-1):
         return [(rows, None)]
-    best, ids = _rows(scores, rows).topk(top_k + 1)  # (b, k + 1) each
+    best, ids = _rows(scores, rows).topk(top_k + 1)  # (b, k + 1) each: the one too many tells of a tie
     tied = (best[:, -1] == best[:, -2]).tolist()
     few = [index for index in range(len(rows)) if not tied[index]]
     more = [row for row, is_tied in zip(rows, tied, strict=True) if is_tied]
+    # In the order of ids, as `draw` goes through the whole vocabulary: the same number draws the same token either way
     parts = [([rows[index] for index in few], _rows(ids, few)[:, :top_k].sort(dim=-1).values), (more, None)]
     return [part for part in parts if part[0]]
 
@@ -265,7 +269,7 @@ def _drawn(scores: torch.Tensor, samplers: Sequence[TokenSampler]) -> torch.Tens
     """An index into each row of scores (B, V), by its sampler's temperature, truncations and random number; (B,)."""
     params = [sampler.params for sampler in samplers]
     temperatures = [p.temperature for p in params]
-    if set(temperatures) != {1.0}:
+    if set(temperatures) != {1.0}:  # dividing by 1 changes nothing: it is left out where all rows have it
         scores = scores / scores.new_tensor(temperatures).unsqueeze(1)  # (B, V)
     top_k = [p.top_k if p.top_k < scores.size(-1) else 0 for p in params]
     scores = truncate(scores, top_k, [p.top_p for p in params], [p.min_p for p in params])
@@ -324,14 +328,15 @@ def truncate(
 def nucleus_threshold(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """The lowest score in the nucleus of each row (B, 1): before it, the likelier tokens hold less than top_p (B,)."""
     vocab_size = scores.size(-1)
+    # Sorting a whole vocabulary takes long, and nearly every nucleus ends among the first
     for width in (min(NUCLEUS_CANDIDATES, vocab_size), vocab_size):
         ordered = scores.topk(width).values  # (B, width), best first
         probabilities = (ordered - scores.logsumexp(dim=-1, keepdim=True)).exp()
         inside = probabilities.cumsum(dim=-1) - probabilities < top_p.unsqueeze(1)  # (B, width)
-        inside[:, 0] = True
+        inside[:, 0] = True  # something is left even of a row of NaN
         if width == vocab_size or not inside[top_p < 1, -1].any():
             break  # every nucleus ends among the candidates
-    threshold = ordered.masked_fill(~inside, math.inf).amin(dim=-1, keepdim=True)  # (B, 1)
+    threshold = ordered.masked_fill(~inside, math.inf).amin(dim=-1, keepdim=True)  # (B, 1), the last score inside
     return threshold.masked_fill(top_p.unsqueeze(1) == 1, -math.inf)
 
 

@@ -33,7 +33,7 @@ def generate_texts(
     Args:
         prompts: a string each, or with `chat` a list of messages that ends with the user's turn.
         chat: answer through the chat template; otherwise continue the text.
-        max_gen_len: at most so many tokens an answer, and never more than the context holds. A prompt that would
+        max_gen_len: at most this many tokens an answer, and never more than the context holds. A prompt that would
             leave less room than this (or than half the context) keeps its end only.
         temperature: 0 is greedy.
         top_k: sample among the k likeliest tokens; 0 means among all.

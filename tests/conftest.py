@@ -1,7 +1,6 @@
 """What the tests share: one small tokenizer, small random models of both architectures, one CPU thread."""
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +13,8 @@ sys.path.insert(0, str(ROOT))  # the project is run from its folder, not install
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from cpu_level import CPU_LEVELS, possible_levels  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
+from inference.kernels import fastest_way  # noqa: E402
+from inference.kernels.linear_products import native_library  # noqa: E402
 
 CORPUS = [
     "法国的首都是巴黎。",
@@ -24,16 +25,23 @@ CORPUS = [
     "Twelve plus thirty is forty-two.",
 ] * 4
 
+# What takes longest, longest first: workers that take whole files then end at about the same time
+LONGEST = (
+    "test_readme", "test_distributed", "test_api_service", "test_training_loop", "test_rollouts", "test_alignment_sft",
+    "test_engine", "test_linear_kernels", "test_quantizer", "test_decoder_step", "test_ppo", "test_pretrain_trainer",
+    "test_alignment_on_ranks", "test_beam_search", "test_dpo", "test_lora_export", "test_sample_data",
+    "test_bad_input", "test_distillation", "test_checkpoint", "test_reward_model",
+)  # fmt: skip
+
 TINY = dict(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=32)
-
-
-HAS_COMPILER = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]))
 NO_COMPILER = "no compiler"
+
+torch.set_num_threads(1)  # also for what is set up once for several tests
 
 
 def shown_levels():
     """The processors that tests can be run as in this process, from the least: up to what CPU_LEVEL limits it to."""
-    if not HAS_COMPILER:
+    if native_library() is None:
         return []
     levels = possible_levels()
     return levels[: levels.index(os.environ.get("CPU_LEVEL") or levels[-1]) + 1] if levels else ["native"]
@@ -61,7 +69,7 @@ def cpu_level(request, monkeypatch):
 
 def pytest_terminal_summary(terminalreporter):
     """What this machine, or CPU_LEVEL, does not let the tests show is said, not skipped in silence."""
-    shown = ", ".join(shown_levels()) or "none, as there is no C compiler"
+    shown = ", ".join(shown_levels()) or "none, as nothing can be compiled"
     missing = ", ".join(name for name in CPU_LEVELS if name not in shown_levels()) or "none"
     torch_uses = torch.backends.cpu.get_cpu_capability()
     terminalreporter.write_line(
@@ -69,10 +77,25 @@ def pytest_terminal_summary(terminalreporter):
     )
 
 
+def pytest_collection_modifyitems(items):
+    """Put the files that take longest first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tiny matrices gain nothing from a second thread, and sums in a fixed order repeat; trainers set more."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_measurements(tmp_path_factory):
+    """What another worker measures must not change the kernel of a layer from one call to the next."""
+    path = tmp_path_factory.mktemp("cache") / "linear_kernels.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastest_way, "_memory", lambda: path)
+        yield
 
 
 @pytest.fixture(scope="session")

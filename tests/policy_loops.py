@@ -1,7 +1,4 @@
-"""Small PPO and GRPO loops for the tests; as a script, what one of two ranks does.
-
-torchrun --nproc_per_node 2 tests/policy_loops.py FOLDER
-"""
+"""Small PPO and GRPO loops for the tests, and what each of two ranks does with them."""
 
 import json
 import sys
@@ -106,14 +103,11 @@ def two_steps(algorithm, folder, tokenizer, n_ranks):
     return [{name: value for name, value in step.items() if name != "tokens"} for step in figures]
 
 
-def main():
-    folder = Path(sys.argv[1])
+def work_as_a_rank(folder):
+    """Two steps of each algorithm; rank 0 leaves their figures in `folder/results.json`."""
+    folder = Path(folder)
     results = {name: two_steps(name, folder / name, make_tokenizer(), 2) for name in ALGORITHMS}
     if ranks.is_main():
         (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     ranks.barrier()  # who leaves first must not take the connection with it
     ranks.stop()
-
-
-if __name__ == "__main__":
-    main()

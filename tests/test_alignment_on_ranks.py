@@ -5,8 +5,6 @@ One pair of processes over gloo runs all three; what one process does is run her
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from conftest import CORPUS, randomize  # noqa: E402
+from on_ranks import run_on_ranks  # noqa: E402
 
 import finetune  # noqa: E402
 import transformer_components  # noqa: E402
@@ -61,6 +60,11 @@ def run_all(n_ranks):
         train(parse_config(config_class, arguments, description=""))
 
 
+def work_as_a_rank():
+    run_all(2)
+    ranks.stop()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder in which one process and two ranks have trained."""
@@ -78,27 +82,13 @@ def folder(tmp_path_factory):
     (path / "pairs.json").write_text(json.dumps(pairs))
     conversations = [{"instruction": "q" * (1 + k), "response": "a " * (1 + k % 4)} for k in range(20)]
     (path / "sft.json").write_text(json.dumps(conversations))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__], cwd=path, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
     before = Path.cwd()
     os.chdir(path)
     try:
         run_all(1)
     finally:
         os.chdir(before)
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
+    run_on_ranks(2, "test_alignment_on_ranks", cwd=path)
     return path
 
 
@@ -124,8 +114,3 @@ def test_two_ranks_leave_the_model_of_one(name, folder):
     with torch.no_grad():
         logits = [load_model(path)[0](ids)["logits"] for path in (one, two)]
     assert torch.allclose(*logits, atol=1e-3)
-
-
-if __name__ == "__main__":
-    run_all(2)
-    ranks.stop()

@@ -60,7 +60,8 @@ def test_every_answer_token_and_its_end_are_trained_and_nothing_of_the_prompt():
     answer = tokenizer.encode("xyz", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     assert batch["input_ids"][0].tolist() == prompt + answer
     assert batch["labels"][0].tolist() == [IGNORED_LABEL] * len(prompt) + answer
-    assert batch["labels"][1].tolist()[-5:] == [*tokenizer.encode("一", add_special_tokens=False)["input_ids"], 2, -100]
+    short = tokenizer.encode("一", add_special_tokens=False)["input_ids"]
+    assert batch["labels"][1].tolist()[-5:] == [*short, 2, IGNORED_LABEL]
     assert data.count(batch) == len(answer) + 4
 
 

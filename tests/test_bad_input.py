@@ -61,10 +61,10 @@ tokenizer | binary.txt | binary.txt is a binary file; give a text file
 tokenizer | gbk.txt | gbk.txt is not UTF-8 text; save it as UTF-8
 tokenizer | utf16.txt | utf16.txt is not UTF-8 text; save it as UTF-8
 tokenizer | picture.png | picture.png is none of the supported kinds of file; convert it
-tokenizer | cut.txt.gz | cut.txt.gz is not a sound gzip file; make it anew
+tokenizer | cut.txt.gz | cut.txt.gz is not a sound gzip file; create it again
 tokenizer | empty_folder | the folder empty_folder holds no file that ends in .txt; put the data there
 tokenizer | no_text.jsonl | line 2 of no_text.jsonl has no field "text"
-tokenizer | good.txt --vocab_size 10 | vocab_size
+tokenizer | good.txt --vocab_size 10 --min_frequency 0 | --vocab_size must be at least 260; --min_frequency must be at
 tokenizer | good.txt --output_dir file/tokenizer | file/tokenizer
 tokenizer | good.txt --vocab 300 | unrecognized arguments: --vocab; --help
 
@@ -137,7 +137,7 @@ sft | --data_path wrong_type.json | record 1 of wrong_type.json: the field "resp
 sft | --data_path bad_role.json | turn 1 of record 1 of bad_role.json has the role 'robot'; it must be one of
 sft | --data_path bad_line.jsonl | record 3 of bad_line.jsonl is not valid JSON
 sft | --data_path gbk.json | gbk.json is not UTF-8 text; save it as UTF-8
-sft | --data_path cut.json.gz | cut.json.gz is not a sound gzip file; make it anew
+sft | --data_path cut.json.gz | cut.json.gz is not a sound gzip file; create it again
 sft | --data_path good.txt | good.txt is none of the supported kinds of file; convert it to .json
 sft | --pretrained_model missing.pth | missing.pth does not exist; run pretrain_trainer.py first
 sft | --pretrained_model empty_folder | empty_folder is a folder, not a file
@@ -197,6 +197,7 @@ evaluate | reward.pth --model_type sft | reward.pth is a reward model
 evaluate | base.pth --model_type reward --test_data_path pairs.json | base.pth is a pretrain model; give one
 evaluate | base.pth --model_type sft --batch_size 0 | --batch_size must be at least 1
 evaluate | base.pth --model_type sft --max_gen_len 0 | --max_gen_len must be at least 1
+evaluate | base.pth --model_type sft --temperature nan | --temperature must be at least 0, not nan
 
 evaluate | base.pth --model_type sft --max_samples 0 | --max_samples must be at least 1
 evaluate | base.pth --model_type sft --temperature -1 | --temperature must
@@ -225,8 +226,10 @@ quantize | damaged.pth | damaged.pth is damaged
 quantize | reward.pth | reward.pth is a reward model
 quantize | int8.pth | int8.pth is quantized (int8); give the checkpoint it was made from
 quantize | base.pth --output_path file/int8.pth | file/int8.pth
+quantize | base.pth --text_tokens 1 --num_threads -1 | --text_tokens must be at least 2; --num_threads must be at least
+quantize | base.pth --output_path base.pth | --output_path base.pth is the model itself
 
-ngram | --order 0 | --order must be at least 1
+ngram | --order 0 --max_gen_len 0 | --order must be at least 1, not 0; --max_gen_len must be at least 1, not 0
 ngram | --train_data_dir gbk.txt | gbk.txt is not UTF-8 text
 ngram | --test_data_path missing.json | missing.json
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from byte_level_bpe import ByteLevelBPETokenizer, main
+from byte_level_bpe import IGNORED_LABEL, ByteLevelBPETokenizer, main
 from command_line import UserError
 from text.tokenizer_files import KNOWN_FILES, PRETOKENIZER_PATTERN, SAVED_FILES
 
@@ -382,7 +382,7 @@ def test_qwen_folders_load_with_the_ids_and_the_template_of_transformers(tokeniz
     assert ours.render_chat(CHAT, True) == theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     encoded = ours.encode_chat(CHAT)
     assert ours.decode(encoded["input_ids"], skip_special_tokens=False) == ours.render_chat(CHAT)
-    taught = [index for index in encoded["labels"] if index != -100]
+    taught = [index for index in encoded["labels"] if index != IGNORED_LABEL]
     # ChatML's line break after an answer is not taught
     assert ours.decode(taught, skip_special_tokens=False) == "巴黎。<|im_end|>罗马。<|im_end|>"
 

@@ -3,7 +3,7 @@
 import pytest
 from test_byte_level_bpe import CHAT, CORPUS, random_texts
 
-from byte_level_bpe import ByteLevelBPETokenizer
+from byte_level_bpe import IGNORED_LABEL, ByteLevelBPETokenizer
 from command_line import UserError
 
 
@@ -30,14 +30,14 @@ def test_supervised_ids_are_exactly_the_answer_and_its_end():
     prompt = list("### 指令:Hi\n### 响应:".encode())
     assert len(encoded["input_ids"]) == len(prompt) + 4
     assert encoded["input_ids"][-4:] == answer
-    assert encoded["labels"] == [-100] * len(prompt) + answer
+    assert encoded["labels"] == [IGNORED_LABEL] * len(prompt) + answer
 
 
 def test_every_answer_of_several_turns_is_supervised_and_nothing_else(tokenizer):
     encoded = tokenizer.encode_chat(CHAT)
-    taught = [index for index in encoded["labels"] if index != -100]
+    taught = [index for index in encoded["labels"] if index != IGNORED_LABEL]
     assert tokenizer.decode(taught, skip_special_tokens=False) == "巴黎。</s>罗马。</s>"
-    assert all(label in (-100, index) for index, label in zip(*encoded.values(), strict=True))
+    assert all(label in (IGNORED_LABEL, index) for index, label in zip(*encoded.values(), strict=True))
     assert tokenizer.decode(encoded["input_ids"], skip_special_tokens=False) == tokenizer.render_chat(CHAT)
 
 
@@ -50,7 +50,7 @@ def test_a_prompt_is_an_exact_prefix_of_its_conversation_and_has_no_end_token(to
         assert prompt["input_ids"] == whole["input_ids"][:size]
         assert tokenizer.eos_token_id not in prompt["input_ids"]
         assert whole["labels"][size:] == whole["input_ids"][size:]
-        assert set(whole["labels"][:size]) == {-100} == set(prompt["labels"])
+        assert set(whole["labels"][:size]) == {IGNORED_LABEL} == set(prompt["labels"])
     for size in (2, 4):
         prompt = tokenizer.encode_chat(CHAT[:size], add_generation_prompt=True)["input_ids"]
         assert prompt == tokenizer.encode_chat(CHAT)["input_ids"][: len(prompt)]
@@ -67,7 +67,7 @@ def test_special_text_in_a_message_stays_text(tokenizer):
 
 def test_an_empty_answer_teaches_the_end_token(tokenizer):
     encoded = tokenizer.encode_chat([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
-    assert [index for index in encoded["labels"] if index != -100] == [2]
+    assert [index for index in encoded["labels"] if index != IGNORED_LABEL] == [2]
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_a_template_that_is_not_prefix_consistent_can_prompt_but_not_train(token
         changed.encode_chat(CHAT)
     prompt = changed.encode_chat(CHAT[:4], add_generation_prompt=True)
     assert changed.decode(prompt["input_ids"], False) == changed.render_chat(CHAT[:4], True)
-    assert set(prompt["labels"]) == {-100}
+    assert set(prompt["labels"]) == {IGNORED_LABEL}
     single = changed.encode_chat(CHAT[1:3])
-    taught = [index for index in single["labels"] if index != -100]
+    taught = [index for index in single["labels"] if index != IGNORED_LABEL]
     assert changed.decode(taught, False) == "[thinking]巴黎。</s>"
 
 

@@ -1,6 +1,8 @@
 """A documented dataclass becomes a command line; a user's mistake becomes one sentence and exit status 2."""
 
+import errno
 import importlib
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from command_line import UserError, option, parse_config, require_file, run_main
+from command_line import UserError, option, parse_config, replacing, require_file, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -196,3 +198,65 @@ def test_require_file(tmp_path):
         require_file(tmp_path / "gone.txt", "the data")
     with pytest.raises(UserError, match="the data .* is a folder, not a file; make one"):
         require_file(tmp_path, "the data", "make one")
+
+
+# --------------------------------------------------------------------------------------------------- replacing a file
+
+
+def test_a_file_is_replaced_in_one_move_when_it_is_whole(tmp_path):
+    """Its folder is made, its mode is that of any new file, and until the end the old content is what is read."""
+    path = tmp_path / "new" / "a.json"
+    for content in (b"first", b"second"):
+        with replacing(path) as file:
+            file.write(content)
+            file.flush()
+            assert path.read_bytes() == b"first" if content == b"second" else not path.exists()
+        assert path.read_bytes() == content
+    (tmp_path / "plain").write_bytes(b"")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mistake", [KeyboardInterrupt, ValueError, OSError])
+def test_what_goes_wrong_while_writing_leaves_the_old_file_and_no_other(mistake, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
+    with pytest.raises(mistake), replacing(str(path)) as file:
+        file.write(b"half")
+        raise mistake
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_take_its_place_is_not_left_behind(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(IsADirectoryError), replacing(tmp_path / "a.json") as file:
+        file.write(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_with_a_remedy_a_file_that_cannot_be_written_is_a_sentence(tmp_path):
+    """Whether its folder cannot be made or the disk fails; other mistakes stay what they are."""
+    (tmp_path / "file").write_bytes(b"")
+    path = tmp_path / "file" / "a.json"
+    unmade = rf"{path} cannot be written \((Not a directory|File exists)\); go elsewhere"
+    with pytest.raises(UserError, match=unmade), replacing(path, "go elsewhere"):
+        pass
+    full = r"a.json cannot be written \(No space left on device\); go elsewhere"
+    with pytest.raises(UserError, match=full), replacing(tmp_path / "a.json", "go elsewhere"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ValueError), replacing(tmp_path / "a.json", "go elsewhere"):
+        raise ValueError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_who_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    """The one that is done last wins."""
+    path = tmp_path / "a.json"
+    with replacing(path) as first:
+        first.write(b"first")
+        with replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -155,6 +155,19 @@ def test_killed_while_tokenizing_leaves_nothing_that_is_used(corpus, tokenizer, 
     assert tokenizer.decode(all_tokens(tokenize_to_shards(path, tokenizer, folder))) == "".join(corpus)
 
 
+def test_two_processes_that_start_together_tokenize_once(corpus, tokenizer, tmp_path):
+    """Runs with different seeds are started side by side: one tokenizes, the other waits and takes what is there."""
+    path, folder = tmp_path / "text.txt", tmp_path / "shards"
+    path.write_text("\n".join(corpus * 500), encoding="utf-8")
+    tokenizer.save(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", TOKENIZE, str(path), str(tmp_path / "tokenizer"), str(folder)]
+    processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    mistakes = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], mistakes
+    [made] = folder.iterdir()
+    assert (made / "manifest.json").is_file()
+
+
 @pytest.mark.parametrize("name", ["shard_00000.bin", "manifest.json"])
 @pytest.mark.parametrize("keep", [0, 7])
 def test_shards_that_a_power_cut_left_incomplete_are_made_anew(name, keep, text_file, corpus, tokenizer, tmp_path):
@@ -257,8 +270,8 @@ def test_every_token_is_predicted_exactly_once_in_a_pass(n_tokens, sizes):
         ids, labels = sample["input_ids"], sample["labels"]
         assert ids.shape == labels.shape == (8,)
         assert (ids.diff() == 1).all()  # a window is a piece of the text
-        targets = labels[1:][labels[1:] != -100]
-        assert torch.equal(targets, ids[1:][labels[1:] != -100])
+        targets = labels[1:][labels[1:] != IGNORED_LABEL]
+        assert torch.equal(targets, ids[1:][labels[1:] != IGNORED_LABEL])
         predicted.update(targets.tolist())
     assert predicted == Counter(range(1, n_tokens))
     batch = dataset.collate(list(dataset))
@@ -327,7 +340,7 @@ CONVERSATIONS = [
 
 
 def labelled_text(tokenizer, labels):
-    return tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False)
+    return tokenizer.decode([label for label in labels if label != IGNORED_LABEL], skip_special_tokens=False)
 
 
 def test_labels_are_exactly_the_answers_and_their_ends(tokenizer):
@@ -336,11 +349,11 @@ def test_labels_are_exactly_the_answers_and_their_ends(tokenizer):
     expected = ["巴黎。</s>", "Rome.</s>", "2</s>That is 4.</s>"]
     assert [labelled_text(tokenizer, labels) for _, labels in dataset] == expected
     for (ids, labels), messages in zip(dataset, CONVERSATIONS, strict=True):
-        assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+        assert all(label in (IGNORED_LABEL, token) for token, label in zip(ids, labels, strict=True))
         prompt = tokenizer.encode_chat(messages[:-1], add_generation_prompt=True)["input_ids"]
         assert ids[: len(prompt)] == prompt
-        assert labels[len(prompt)] == ids[len(prompt)] != -100  # right after the prompt the learning begins
-        assert labels[len(prompt) - 1] == -100
+        assert labels[len(prompt)] == ids[len(prompt)] != IGNORED_LABEL  # right after the prompt the learning begins
+        assert labels[len(prompt) - 1] == IGNORED_LABEL
 
 
 def test_padding_reaches_only_to_the_longest_and_is_not_learnt(tokenizer):
@@ -350,7 +363,7 @@ def test_padding_reaches_only_to_the_longest_and_is_not_learnt(tokenizer):
     assert batch["input_ids"].shape == batch["labels"].shape == (3, longest)
     for row, (ids, labels) in enumerate(dataset):
         assert batch["input_ids"][row].tolist() == ids + [PAD] * (longest - len(ids))
-        assert batch["labels"][row].tolist() == labels + [-100] * (longest - len(ids))
+        assert batch["labels"][row].tolist() == labels + [IGNORED_LABEL] * (longest - len(ids))
     assert dataset.collate(list(dataset)[:1])["input_ids"].shape == (1, dataset.lengths[0])
 
 

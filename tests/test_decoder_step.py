@@ -8,11 +8,13 @@ import torch
 import torch.nn as nn
 
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
-from inference import decoder_step, paged_attention
-from inference.decoder_step import DecoderStep
+from inference import paged_cache
 from inference.engine import Engine
-from inference.linear_kernels import DTYPES
-from inference.paged_attention import FEW_TOKENS, PagedCache
+from inference.kernels import decoder_step
+from inference.kernels.decoder_step import DecoderStep
+from inference.kernels.linear_products import DTYPES
+from inference.kernels.paged_attention import BLOCK_SIZE
+from inference.paged_cache import FEW_TOKENS, PagedCache
 from inference.quantizer import prepare_for_inference
 from inference.sampling import SamplingParams
 from lora import LoRAOptions, attach_lora
@@ -40,7 +42,7 @@ def largest_difference(model, cache_dtype=torch.float32, steps=((3, 1, FEW_TOKEN
     generator = torch.Generator().manual_seed(1)
     caches = [PagedCache(model.config, 400, 3, cache_dtype, reuse_prefixes=False) for _ in range(2)]
     sequences = [[cache.open([0] * 60) for _ in range(3)] for cache in caches]
-    step = DecoderStep.of(model, caches[0])
+    step = DecoderStep.of(model, caches[0].native)
     for sizes in steps:
         ids = torch.randint(VOCAB, (sum(sizes),), generator=generator)
         order = sorted(range(3), key=lambda index: sizes[index])
@@ -48,7 +50,7 @@ def largest_difference(model, cache_dtype=torch.float32, steps=((3, 1, FEW_TOKEN
             cache.begin_step([(own[index], sizes[index]) for index in order])
         assert caches[0].is_read_in_place
         last = [0, len(ids) - 1]
-        hidden, logits = step(ids.tolist(), last)
+        hidden, logits = step(ids.tolist(), caches[0].slots, caches[0].positions, last)
         expected = model.hidden_states_at(ids[None], torch.tensor([caches[1].positions]), cache=caches[1])[0]
         for found, right in ((hidden, expected), (logits, model.lm_head(expected[last]))):
             assert found.shape == right.shape
@@ -107,7 +109,8 @@ def test_threads_change_nothing(monkeypatch, native_level):
         torch.set_num_threads(n_threads)
         cache = PagedCache(model.config, 400, 3)
         cache.begin_step([(cache.open([0] * 9), 9)])
-        results.append(DecoderStep.of(model, cache)(list(range(9)), [8])[1])
+        step = DecoderStep.of(model, cache.native)
+        results.append(step(list(range(9)), cache.slots, cache.positions, [8])[1])
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -122,8 +125,20 @@ def test_numbers_that_are_not_finite_stay_visible(place, cache_dtype, weights, b
     model.layers[1].get_submodule(place).bias.data[5] = bad
     cache = PagedCache(model.config, 400, 3, cache_dtype)
     cache.begin_step([(cache.open([0]), 1)])
-    hidden, logits = DecoderStep.of(model, cache)([7], [0])
+    hidden, logits = DecoderStep.of(model, cache.native)([7], cache.slots, cache.positions, [0])
     assert not hidden.sum().isfinite() and not logits.isfinite().any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_tokens", [1, 2, 5])
+def test_the_inner_layer_has_room_for_whole_blocks(n_tokens):
+    """C goes over it block by block, whatever its width; what else it has is as large as its numbers."""
+    model = random_model(d_model=36, n_heads=2, d_ff=7)
+    step = DecoderStep.of(model, PagedCache(model.config, 96, 1).native)
+    step._make_room(n_tokens)
+    sizes = [len(room) // 4 for room in step.rooms]
+    inner = -(-n_tokens * 7 // BLOCK_SIZE) * BLOCK_SIZE
+    assert sizes == [n_tokens * 36] * 6 + [inner] * 2 + [0]
 
 
 # -- where it is used --------------------------------------------------------------------------------------------------
@@ -131,7 +146,7 @@ def test_numbers_that_are_not_finite_stay_visible(place, cache_dtype, weights, b
 
 @needs_compiler
 def test_the_engine_uses_it_and_long_prompts_take_the_other_way(monkeypatch):
-    monkeypatch.setattr(paged_attention, "SHORT", 0)
+    monkeypatch.setattr(paged_cache, "SHORT", 0)
     model, n_tokens = random_model(), []
     usual = DecoderStep.__call__
     monkeypatch.setattr(DecoderStep, "__call__", lambda *step: n_tokens.append(len(step[1])) or usual(*step))
@@ -162,7 +177,7 @@ def test_weights_may_change_in_place_move_and_gain_adapters():
         if "lora" in name:
             parameter.data.normal_(std=0.5)
     answers()
-    assert DecoderStep.of(model, engine.cache) is None
+    assert DecoderStep.of(model, engine.cache.native) is None
 
 
 @needs_compiler
@@ -191,7 +206,7 @@ def test_what_it_does_not_know_goes_through_pytorch(kind):
         model.layers[2].attention_norm.bfloat16()
     else:
         model.layers[1].register_forward_hook(lambda layer, inputs, output: output * 2)
-    assert DecoderStep.of(model, PagedCache(model.config, 96, 1)) is None
+    assert DecoderStep.of(model, PagedCache(model.config, 96, 1).native) is None
 
 
 def test_step_by_step_through_pytorch_the_answers_are_the_same(monkeypatch):

@@ -1,14 +1,13 @@
 """Several ranks train as one does: the same losses, the same gradients, the same files.
 
-The tests start torchrun twice, on 2 and on 4 CPU processes over gloo; each process runs `work_as_a_rank`, all cases one
-after another, and rank 0 writes down what it saw. What one rank does is run here, in the test's own process.
+There are two starts, of 2 and of 4 CPU processes over gloo; each process runs `work_as_a_rank`, all cases one after
+another, and rank 0 writes down what it saw. What one rank does is run here, in the test's own process.
 """
 
 import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from conftest import CORPUS, randomize  # noqa: E402
+from on_ranks import run_on_ranks  # noqa: E402
 
 from alignment.ppo import PPOConfig, rlhf_ppo  # noqa: E402
 from alignment.sft import SFTConfig, sft_finetune  # noqa: E402
@@ -189,6 +189,7 @@ def deviation(run, reference):
 
 def work_as_a_rank(folder):
     """All cases for this number of ranks; rank 0 leaves their results in `folder/results_<ranks>.json`."""
+    folder = Path(folder)
     torch.manual_seed(0)
     ranks.start(torch.device("cpu"))
     n_ranks = ranks.world_size()
@@ -293,11 +294,6 @@ def sft_settings(folder, output_dir, batch_size):
     )
 
 
-if __name__ == "__main__":
-    work_as_a_rank(Path(sys.argv[1]))
-    sys.exit()
-
-
 # --------------------------------------------------------------------------------------------------------- the tests
 
 
@@ -325,18 +321,8 @@ def folder(tmp_path_factory):
     return path
 
 
-def torchrun(n_ranks, *arguments):
-    """Run a script on several ranks; returns the finished process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240, cwd=HERE.parent
-    )
-
-
 def results_of(n_ranks, folder):
-    process = torchrun(n_ranks, __file__, folder)
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_on_ranks(n_ranks, "test_distributed", folder)
     return json.loads((folder / f"results_{n_ranks}.json").read_text())
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from plain_generation import CONTEXT, GREEDY, PROMPTS, alone, prompt, tokens_of
 
-from inference import paged_attention
-from inference.cache_blocks import BLOCK
 from inference.engine import Engine, QueueFull
+from inference.kernels import paged_attention
+from inference.kernels.paged_attention import BLOCK_SIZE
 from inference.sampling import SamplingParams
 
 
@@ -137,13 +137,13 @@ def test_reused_prefixes_change_nothing_and_spare_their_computation(model):
     engine, without = Engine(model, None), Engine(model, None, reuse_prefixes=False)
     assert tokens_of(engine.run(prompts, GREEDY)) == tokens_of(without.run(prompts, GREEDY))
     statistics = engine.statistics()
-    assert statistics.tokens_reused == 2 * (50 // BLOCK * BLOCK)
+    assert statistics.tokens_reused == 2 * (50 // BLOCK_SIZE * BLOCK_SIZE)
     assert without.statistics().tokens_reused == 0
     answer = engine.run(prompts[:1], GREEDY)[0].token_ids
     longer = prompts[0] + answer + prompt(5, 77)
     reused = engine.statistics().tokens_reused
     assert engine.run([longer], GREEDY)[0].token_ids == alone(model, longer, 20)
-    assert engine.statistics().tokens_reused - reused == (len(prompts[0]) + 19) // BLOCK * BLOCK
+    assert engine.statistics().tokens_reused - reused == (len(prompts[0]) + 19) // BLOCK_SIZE * BLOCK_SIZE
 
 
 def test_samples_of_one_prompt_share_its_prefill(gpt2):

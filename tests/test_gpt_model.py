@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt_model import GPTConfig, GPTModel, next_token_loss, visible_keys
+from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel, next_token_loss, visible_keys
 from inference.engine import Engine
 from inference.sampling import SamplingParams
 from transformer_components import POSITIONS, Positions, sinusoidal_positions
@@ -39,7 +39,7 @@ def test_ignored_labels_count_for_nothing(architecture, random_model):
     """−100 takes a token out of the sum and out of the mean."""
     model = random_model(architecture)
     ids = random_ids(2, 8)
-    labels = torch.full_like(ids, -100)
+    labels = torch.full_like(ids, IGNORED_LABEL)
     labels[0, 3], labels[1, 6], labels[1, 0] = ids[0, 3], ids[1, 6], ids[1, 0]  # the last has nothing before it
     output = model(ids, labels=labels)
     log_probs = output["logits"].log_softmax(dim=-1)
@@ -51,7 +51,7 @@ def test_ignored_labels_count_for_nothing(architecture, random_model):
 def test_a_batch_without_any_label_has_loss_0_and_finite_gradients(architecture, length, random_model):
     model = random_model(architecture)
     ids = random_ids(2, length)
-    loss = model(ids, labels=torch.full_like(ids, -100))["loss"]
+    loss = model(ids, labels=torch.full_like(ids, IGNORED_LABEL))["loss"]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad.eq(0).all() for p in model.parameters() if p.grad is not None)
@@ -140,9 +140,9 @@ def test_padding_on_either_side_changes_nothing(kind, switches, side, random_mod
     for n_padding, filler in ((1, PAD), (6, 40)):
         padding = (n_padding, 0) if side == "left" else (0, n_padding)
         mask = F.pad(torch.ones_like(ids), padding)
-        labels = F.pad(ids, padding, value=-100)
+        labels = F.pad(ids, padding, value=IGNORED_LABEL)
         if side == "left":
-            labels[:, n_padding] = -100  # otherwise the first token would be predicted from padding
+            labels[:, n_padding] = IGNORED_LABEL  # otherwise the first token would be predicted from padding
         padded = model(F.pad(ids, padding, value=filler), attention_mask=mask, labels=labels)
         torch.testing.assert_close(padded["logits"][mask.bool()], alone["logits"].flatten(0, 1), **CLOSE)
         torch.testing.assert_close(padded["loss"], alone["loss"], **CLOSE)
@@ -178,7 +178,7 @@ def test_a_row_of_nothing_but_padding_leaks_no_nan(architecture, random_model):
     model.zero_grad()
     both = torch.cat([ids, torch.full_like(ids, PAD)])
     mask = torch.tensor([[1], [0]]).expand(2, 7)
-    output = model(both, attention_mask=mask, labels=both.masked_fill(mask == 0, -100))
+    output = model(both, attention_mask=mask, labels=both.masked_fill(mask == 0, IGNORED_LABEL))
     output["loss"].backward()
     assert output["logits"].isfinite().all()
     torch.testing.assert_close(output["logits"][:1], model(ids)["logits"], **CLOSE)

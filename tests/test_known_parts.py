@@ -16,11 +16,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import transformer_components
 from command_line import UserError
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
-from inference import decoder_step, known_parts
-from inference.decoder_step import DecoderStep
 from inference.engine import Engine
-from inference.known_parts import UnknownPart, check_numbers, facts_of
-from inference.paged_attention import PagedCache
+from inference.kernels import decoder_step, known_parts
+from inference.kernels.decoder_step import DecoderStep
+from inference.kernels.known_parts import UnknownPart, check_numbers, facts_of
+from inference.paged_cache import PagedCache
 from inference.sampling import SamplingParams
 from transformer_components import FeedForwardNetwork, MultiHeadAttention
 
@@ -53,9 +53,9 @@ def reason(model):
     cache = PagedCache(model.config, 64, 1)
     try:
         assert facts_of(model)
-        check_numbers(model, cache)
+        check_numbers(model, cache.sizes)
     except UnknownPart as unknown:
-        assert DecoderStep.of(model, cache) is None
+        assert DecoderStep.of(model, cache.native) is None
         return str(unknown)
     return None
 

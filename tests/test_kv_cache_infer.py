@@ -11,8 +11,9 @@ from checkpoint import save_checkpoint
 from command_line import UserError, run_main
 from gpt_model import GPTConfig, GPTModel
 from inference.beam_search import BeamSettings, beam_search
-from inference.kv_cache_infer import KVCache, generate_texts, generate_with_kv_cache, main
+from inference.kv_cache_infer import KVCache, generate_with_kv_cache, main
 from inference.request import encode_prompt
+from inference.text_generation import generate_texts
 
 CONTEXT = 64
 PROMPTS = ["hello world", "你好", "a", "The quick brown fox"]

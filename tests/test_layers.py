@@ -16,6 +16,7 @@ LAYERS = (
     ("byte_level_bpe", "transformer_components", "lora", "gpt_model"),
     ("data_loader", "checkpoint"),
     ("training",),
+    ("inference.kernels",),
     ("inference",),
     ("evaluation",),
     ("alignment",),

@@ -9,21 +9,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import NO_COMPILER, shown_levels, stand_in_for
 
-from inference import linear_kernels, native_code
-from inference.linear_kernels import (
+from inference.kernels import fastest_way, linear_products, native_code
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
+from inference.kernels.linear_products import (
     DTYPES,
     PRECISE,
     ROUGH,
     TINY_LAYER,
-    InferenceEmbedding,
-    InferenceLinear,
     integer_kernel_limit,
     integer_product,
     kind_of,
     native_knows,
+    native_product,
     plain_linear,
-    quantize_rows,
     round_inputs,
+    ways_to_multiply,
 )
 
 WEIGHT_ONLY = [name for name in DTYPES if name != "int8_dynamic"]
@@ -34,7 +34,7 @@ needs_integer_kernel = pytest.mark.skipif(not integer_kernel_limit(), reason="no
 @pytest.fixture(autouse=True)
 def own_memory(tmp_path, monkeypatch):
     """Measurements of the tests are not those of the user."""
-    monkeypatch.setattr(linear_kernels, "_memory", lambda: tmp_path / "cache" / "linear_kernels.json")
+    monkeypatch.setattr(fastest_way, "_memory", lambda: tmp_path / "cache" / "linear_kernels.json")
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_native_kernels_read_every_number_of_their_type(dtype, native_level):
     weight = weight.repeat(20, 1).T.contiguous()[:, :16]  # 16 equal numbers a row
     x = torch.zeros(1, 16)
     x[0, 5] = 1
-    y = linear_kernels.native_product(weight, None, None, kind_of(weight))(x)
+    y = native_product(weight, None, None, kind_of(weight))(x)
     assert torch.equal(y[0], weight[:, 0].float())
 
 
@@ -145,7 +145,7 @@ def test_native_kernels_read_every_number_of_their_type(dtype, native_level):
 def test_native_rows_are_independent_to_the_last_bit(weights, native_level):
     """What a row gives depends neither on its neighbours, one of which is enormous, nor on the number of threads."""
     layer, _ = layer_and_twin(weights, 643, 517)
-    product = linear_kernels.native_product(layer.weight, layer.scale, layer.bias, weights)
+    product = native_product(layer.weight, layer.scale, layer.bias, weights)
     x = torch.randn(40, 643)
     x[7] *= 1e6
     together = product(x)
@@ -159,7 +159,7 @@ def test_native_rows_are_independent_to_the_last_bit(weights, native_level):
 def test_rows_that_do_not_fit_into_a_cache_are_computed_in_blocks(weights, native_level):
     """Which changes nothing, for blocks and groups that do not come out even."""
     layer, _ = layer_and_twin(weights, 3100, 39)
-    product = linear_kernels.native_product(layer.weight, layer.scale, layer.bias, weights)
+    product = native_product(layer.weight, layer.scale, layer.bias, weights)
     x = torch.randn(131, 3100)
     together = product(x)
     for row in (0, 40, 64, 65, 66, 130):
@@ -203,7 +203,7 @@ def test_inputs_of_any_kind():
 
 def test_the_plain_way_expands_block_by_block(monkeypatch):
     """The blocks are put together in order, and no matrix of the weights' size is made on the way."""
-    monkeypatch.setattr(linear_kernels, "BLOCK", 1000)
+    monkeypatch.setattr(linear_products, "EXPANDED_AT_ONCE", 1000)
     sizes, usual = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, *bias: sizes.append(w.numel()) or usual(x, w, *bias))
     layer, twin = layer_and_twin("int8")
@@ -282,7 +282,8 @@ def test_int8_activations_cost_about_a_hundredth(cpu_level):
 
 
 def choose(ways, layer=None):
-    return linear_kernels.fastest_way(ways, layer or layer_and_twin("fp32")[0], bucket=1)
+    layer = layer or layer_and_twin("fp32")[0]
+    return fastest_way.fastest_way(ways, layer.weights, layer.weight.shape, bucket=1)
 
 
 def plain_ways(layer, **others):
@@ -318,7 +319,7 @@ def test_the_fastest_is_taken_and_remembered(monkeypatch):
 
     ways = plain_ways(layer, slow=slow)
     assert choose(ways, layer) == "plain"
-    monkeypatch.setattr(linear_kernels, "_measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(fastest_way, "_measure", lambda *_: pytest.fail("measured again"))
     assert choose(ways, layer) == "plain"
     with pytest.raises(pytest.fail.Exception):
         choose(plain_ways(layer, another=slow), layer)
@@ -330,7 +331,7 @@ def test_the_fastest_is_taken_and_remembered(monkeypatch):
 def test_a_damaged_memory_is_written_anew(content):
     """Half a file or one of another machine is no reason to stop, or to believe it."""
     layer, _ = layer_and_twin("fp32")
-    path = linear_kernels._memory()
+    path = fastest_way._memory()
     path.parent.mkdir()
     path.write_text(content)
     assert choose(plain_ways(layer), layer) == "plain"
@@ -343,7 +344,7 @@ def test_weights_that_are_not_finite_prove_nothing():
     with torch.no_grad():
         layer.weight[0, 0] = float("nan")
     assert layer(torch.randn(1, 96)).isnan().any()
-    assert not linear_kernels._memory().exists()
+    assert not fastest_way._memory().exists()
 
 
 def test_it_never_disturbs_the_random_numbers_of_others():
@@ -403,7 +404,8 @@ def test_an_embedding_expands_the_rows_that_are_looked_up(weights):
 def test_without_a_compiler_tiny_layers_are_expanded_and_large_ones_are_not(no_compiler):
     """Reading four bytes in place of one costs nothing as long as they lie in the cache."""
     tiny, large = layer_and_twin("int8")[0], layer_and_twin("int8", 512, TINY_LAYER // 512 + 1)[0]
-    assert "expanded" in tiny._ways() and "expanded" not in large._ways()
+    ways = [ways_to_multiply(layer.weight, layer.scale, layer.bias, "int8") for layer in (tiny, large)]
+    assert "expanded" in ways[0] and "expanded" not in ways[1]
 
 
 def test_a_user_without_a_home_can_compute(monkeypatch):
@@ -412,10 +414,10 @@ def test_a_user_without_a_home_can_compute(monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(linear_kernels, "_memory", lambda: native_code.cache_folder() / "linear_kernels.json")
+    monkeypatch.setattr(fastest_way, "_memory", lambda: native_code.cache_folder() / "linear_kernels.json")
     monkeypatch.setattr(native_code.Path, "home", no_home)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     layer, twin = layer_and_twin("int8")
     x = torch.randn(3, layer.in_features)
     assert relative_error(layer(x), twin(x.double())) < 1e-5
-    assert linear_kernels._remembered() == {}
+    assert fastest_way._remembered() == {}

@@ -135,7 +135,7 @@ def test_a_base_with_other_weights_is_refused(world, random_model, tokenizer):
     save_checkpoint(
         "models/base/base.pth", model_state=base.state_dict(), config=model.config, tokenizer=tokenizer, stage="sft"
     )
-    with pytest.raises(UserError, match="for models/lora/../base/base.pth, whose weights are others now; bring that"):
+    with pytest.raises(UserError, match="for models/lora/../base/base.pth, whose weights have changed; bring that"):
         load_model("models/lora/best.pth")
 
 
@@ -176,7 +176,7 @@ def test_adapters_are_attached_to_the_quantized_base_and_to_no_other(world):
     main(["--adapter", "models/lora/best.pth", "--base_model", "int8.pth", "--output_path", "models/lora/on_int8.pth"])
     assert torch.equal(logits(load_any("models/lora/on_int8.pth")[0], ids), logits(loaded, ids))
     quantizer.main(["--model_path", "models/lora/best.pth", "--output_path", "other.pth", "--num_threads", "1"])
-    with pytest.raises(UserError, match="for other.pth, whose weights are others now"):
+    with pytest.raises(UserError, match="for other.pth, whose weights have changed"):
         load_any("models/lora/best.pth", base="other.pth")
 
 

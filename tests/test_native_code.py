@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference import native_code
-from inference.native_code import check_layout, load_native, why_not
+from inference.kernels import native_code
+from inference.kernels.native_code import check_layout, load_native, why_not
 
 SOURCE = """
 void add(const float *x, const float *y, float *sum, long n, int threads) {
@@ -187,7 +187,7 @@ def test_openmp_is_the_one_that_torch_has_loaded(source):
     program = f"""
 import os, re, torch
 from pathlib import Path
-from inference.native_code import load_native
+from inference.kernels.native_code import load_native
 from tests.test_native_code import is_right
 torch.set_num_threads(2)
 torch.ones(1000000).exp().sum()
@@ -210,7 +210,7 @@ def test_a_write_beyond_the_end_is_seen(source):
     program = f"""
 import torch
 from pathlib import Path
-from inference.native_code import load_native
+from inference.kernels.native_code import load_native
 from tests.test_native_code import is_right
 add = load_native(Path({str(source)!r})).add
 assert is_right(load_native(Path({str(source)!r})))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from byte_level_bpe import IGNORED_LABEL
 from command_line import UserError
 from machine import autocast, resolve_device, resolve_precision
 from training.optimization import (
@@ -303,15 +304,15 @@ def test_accumulated_pieces_are_one_big_batch(architecture, pieces, random_model
     ids = random_ids(6, 12)
     labels = ids.clone()
     for row in range(6):
-        labels[row, : 1 + row] = -100
+        labels[row, : 1 + row] = IGNORED_LABEL
     results = []
     for n in (1, pieces):
         model = random_model(architecture)
         updater = plain_updater(model)
-        total = labels[:, 1:].ne(-100).sum()
+        total = labels[:, 1:].ne(IGNORED_LABEL).sum()
         for some_ids, some_labels in zip(ids.chunk(n), labels.chunk(n), strict=True):
             loss = model(some_ids, labels=some_labels)["loss"]
-            updater.backward(loss * some_labels[:, 1:].ne(-100).sum() / total)
+            updater.backward(loss * some_labels[:, 1:].ne(IGNORED_LABEL).sum() / total)
         results.append((updater.step(0.1), weights_of(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for whole, accumulated in zip(results[0][1], results[1][1], strict=True):

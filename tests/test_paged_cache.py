@@ -7,18 +7,20 @@ import torch
 
 from command_line import UserError
 from gpt_model import GPTConfig
-from inference import paged_attention
-from inference.cache_blocks import BLOCK, BlockPool, Sequence
-from inference.paged_attention import FEW_TOKENS, PagedCache
+from inference import paged_cache
+from inference.cache_blocks import BlockPool, CachedSequence
+from inference.kernels import paged_attention
+from inference.kernels.paged_attention import BLOCK_SIZE
+from inference.paged_cache import FEW_TOKENS, PagedCache
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
 def stored(pool, tokens, slot=0):
     """A sequence of these tokens, all of them computed."""
-    sequence = Sequence(slot)
+    sequence = CachedSequence(slot)
     pool.share(sequence, tokens)
-    while len(sequence.blocks) * BLOCK < len(tokens):
+    while len(sequence.blocks) * BLOCK_SIZE < len(tokens):
         sequence.blocks.append(pool.take())
     pool.remember(sequence, tokens, len(tokens) - sequence.length)
     return sequence
@@ -31,14 +33,14 @@ def test_no_block_has_two_owners_and_none_is_lost():
     n_shared = 0
     for _ in range(1000):
         tokens = [chance.randrange(2)] * chance.randrange(1, 60) + [chance.randrange(3)] * chance.randrange(20)
-        if len(open_ones) < 6 and -(-len(tokens) // BLOCK) <= len(pool.free):
+        if len(open_ones) < 6 and -(-len(tokens) // BLOCK_SIZE) <= len(pool.free):
             open_ones.append((stored(pool, tokens), tokens))
         elif open_ones:
             pool.release(open_ones.pop(chance.randrange(len(open_ones)))[0].blocks)
         users = {}
         for sequence, tokens in open_ones:
             for index, block in enumerate(sequence.blocks):
-                users.setdefault(block, []).append(tokens[: (index + 1) * BLOCK])
+                users.setdefault(block, []).append(tokens[: (index + 1) * BLOCK_SIZE])
         assert set(users).isdisjoint(pool.free)
         assert len(users) + len(pool.free) == 24
         for block, contents in users.items():
@@ -51,32 +53,32 @@ def test_no_block_has_two_owners_and_none_is_lost():
 def test_a_block_is_found_after_its_own_prefix_only():
     """The same 16 tokens after other tokens are other keys and values."""
     pool = BlockPool(16)
-    stored(pool, [1] * BLOCK + [2] * BLOCK + [3])
-    assert len(pool.find([1] * BLOCK + [2] * BLOCK + [4])) == 2
-    assert pool.find([2] * BLOCK + [4]) == []
-    assert len(pool.find([1] * BLOCK + [1] * BLOCK + [4])) == 1
-    assert len(pool.find([1] * BLOCK)) == 0, "the last token has to be computed"
+    stored(pool, [1] * BLOCK_SIZE + [2] * BLOCK_SIZE + [3])
+    assert len(pool.find([1] * BLOCK_SIZE + [2] * BLOCK_SIZE + [4])) == 2
+    assert pool.find([2] * BLOCK_SIZE + [4]) == []
+    assert len(pool.find([1] * BLOCK_SIZE + [1] * BLOCK_SIZE + [4])) == 1
+    assert len(pool.find([1] * BLOCK_SIZE)) == 0, "the last token has to be computed"
 
 
 def test_what_was_used_longest_ago_makes_room_first():
     pool = BlockPool(4)
     for token in (1, 2, 3):
-        pool.release(stored(pool, [token] * BLOCK + [0]).blocks)  # one full block; the other one is free to be taken
-    pool.release(stored(pool, [1] * BLOCK + [0]).blocks)  # used again: now 2 is the oldest
-    assert [pool.take() for _ in range(2)] and len(pool.find([2] * BLOCK + [0])) == 0
-    assert len(pool.find([1] * BLOCK + [0])) == len(pool.find([3] * BLOCK + [0])) == 1
+        pool.release(stored(pool, [token] * BLOCK_SIZE + [0]).blocks)  # one full block; the other is free to be taken
+    pool.release(stored(pool, [1] * BLOCK_SIZE + [0]).blocks)  # used again: now 2 is the oldest
+    assert [pool.take() for _ in range(2)] and len(pool.find([2] * BLOCK_SIZE + [0])) == 0
+    assert len(pool.find([1] * BLOCK_SIZE + [0])) == len(pool.find([3] * BLOCK_SIZE + [0])) == 1
     assert pool.take() is not None and pool.take() is not None and pool.take() is None
 
 
 def test_a_forgotten_prefix_is_not_found_through_a_block_that_was_taken_again():
     """A chain of blocks is broken where one of them was handed out: what followed it is unreachable, not wrong."""
     pool = BlockPool(4)
-    tokens = [5] * 3 * BLOCK + [0]
+    tokens = [5] * 3 * BLOCK_SIZE + [0]
     sequence = stored(pool, tokens)
     pool.release(sequence.blocks)
     pool.known.pop(pool.keys.pop(sequence.blocks[0]))
     assert pool.find(tokens) == []
-    stored(pool, [5] * BLOCK + [0])
+    stored(pool, [5] * BLOCK_SIZE + [0])
     assert len(pool.find(tokens)) == 1
 
 
@@ -122,7 +124,7 @@ def by_hand(query, keys, values):
 @pytest.mark.parametrize("short", [0, 70, 512])
 def test_every_token_attends_to_its_own_past(way, short, n_kv_heads, head_dim, dtype, tolerance, monkeypatch):
     """Steps of single tokens, short and long chunks of several sequences at once, against a loop over heads."""
-    monkeypatch.setattr(paged_attention, "SHORT", short)
+    monkeypatch.setattr(paged_cache, "SHORT", short)
     config = GPTConfig(8, 32, 2, 4, max_seq_len=160, n_kv_heads=n_kv_heads, head_dim=head_dim)
     generator = torch.Generator().manual_seed(0)
     cache = PagedCache(config, 640, 4, dtype, reuse_prefixes=False)
@@ -169,11 +171,19 @@ def test_what_the_cache_cannot_do_is_refused(way):
             cache.attend(0, *wrong, None)
 
 
+def test_c_and_python_must_agree_about_the_size_of_a_block(monkeypatch):
+    if paged_attention.load_native(paged_attention.SOURCE) is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(paged_attention, "BLOCK_SIZE", 8)
+    with pytest.raises(RuntimeError, match="a block has 8 cells here, and not in paged_attention.c"):
+        PagedCache(GPTConfig(vocab_size=8, d_model=32, n_layers=1, n_heads=4, max_seq_len=64), 64, 1)
+
+
 def test_threads_share_the_work_and_change_nothing(monkeypatch):
     """Each query is computed by one thread, in the same order as ever."""
     if paged_attention.load_native(paged_attention.SOURCE) is None:
         pytest.skip("no C compiler")
-    monkeypatch.setattr(paged_attention, "WORTH_THREADS", 0)
+    monkeypatch.setattr(paged_cache, "WORTH_THREADS", 0)
     config = GPTConfig(vocab_size=8, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
     results = []
     for n_threads in (1, 2, 3):
@@ -222,7 +232,7 @@ def test_scrubbing_writes_zeros_over_what_a_failed_step_has_left():
     cache.attend(0, query, torch.full_like(key, float("nan")), value, None)
     cache.scrub(sequence)
     assert cache.keys.isfinite().all()
-    assert torch.equal(cache.keys[0, :, sequence.blocks[0]], key[0, :, :BLOCK].transpose(1, 2))
+    assert torch.equal(cache.keys[0, :, sequence.blocks[0]], key[0, :, :BLOCK_SIZE].transpose(1, 2))
 
 
 def test_unused_cells_are_zeros():

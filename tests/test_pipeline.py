@@ -180,6 +180,11 @@ def test_own_instructions_need_own_questions(own_data):
         plan("--sft_data", "chats.json")
 
 
+def test_numbers_beyond_their_bounds_are_refused():
+    with pytest.raises(UserError, match="--num_threads must be at least 0, not -1; --port must be .* 65535, not"):
+        parse_config(PipelineConfig, ["--num_threads", "-1", "--port", "70000"], description="")
+
+
 def test_smoke_run_stays_out_of_the_models_folder(monkeypatch):
     """`--smoke` never overwrites a model that is worth something."""
     monkeypatch.chdir(ROOT)
@@ -267,7 +272,7 @@ def test_every_promise_names_the_pythons_that_the_set_up_takes(tmp_path):
             for pin in pins_for(file, minor):
                 package = installed.get(pin.name)
                 if package and package.version in pin.specifier:  # not so where the pin is for another Python
-                    supported = SpecifierSet(package.metadata["Requires-Python"] or "")
+                    supported = SpecifierSet(package.metadata.get("Requires-Python", ""))
                     assert supported.contains(f"3.{minor}.0"), f"{pin} does not support Python 3.{minor}"
 
 

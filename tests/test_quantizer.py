@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
-from gpt_model import GPTConfig, GPTModel
+from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference import quantizer
-from inference.kv_cache_infer import generate_texts
-from inference.linear_kernels import DTYPES, InferenceEmbedding, InferenceLinear
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear
+from inference.kernels.linear_products import DTYPES
 from inference.quantizer import (
     QUANTIZED,
     held_out_samples,
@@ -30,6 +30,7 @@ from inference.quantizer import (
     save_quantized_model,
     weight_bytes,
 )
+from inference.text_generation import generate_texts
 
 PROMPTS = ["hello", "你好", "a", "The quick brown fox jumps"]
 
@@ -387,7 +388,7 @@ def test_conversations_are_scored_on_their_answers(tokenizer, tmp_path):
     path.write_text('[{"instruction": "2 + 3 = ?", "response": "5"}, {"instruction": "1 + 1 = ?", "response": "2"}]')
     samples = held_out_samples(path, tokenizer, 64, 10)
     assert len(samples) == 1
-    scored = [label for label in samples[0][1] if label != -100]
+    scored = [label for label in samples[0][1] if label != IGNORED_LABEL]
     assert tokenizer.decode(scored).strip() == "5"
 
 

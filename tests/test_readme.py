@@ -147,7 +147,7 @@ class Reader:
     def __init__(self, folder):
         ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", *ignored))
-        self.folder, self.port, self.service = folder, free_port(), None
+        self.folder, self.port, self.service = folder, 8000, None
         (folder / ".venv").symlink_to(sys.prefix)
         self.environment = {
             **os.environ,
@@ -170,6 +170,8 @@ class Reader:
 
     def types(self, command):
         """Run a command as the shell of a reader does; a service goes on in the background."""
+        if command.startswith("uvicorn"):
+            self.port = free_port()  # from here on
         command = to_run(command).replace("8000", str(self.port))
         if command.startswith("uvicorn"):
             return self.start_service(command)
@@ -179,7 +181,7 @@ class Reader:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         output = f"{result.stdout}\n{result.stderr}"
         assert result.returncode == 0, f"{command}\nexit status {result.returncode}\n{output}"
@@ -188,7 +190,7 @@ class Reader:
 
     def start_service(self, command):
         self.service = subprocess.Popen(command.split(), cwd=self.folder, env=self.environment)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.service.poll() is None:
             try:
                 with urllib.request.urlopen(f"http://localhost:{self.port}/health", timeout=5) as reply:

@@ -1,14 +1,11 @@
 """What PPO and GRPO share: answers, divergence, minibatches, early stop, LoRA, ranks, samples, and that they learn."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from on_ranks import run_on_ranks
 from policy_loops import ALGORITHMS, COMMON, PROMPTS, fixed_rollout, letters, make_loop, two_steps
 
 import finetune
@@ -19,7 +16,6 @@ from command_line import UserError
 from lora import lora_layers
 from training.run_log import read_metrics
 
-HERE = Path(__file__).resolve().parent
 both = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
@@ -189,11 +185,7 @@ def test_two_ranks_make_the_steps_of_one(algorithm, tmp_path, tokenizer, on_two_
 def on_two_ranks(tmp_path_factory):
     """Figures of `policy_loops.two_steps` on two processes over gloo."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    command += [str(HERE / "policy_loops.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_ranks(2, "policy_loops", folder)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 

@@ -5,6 +5,7 @@ import torch
 
 from alignment.transformers_names import architecture_of, in_transformers
 from command_line import UserError
+from gpt_model import IGNORED_LABEL
 
 pytest.importorskip("transformers")
 
@@ -27,7 +28,7 @@ def test_logits_and_loss_equal_those_of_transformers(architecture, tied, random_
     model = random_model(architecture, tie_embeddings=tied)
     theirs = in_transformers(model)
     ids = random_ids(3, 20)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.4, -100)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.4, IGNORED_LABEL)
     with torch.no_grad():
         expected = theirs(ids, labels=labels)
         output = model(ids, labels=labels)

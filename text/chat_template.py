@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from command_line import UserError
 
-Message = Mapping[str, str]
+Message = Mapping[str, str]  # "role" and "content"
 ROLES = ("system", "user", "assistant")
 
 # The assistant's turn brings its own heading, so that a prompt (the turns so far + the heading) is a prefix of the
@@ -137,7 +137,7 @@ class ChatTemplate:
                 done = turn
         texts.append((end[len(done) :], False))
 
-        special = re.compile("|".join(map(re.escape, _longest_first(special_tokens))) or r"(?!)")
+        special = _any_of(special_tokens)
         segments = []
         for text, is_answer in texts:
             pieces, position = [], 0
@@ -149,8 +149,9 @@ class ChatTemplate:
         return segments
 
 
-def _longest_first(strings: Sequence[str]) -> list[str]:
-    return sorted(strings, key=len, reverse=True)
+def _any_of(strings: Sequence[str]) -> re.Pattern[str]:
+    """Finds each of the strings, the longest one where several begin; of none of them, nothing."""
+    return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)")
 
 
 def _guard_special_text(
@@ -162,10 +163,7 @@ def _guard_special_text(
     """
     taken = set(template).union(*(message["content"] for message in messages))
     mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in taken)  # of the private-use area
-    names = _longest_first(special_tokens)
-    if not names:
-        return [dict(message) for message in messages], lambda text: text
-    special = re.compile("|".join(map(re.escape, names)))
+    names, special = list(special_tokens), _any_of(special_tokens)
 
     def guard(content: str) -> str:
         return special.sub(lambda match: f"{mark}{names.index(match.group())}{mark}", content)

@@ -22,18 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UserError
+from text.chat_template import ROLES, Message
 from text.text_files import iter_records
 
-Message = dict[str, str]
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-}
+ROLE_OF = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
 def _text(record: dict, field: str, where: str) -> str:
@@ -56,10 +48,10 @@ def _message(turn: object, where: str, default_role: str | None = None) -> Messa
         turn = {"role": default_role, "content": turn}
     if not isinstance(turn, dict):
         raise UserError(f'{where} is not an object like {{"role": "user", "content": "…"}}; mend it')
-    role = turn.get("role", turn.get("from", default_role))
-    if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": _text(turn, "value" if "value" in turn else "content", where)}
+    role = turn.get("role", turn.get("from", default_role))  # OpenAI's name of the field, or ShareGPT's
+    if not isinstance(role, str) or role not in ROLE_OF:
+        raise UserError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLE_OF)}")
+    return {"role": ROLE_OF[role], "content": _text(turn, "value" if "value" in turn else "content", where)}
 
 
 def _answer(turn: object, where: str) -> Message:

@@ -73,7 +73,7 @@ def _reading(path: Path) -> Iterator[None]:
             line = next(number for number, line in enumerate(file, start=1) if not _is_utf8(line))
         raise UserError(f"{path} is not UTF-8 text ({error.reason} in line {line}); save it as UTF-8") from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path} is not a sound gzip file ({error}); make it anew") from None
+        raise UserError(f"{path} is not a sound gzip file ({error}); create it again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); mend that and try again") from None
 
@@ -102,7 +102,7 @@ def _documents_of_parquet(path: Path) -> Iterator[str]:
                 if text and text.strip():
                     yield text
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a sound parquet file ({error}); make it anew") from None
+        raise UserError(f"{path} is not a sound parquet file ({error}); create it again") from None
 
 
 def _documents_of_file(path: Path) -> Iterator[str]:

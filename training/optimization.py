@@ -197,7 +197,7 @@ class Updater:
         precision: the dtype of the matrix products; fp16 brings a gradient scaler.
         device: where the model is.
         max_grad_norm: gradients are scaled down to this global norm (Pascanu et al., arXiv:1211.5063); 0 turns it off.
-        max_skipped: after so many steps in a row with a non-finite gradient the run stops with advice.
+        max_skipped: after this many steps in a row with a non-finite gradient the run stops with advice.
         clip: scales the gradients of (parameters, max_norm) in place and returns their norm before; a model that is
             spread over ranks brings its own, `parallel_model.ParallelModel.clip_gradients`.
     """
@@ -246,6 +246,7 @@ class Updater:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
         max_norm = self.max_grad_norm or math.inf
         grad_norm = float(self.clip(self.parameters, max_norm))
+        # Both numbers are those of the whole step, so that all ranks skip it or none does
         if math.isfinite(grad_norm + loss):
             self.skipped_in_a_row = 0
             for optimizer in self.optimizers:
@@ -253,7 +254,7 @@ class Updater:
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        self.scaler.update()
+        self.scaler.update()  # also after a skipped step: the scale that made fp16 overflow is halved
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         # fp16's scaler starts far too high by design and needs some skips to find its scale

@@ -155,7 +155,7 @@ class ParallelModel:
         self._require_suitable(model, mode)
         self._mesh = init_device_mesh(device.type, astuple(layout), mesh_dim_names=KINDS)
         pp_rank, ddp_rank, fsdp_rank, _ = self._mesh.get_coordinate()
-        self.data_rank = ddp_rank * layout.fsdp + fsdp_rank
+        self.data_rank = ddp_rank * layout.fsdp + fsdp_rank  # ranks that differ only in pp or tp read the same samples
         if layout.pp > 1:
             self.module = PipelinePart(model, pp_rank, layout.pp)
         if layout.tp > 1:
@@ -187,6 +187,7 @@ class ParallelModel:
         """The context of one micro-batch of a step: copies of the model exchange gradients in the `last` one only."""
         if isinstance(self._call, DistributedDataParallel) and not last:
             return self._call.no_sync()
+        # Shards are reduced after every backward pass, or they would not fit; copies of them are added up in the last
         if isinstance(self.module, FSDPModule) and self.layout.ddp > 1:
             self.module.set_requires_all_reduce(last)
         return nullcontext()
@@ -232,7 +233,7 @@ class ParallelModel:
     def model_state(self) -> dict[str, torch.Tensor]:
         """The weights of the whole model on the CPU of rank 0; all ranks have to call it, the others get {}.
 
-        What is frozen is left out: it can be had where it came from.
+        What is frozen is left out: it can be loaded from where it came.
         """
         if self._mesh is None:
             return trained_state(self.module, get_model_state_dict(self.module, options=WHOLE))

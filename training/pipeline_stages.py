@@ -109,6 +109,7 @@ class Pipeline:
         input_ids, labels = joined("input_ids", 0), joined("labels", IGNORED_LABEL)  # (n · B, T)
         losses: list[torch.Tensor] = []
         shape = torch.Size((input_ids.size(0) // len(batches), longest))
+        # What the schedule calls a micro-batch's target is its weight here: the last part has its labels as an input
         self._schedule(len(batches), shape, training=True).step(
             *self._inputs(input_ids),
             target=torch.tensor(weights, device=self.device),
@@ -139,6 +140,7 @@ class Pipeline:
                 group=self.group,
             )
             kind = Schedule1F1B if n_batches >= stage.num_stages else ScheduleGPipe
+            # Unscaled: the weights add up to a mean already
             weighted = kind(stage, n_batches, loss_fn=lambda loss, weight: (loss * weight).sum(), scale_grads=False)
             self._schedules[training] = key, weighted
         return self._schedules[training][1]

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from command_line import UserError
+from command_line import UserError, replacing
 
 TRACKERS = ("none", "swanlab", "wandb")
 
@@ -57,6 +57,7 @@ class RunLog:
             self._sinks.append(_tensorboard(self.folder / "tensorboard", start_step))
         if tracker != "none":
             self._sinks.append(_tracker(tracker, name, settings or {}))
+        # Steps that a killed run made after its last checkpoint are made, and recorded, again
         kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
         self._restart_file(kept)
         self.progress = tqdm(
@@ -110,12 +111,10 @@ class RunLog:
 
     def _restart_file(self, records: list[dict[str, Any]]) -> None:
         """Make `metrics.jsonl` consist of `records`, in one move: a kill never costs the history."""
-        temporary = self.path.with_suffix(".jsonl.tmp")
         try:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            temporary.replace(self.path)
+            with replacing(self.path) as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> UserError:
@@ -191,7 +190,12 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
 
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")
+    width, height = 4.6 * columns, 3.1 * rows
+    figure = Figure(figsize=(width, height))
+    # Margins in inches: a layout that measures every label takes as long as the drawing itself
+    figure.subplots_adjust(
+        left=0.65 / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.7 / height, wspace=0.24, hspace=0.36
+    )
     for number, (label, keys) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, number)
         for key in keys:
@@ -201,9 +205,11 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
                 axes.plot(
                     steps, values, label=key, linewidth=1.2, marker="o" if len(points) < 30 else None, markersize=3
                 )
-        axes.set_title(label, fontsize=10)
+        axes.set_title(label, fontsize=10, y=1)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axes.yaxis.get_offset_text().set_fontsize(8)
         axes.grid(alpha=0.25)
         if len(axes.lines) > 1:
             axes.legend(fontsize=8)

@@ -193,7 +193,7 @@ class TrainingLoop:
                         log.log(self.step, record)
                         interval_start, tokens, skipped_seconds = time.perf_counter(), 0.0, 0.0
                     self.seconds = elapsed_before + time.perf_counter() - start
-                    pause = time.perf_counter()
+                    pause = time.perf_counter()  # evaluating and saving do not count in tokens_per_second
                     if self.step % self.eval_interval == 0 or last:
                         self._evaluate_and_keep_best(log)
                     stop_early = self._patience_is_over()
@@ -212,13 +212,14 @@ class TrainingLoop:
         return self.best
 
     def before_first_step(self) -> None:
-        """What a run does once, at its very beginning; a resumed run has it behind it."""
+        """What a run does once, at its very beginning; a resumed run does not do it again."""
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns the global `loss`, `lr`, `grad_norm` and the number of `tokens` read."""
         self.parallel_model.train()
         size, accumulation = self.config.batch_size, self.config.grad_accum_steps
         indices = self.order.batch(self.step)
+        # Micro-batch k of all ranks is one stretch of the global batch, and this rank's share one piece of that
         parts = [indices[(k * self.ranks + self.data_rank) * size :][:size] for k in range(accumulation)]
         batches = [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
         means = self.accumulate(batches, [self.train_data.count(batch) for batch in batches])
@@ -284,7 +285,7 @@ class TrainingLoop:
                 output = self.parallel_model(**self._to_device(batch))
             for name, value in scalars(output).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * count
-            n_items += count
+            n_items += count  # nothing from a rank that computes some batch only to keep up with the others
         total = self.parallel_model.sum(n_items)
         return {f"val_{name}": self.parallel_model.sum(value) / total for name, value in sums.items()}
 
@@ -415,7 +416,7 @@ class TrainingLoop:
         self.parallel_model.load_model_state(content["model"])
         self.parallel_model.load_optimizer_state(self.optimizers, state["optimizer"])
         self.updater.load_state_dict(state["updater"])
-        if len(state["random"]) == ranks.world_size():
+        if len(state["random"]) == ranks.world_size():  # among other ranks, the same numbers would mean nothing
             set_random_state(state["random"][ranks.rank()], self.device)
         self.step, self.best, self.seconds = content["step"], state["best"], state["seconds"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]

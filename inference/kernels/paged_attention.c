@@ -1,4 +1,4 @@
-/* Attention of single tokens to keys and values that lie in blocks of cells; paged_attention.py says what it computes.
+/* Attention of single tokens to keys and values that lie in blocks of cells; paged_cache.py says what it computes.
 
    Each token first stores its key and value in its cell. Then every query reads the blocks of its own past once, with
    the softmax corrected as its maximum grows (online softmax, arXiv:1805.02867): no row of scores is kept, whatever the
@@ -9,16 +9,16 @@
 #include <string.h>
 #include "layout.h"
 
-enum { BLOCK = 16 };
-const int64_t cells_of_a_block = BLOCK; /* cache_blocks.py knows the number, too */
+enum { BLOCK_SIZE = 16 };
+const int64_t cells_of_a_block = BLOCK_SIZE; /* paged_attention.py knows the number, too */
 
-typedef float Lanes __attribute__((vector_size(4 * BLOCK), aligned(4), may_alias));
-typedef int32_t IntLanes __attribute__((vector_size(4 * BLOCK), aligned(4)));
+typedef float Lanes __attribute__((vector_size(4 * BLOCK_SIZE), aligned(4), may_alias));
+typedef int32_t IntLanes __attribute__((vector_size(4 * BLOCK_SIZE), aligned(4)));
 
 typedef struct {
-    void *keys;                        /* (layers, kv_heads, blocks, head_dim, BLOCK), float or int8_t */
-    void *values;                      /* (layers, kv_heads, blocks, BLOCK, head_dim), float or int8_t */
-    float *key_scales, *value_scales;  /* (layers, kv_heads, blocks, BLOCK), or NULL where the cells are floats */
+    void *keys;                        /* (layers, kv_heads, blocks, head_dim, BLOCK_SIZE), float or int8_t */
+    void *values;                      /* (layers, kv_heads, blocks, BLOCK_SIZE, head_dim), float or int8_t */
+    float *key_scales, *value_scales;  /* (layers, kv_heads, blocks, BLOCK_SIZE), or NULL where the cells are floats */
     const int32_t *table;              /* (slots, blocks_per_slot): the blocks of each sequence, in order */
     int64_t heads, kv_heads, blocks, head_dim, blocks_per_slot;
 } Cache;
@@ -70,7 +70,7 @@ static inline Lanes scores(const float *query, const float *keys, int64_t head_d
 
 static inline void add_values(float *out, const float *weight, const float *values, int count, int64_t head_dim) {
     int64_t i = 0;
-    for (; i + BLOCK <= head_dim; i += BLOCK) {
+    for (; i + BLOCK_SIZE <= head_dim; i += BLOCK_SIZE) {
         Lanes sum = *(Lanes *)(out + i);
         for (int c = 0; c < count; c++) sum += weight[c] * *(const Lanes *)(values + c * head_dim + i);
         *(Lanes *)(out + i) = sum;
@@ -79,28 +79,33 @@ static inline void add_values(float *out, const float *weight, const float *valu
         for (int c = 0; c < count; c++) out[i] += weight[c] * values[c * head_dim + i];
 }
 
-static void attend(const Cache *cache, int64_t base, const float *query, const int32_t *blocks, int64_t length, float *out) {
-    int64_t head_dim = cache->head_dim, size = head_dim * BLOCK;
+/* out (head_dim,) = softmax(query · keys / √head_dim) · values, over the first `length` cells of a sequence. While the
+   blocks go by, `out` is the sum of e^(score − highest) · value and `total` that of e^(score − highest). */
+static void attend(const Cache *cache, int64_t base, const float *query, const int32_t *blocks, int64_t length,
+                   float *out) {
+    int64_t head_dim = cache->head_dim, size = head_dim * BLOCK_SIZE;
     int is_int8 = cache->key_scales != NULL;
-    float highest = -INFINITY, total = 0, factor = 1 / sqrtf((float)head_dim), score[BLOCK], weight[BLOCK];
+    float highest = -INFINITY, total = 0, factor = 1 / sqrtf((float)head_dim), score[BLOCK_SIZE], weight[BLOCK_SIZE];
     float buffer[is_int8 ? size : 1];
     memset(out, 0, head_dim * sizeof(float));
-    for (int64_t start = 0; start < length; start += BLOCK) {
-        int count = length - start < BLOCK ? (int)(length - start) : BLOCK;
-        int64_t block = base + blocks[start / BLOCK];
+    for (int64_t start = 0; start < length; start += BLOCK_SIZE) {
+        int count = length - start < BLOCK_SIZE ? (int)(length - start) : BLOCK_SIZE;
+        int64_t block = base + blocks[start / BLOCK_SIZE];
+        /* All 16 cells are computed, those beyond the last token as well; only `count` of them are counted */
         Lanes lanes = factor * scores(query, as_floats(cache->keys, is_int8, block, size, buffer), head_dim);
-        if (is_int8) lanes *= *(const Lanes *)(cache->key_scales + block * BLOCK);
+        if (is_int8) lanes *= *(const Lanes *)(cache->key_scales + block * BLOCK_SIZE);
         *(Lanes *)score = lanes;
         float highest_before = highest;
         for (int c = 0; c < count; c++) highest = score[c] > highest ? score[c] : highest;
         if (highest > highest_before && start > 0) {
-            float correction = expf(highest_before - highest);
+            float correction = expf(highest_before - highest); /* the sums so far were taken against the old maximum */
             total *= correction;
             for (int64_t i = 0; i < head_dim; i++) out[i] *= correction;
         }
         *(Lanes *)weight = lanes = exponential(lanes - highest);
         for (int c = 0; c < count; c++) total += weight[c];
-        if (is_int8) *(Lanes *)weight = lanes * *(const Lanes *)(cache->value_scales + block * BLOCK);
+        /* The scale of a value goes into its weight, once, in place of head_dim numbers; `total` must not have it */
+        if (is_int8) *(Lanes *)weight = lanes * *(const Lanes *)(cache->value_scales + block * BLOCK_SIZE);
         add_values(out, weight, as_floats(cache->values, is_int8, block, size, buffer), count, head_dim);
     }
     for (int64_t i = 0; i < head_dim; i++) out[i] /= total;
@@ -134,9 +139,10 @@ static void store_token(const Cache *cache, int64_t layer, int64_t slot, int64_t
     int64_t head_dim = cache->head_dim;
     int is_int8 = cache->key_scales != NULL;
     int64_t number_size = is_int8 ? 1 : sizeof(float);
-    int32_t block = cache->table[slot * cache->blocks_per_slot + position / BLOCK];
-    int64_t first = ((layer * cache->kv_heads + g) * cache->blocks + block) * BLOCK, offset = position % BLOCK;
-    store((char *)cache->keys + (first * head_dim + offset) * number_size, BLOCK,
+    int32_t block = cache->table[slot * cache->blocks_per_slot + position / BLOCK_SIZE];
+    int64_t first = ((layer * cache->kv_heads + g) * cache->blocks + block) * BLOCK_SIZE;
+    int64_t offset = position % BLOCK_SIZE;
+    store((char *)cache->keys + (first * head_dim + offset) * number_size, BLOCK_SIZE,
           is_int8 ? cache->key_scales + first + offset : NULL, key, head_dim);
     store((char *)cache->values + (first + offset) * head_dim * number_size, 1,
           is_int8 ? cache->value_scales + first + offset : NULL, value, head_dim);
@@ -159,7 +165,8 @@ void paged_attention(const Cache *cache, int64_t layer, Rows query, Rows key, Ro
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t g = 0; g < cache->kv_heads; g++)
                 store_token(cache, layer, slots[t], positions[t], g, head_of(key, t, g), head_of(value, t, g));
-        /* all threads have waited for each other: tokens of one prompt see each other */
+        /* all threads have waited for each other: tokens of one prompt see each other. As pasts differ in length, a
+           thread that is done takes the next two heads (dynamic) */
         #pragma omp for collapse(2) schedule(dynamic, 2)
         for (int64_t t = 0; t < attending; t++)
             for (int64_t h = 0; h < heads; h++)

@@ -20,16 +20,16 @@ import torch
 import torch.nn as nn
 
 from gpt_model import GPTModel
-from inference.cache_blocks import BLOCK
-from inference.known_parts import UnknownPart, check_numbers, facts_of, weights_of
-from inference.linear_kernels import InferenceEmbedding, NativeLinear, native_library
-from inference.native_code import check_layout, load_native
-from inference.paged_attention import NativeCache, PagedCache
+from inference.kernels.known_parts import UnknownPart, check_numbers, facts_of, weights_of
+from inference.kernels.linear_layers import InferenceEmbedding
+from inference.kernels.linear_products import NativeLinear, native_library
+from inference.kernels.native_code import check_layout, load_native
+from inference.kernels.paged_attention import BLOCK_SIZE, NativeCache, PagedAttention
 from transformer_components import LearnedPositions, RMSNorm, RotaryPositions, TransformerDecoderLayer
 
 SOURCE = Path(__file__).with_suffix(".c")
 WORTH_THREADS = 1 << 19  # multiplications with the weights of one layer
-BLOCK_BYTES = 4 * BLOCK
+BLOCK_BYTES = 4 * BLOCK_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -80,19 +80,22 @@ class DecoderStep:
     """
 
     @classmethod
-    def of(cls, model: GPTModel, cache: PagedCache, before: DecoderStep | None = None) -> DecoderStep | None:
+    def of(
+        cls, model: GPTModel, attention: PagedAttention | None, before: DecoderStep | None = None
+    ) -> DecoderStep | None:
         """None if a part, a type or the machine is not one that the compiled code knows.
 
         Args:
+            attention: the compiled attention to the cache, if there is one.
             before: the model's step until now; it is returned if it is still right.
         """
-        if cache.native is None:
+        if attention is None:
             return None
         try:
             facts = facts_of(model)
             if before is not None and before.facts == facts:
                 return before
-            check_numbers(model, cache)
+            check_numbers(model, attention.sizes)
         except UnknownPart as unknown:
             _say_once(str(unknown))
             return None
@@ -101,19 +104,19 @@ class DecoderStep:
             return None
         check_layout(library, Cache=NativeCache, Linear=NativeLinear, Norm=_Norm, Layer=_Layer, Model=_Model,
                      Tokens=_Tokens, Scratch=_Scratch)  # fmt: skip
-        return cls(model, cache, facts, library.decoder_step)
+        return cls(model, attention, facts, library.decoder_step)
 
     def __init__(
-        self, model: GPTModel, cache: PagedCache, facts: list[object], function: Callable[..., None]
+        self, model: GPTModel, attention: PagedAttention, facts: list[object], function: Callable[..., None]
     ) -> None:
-        self.cache, self.config, self.facts, self.function = cache, model.config, facts, function
+        self.attention, self.config, self.facts, self.function = attention, model.config, facts, function
         function.argtypes = [*map(ctypes.POINTER, (_Model, NativeCache, _Tokens, _Scratch)), ctypes.c_void_p,
                              ctypes.c_int]  # fmt: skip
         function.restype = None
         config = model.config
         linears, tables, positions = [*_linears(model), model.lm_head], _tables(model), model.position_embedding
         # Should the weights move while requests run, the old ones are read until the next request comes
-        self.keep_alive = [tensor.detach() for tensor in _tensors(model)]
+        self.keep_alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         self.model = _Model(
             (_Layer * config.n_layers)(*map(_layer, model.layers)),
             _norm(model.final_norm),
@@ -129,11 +132,13 @@ class DecoderStep:
         self.token_bytes.append(max(digit_bytes(_native(linear).type, linear.weight.size(1)) for linear in linears))
         self.room_for = 0
 
-    def __call__(self, ids: Sequence[int], last: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The forward pass of the tokens of the cache's present step.
+    def __call__(
+        self, ids: Sequence[int], slots: array[int], positions: array[int], last: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The forward pass of N tokens, which have cells in the cache.
 
         Args:
-            ids: of the N tokens.
+            ids, slots, positions: of the tokens; the latter two 64-bit integers, as `PagedCache` has them.
             last: those of the tokens, 0 … N − 1, whose logits are wanted.
 
         Returns:
@@ -143,11 +148,11 @@ class DecoderStep:
         n_tokens = len(ids)
         if self.room_for != n_tokens:
             self._make_room(n_tokens)
-        numbers = array("q", ids), self.cache.slots, self.cache.positions, array("q", last)
+        numbers = array("q", ids), slots, positions, array("q", last)
         tokens = _Tokens(*(each.buffer_info()[0] for each in numbers), n_tokens, len(last))
         logits = torch.empty(len(last), self.config.vocab_size)
         threads = torch.get_num_threads() if n_tokens * self.layer_weights > WORTH_THREADS else 1
-        self.function(self.model, self.cache.native_cache, tokens, self.scratch, logits.data_ptr(), threads)
+        self.function(self.model, self.attention.cache, tokens, self.scratch, logits.data_ptr(), threads)
         return self.hidden, logits
 
     def _make_room(self, n_tokens: int) -> None:
@@ -166,15 +171,6 @@ class DecoderStep:
 @functools.cache
 def _say_once(reason: str) -> None:
     logger.info("the engine computes through PyTorch: %s", reason)
-
-
-def _tensors(model: GPTModel) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
-def _norms_of(layer: TransformerDecoderLayer) -> list[nn.Module]:
-    attention = layer.attention
-    return [layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm]
 
 
 def _linears(model: GPTModel) -> list[nn.Module]:
@@ -212,4 +208,6 @@ def _norm(norm: nn.Module) -> _Norm:
 
 
 def _layer(layer: TransformerDecoderLayer) -> _Layer:
-    return _Layer(*map(_norm, _norms_of(layer)), *map(_native, _linears_of(layer)))
+    attention = layer.attention
+    norms = (layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm)
+    return _Layer(*map(_norm, norms), *map(_native, _linears_of(layer)))

@@ -12,7 +12,7 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 #include "layout.h"
@@ -30,8 +30,8 @@
 #define W_ROWS 4
 #define INLINE static inline __attribute__((always_inline))
 
-/* The processor itself foresees only the next few cache lines of a row. With one row of x, W is read once and shall not
-   drive everything else out of the caches. */
+/* The processor itself foresees only the next few cache lines of a row. With one row of x, W is read once and must not
+   drive everything else out of the caches: it is asked for as something that need not be kept (the last 0). */
 #define READ_ONCE 6144 /* bytes ahead */
 #define READ_AGAIN 4096
 INLINE void ask_for(const char *p, long ahead) {
@@ -191,10 +191,33 @@ INLINE quarter four_of(const float *numbers, int n, float otherwise) {
     return four;
 }
 
+/* sum + a · b, rounded once. Left to itself, a compiler rounds once in some tiles and twice in others, and a row would not
+   give the same in both. */
+INLINE vec add_product(vec sum, vec a, vec b) {
+#if LANES == 16
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif LANES == 8 && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
+INLINE quarter add_four_products(quarter sum, quarter a, quarter b) {
+#if defined(__FMA__)
+    return (quarter)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)sum);
+#elif defined(__aarch64__)
+    return (quarter)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
+
 /* A tile's sums for one row of x become numbers of y: times the scale of x and those of W, plus the bias, and with `add`
    plus what is in y. */
 INLINE void finish(quarter sums, int w_rows, float x_scale, const float *scale, const float *bias, float *y, int add) {
-    quarter result = sums * x_scale * four_of(scale, w_rows, 1) + four_of(bias, w_rows, 0);
+    quarter result = add_four_products(four_of(bias, w_rows, 0), sums * x_scale, four_of(scale, w_rows, 1));
     if (add) result += four_of(y, w_rows, 0);
     memcpy(y, &result, w_rows * sizeof(float));
 }
@@ -210,25 +233,26 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
         UNROLL for (int j = 0; j < w_rows; j++) {
             weights[j] = load_vec(w + j * row_bytes, k);
             ask_for(w + j * row_bytes + k * bytes, ahead);
-            if (x_rows > 1) KEEP_IN_REGISTER(weights[j]);
+            if (x_rows > 1) KEEP_IN_REGISTER(weights[j]); /* used once, it may stay in memory as an operand */
         }
         UNROLL for (int i = 0; i < x_rows; i++) {
             vec inputs = load_vec_fp32(x + i * n_in, k);
             KEEP_IN_REGISTER(inputs);
-            UNROLL for (int j = 0; j < w_rows; j++) sums[i][j] += inputs * weights[j];
+            UNROLL for (int j = 0; j < w_rows; j++) sums[i][j] = add_product(sums[i][j], inputs, weights[j]);
         }
     }
     if (k < n_in)
         UNROLL for (int j = 0; j < w_rows; j++) {
             vec weights = load_rest(w + j * row_bytes, k, n_in, load_one);
             UNROLL for (int i = 0; i < x_rows; i++)
-                sums[i][j] += load_rest(x + i * n_in, k, n_in, load_one_fp32) * weights;
+                sums[i][j] = add_product(sums[i][j], load_rest(x + i * n_in, k, n_in, load_one_fp32), weights);
         }
     UNROLL for (int i = 0; i < x_rows; i++) finish(sums_of_four(sums[i]), w_rows, 1, scale, bias, y + i * n_out, add);
 }
 
-/* Some rows of x with W_ROWS rows of W, or with the fewer that are left; these stay in the first cache. `ahead` is for
-   the first of them. */
+/* Some rows of x with W_ROWS rows of W, or with the fewer that are left. The first tile brings these into the first
+   cache, where the others find them: only it asks `ahead`. The counts, and READ_ONCE, are written out in each call of
+   `tile`, as each then becomes a loop of its own without conditions. */
 INLINE void strip(const float *x, const char *w, const float *scale, const float *bias, float *y, long n_x, long n_out,
                   long n_in, int add, long left, long ahead, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
     long i = 0;
@@ -241,7 +265,7 @@ INLINE void strip(const float *x, const char *w, const float *scale, const float
         for (; i < n_x; i++, ahead = 0)
             tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, ahead, load_vec,
                  load_one);
-    } else
+    } else /* at most W_ROWS - 1 in a whole matrix: not worth tiles of their own */
         for (; i < n_x; i++)
             for (long j = 0; j < left; j++)
                 tile(1, 1, x + i * n_in, w + j * n_in * bytes, scale ? scale + j : 0, bias ? bias + j : 0,
@@ -281,7 +305,7 @@ typedef int16_t digit;
 #ifndef UNSIGNED
 #define UNSIGNED 0 /* what is added to the weights, as some instructions multiply unsigned by signed numbers */
 #endif
-enum { MOST_DIGITS = 3, LONGEST_ROW = 65536 }; /* 2^31 holds so many products of 255 and 128 */
+enum { MOST_DIGITS = 3, LONGEST_ROW = 65536 }; /* 2^31 holds this many products of 255 and 128 */
 enum { DIGITS = 4 * LANES / sizeof(digit) };   /* in a vector */
 
 typedef digit digit_vec __attribute__((vector_size(4 * LANES)));
@@ -343,7 +367,7 @@ INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) 
         largest_bits = bits > largest_bits ? bits : largest_bits;
     }
     memcpy(&largest, &largest_bits, sizeof largest);
-    float factor = largest > 1e-30f ? most / largest : 0;
+    float factor = largest > 1e-30f ? most / largest : 0; /* of a smaller row it would be infinite */
     memset(row, 0, digit_row_bytes(digits, n_in));
     if (largest_bits >= 0x7f800000) { /* infinities and NaN spoil the row, visibly */
         row->scale = NAN;
@@ -354,13 +378,13 @@ INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) 
         float scaled = x[k] * factor;
         int32_t number = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
         UNROLL for (int d = digits - 1; d > 0; d--) {
-            int8_t low = (int8_t)number;
+            int8_t low = (int8_t)number; /* −128 … 127, so that what is left is a multiple of 256 */
             first[d * padded(n_in) + k] = low;
             number = (number - low) >> 8;
         }
         first[k] = (digit)number;
     }
-    if (UNSIGNED)
+    if (UNSIGNED) /* the weights are multiplied as w + 128; 128 times the sum of the digits is taken off beforehand */
         for (int d = 0; d < digits; d++) {
             int_vec sum = {0};
             for (long k = 0; k < padded(n_in); k += DIGITS) {
@@ -397,6 +421,7 @@ INLINE void add_dots(int_vec sums[DIGIT_SUMS][W_ROWS], int digits, int x_rows, i
 
 /* A tile's sums for one row of x become what its whole numbers gave, rounded once. */
 INLINE quarter put_together(int digits, int_vec sums[][W_ROWS]) {
+    /* Doubles hold these whole numbers exactly, as they stay below 2^53 */
     double_quarter total = __builtin_convertvector(int_sums_of_four(sums[0]), double_quarter);
     UNROLL for (int d = 1; d < digits; d++)
         total = total * 256 + __builtin_convertvector(int_sums_of_four(sums[d]), double_quarter);
@@ -411,12 +436,14 @@ INLINE void digit_tile(int digits, int x_rows, int w_rows, const char *x, const 
         UNROLL for (int d = 0; d < digits; d++)
             UNROLL for (int j = 0; j < w_rows; j++)
                 memcpy(&sums[i * digits + d][j], ((const digit_row *)(x + i * row_bytes))->begin[d], sizeof(int_vec));
-    x += sizeof(digit_row);
+    x += sizeof(digit_row); /* to the digits */
     for (; k + DIGITS <= n_in; k += DIGITS)
         add_dots(sums, digits, x_rows, w_rows, x + k * sizeof(digit), w + k, DIGITS, n_in, ahead);
     if (k < n_in) add_dots(sums, digits, x_rows, w_rows, x + k * sizeof(digit), w + k, n_in - k, n_in, 0);
-    UNROLL for (int i = 0; i < x_rows; i++)
-        finish(put_together(digits, sums + i * digits), w_rows, ((const digit_row *)(x + i * row_bytes - sizeof(digit_row)))->scale, scale, bias, y + i * n_out, add);
+    UNROLL for (int i = 0; i < x_rows; i++) {
+        float x_scale = ((const digit_row *)(x + i * row_bytes) - 1)->scale;
+        finish(put_together(digits, sums + i * digits), w_rows, x_scale, scale, bias, y + i * n_out, add);
+    }
 }
 
 /* The same of rows of x that are written as digits. */
@@ -457,7 +484,7 @@ INLINE int digits_of(int64_t type, long n_in) {
     return type == INT8_DYNAMIC;
 }
 
-/* Whether rows so long can be computed with weights of a type. */
+/* Whether rows of this length can be computed with weights of a type. */
 int linear_knows(int64_t type, long n_in) { return type != INT8_DYNAMIC || digits_of(type, n_in); }
 
 /* Bytes that a row of x takes as digits. */
@@ -495,7 +522,12 @@ INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
     return (rows + tile_rows - 1) / tile_rows * tile_rows;
 }
 
-/* For each kind of weights a function of its own, or the compiler would run out of registers. */
+/* For each kind of weights a function of its own, or the compiler would run out of registers.
+
+   Each thread takes a stretch of W, in order (static), and writes numbers of y that no other thread writes or reads: it
+   need not wait at the end (nowait), but goes on with the next product of the same x. Where x is one block, a group of W
+   is needed once, and the smallest groups share out most evenly; otherwise a group meets all rows of a block while it is
+   in the cache. Only the first block asks for W `ahead`. */
 #define MULTIPLY(name, x_type, x_row_bytes, x_tile, bytes, strip, ...)                                                \
     static __attribute__((noinline)) void name(const Linear *l, const x_type *x, float *y, long n_x, int add) {       \
         long n_in = l->n_in, n_out = l->n_out, block = rows_of_block(n_x, x_row_bytes, x_tile);                       \

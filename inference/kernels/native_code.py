@@ -28,12 +28,13 @@ from pathlib import Path
 
 import torch
 
+from command_line import replacing
 from cpu_level import compiler_flags
 
 EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))  # for compiling and linking, such as -fsanitize=address
 COMPILE_FLAGS = ["-O3", "-fPIC", *EXTRA_FLAGS]
 OPENMP_FLAGS = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
-TIMEOUT = 120  # seconds for a compiler that hangs, e.g. on a network drive
+TIMEOUT = 600  # seconds for a compiler that hangs, e.g. on a network drive
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "own-gpt"
 
 
-def processor() -> str:
+def cpu_fingerprint() -> str:
     """The processor's model and instruction sets, as far as they are used: compiled code and measured times hold for
     these."""
     used = " ".join([platform.machine(), *compiler_flags()])
@@ -125,7 +126,7 @@ def _load(source: Path) -> ctypes.CDLL:
     link_flags = [*link_flags, *EXTRA_FLAGS]
     key = hashlib.sha256(_whole_text(source) + version)
     compile_flags = [*COMPILE_FLAGS, *compiler_flags()]
-    key.update(repr((compiler, compile_flags, link_flags, processor())).encode())
+    key.update(repr((compiler, compile_flags, link_flags, cpu_fingerprint())).encode())
     library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if _is_intact(library):
         return ctypes.CDLL(str(library))
@@ -193,6 +194,5 @@ def _store(result: Path, library: Path) -> None:
     library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     content = result.read_bytes()
     for path, data in ((library, content), (_checksum_file(library), hashlib.sha256(content).hexdigest().encode())):
-        with tempfile.NamedTemporaryFile(dir=library.parent, delete=False) as file:
+        with replacing(path) as file:
             file.write(data)
-        Path(file.name).replace(path)

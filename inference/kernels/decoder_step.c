@@ -1,9 +1,10 @@
 /* A model's forward pass for a few tokens in one call, from token ids to logits; decoder_step.py says when and why.
 
    One parallel region computes the whole step: the threads stay together from the first norm to the last, and wait for
-   each other only where one needs what another has made. The mathematics is that of transformer_components.py. */
+   each other only where one needs what another has made: at the end of each `omp for`, and at a barrier after products,
+   as `multiply` itself does not wait. The mathematics is that of transformer_components.py. */
 
-#include "linear_kernels.c"
+#include "linear_products.c"
 #include "paged_attention.c"
 
 typedef struct {
@@ -44,7 +45,7 @@ typedef struct { /* room for the intermediate results of a step */
     float *hidden;      /* (tokens, d_model): the residual stream; at the end what comes out of the final norm */
     float *normed;      /* (tokens, d_model) */
     float *query, *key, *value, *attended; /* (tokens, heads or kv_heads, head_dim) */
-    float *inner, *gate; /* (tokens, d_ff), rounded up to whole BLOCKs, see activate */
+    float *inner, *gate; /* (tokens, d_ff), rounded up to whole blocks of BLOCK_SIZE, see activate */
     char *digits;       /* (tokens, the most bytes that a layer's linear_digit_bytes asks for) */
 } Scratch;
 LAYOUT(Scratch, FIELD(Scratch, hidden), FIELD(Scratch, normed), FIELD(Scratch, query), FIELD(Scratch, key),
@@ -96,7 +97,7 @@ static inline Lanes sigmoid(Lanes x) { /* 1 / (1 + e^-x), from e^-|x|, which doe
     return (Lanes)((negative & (IntLanes)e) | (~negative & (IntLanes)((Lanes){0} + 1.0f))) / (1 + e);
 }
 
-/* BLOCK numbers of the inner layer: SwiGLU (arXiv:2002.05202), or GELU with tanh, whose (1 + tanh z) / 2 is
+/* BLOCK_SIZE numbers of the inner layer: SwiGLU (arXiv:2002.05202), or GELU with tanh, whose (1 + tanh z) / 2 is
    sigmoid(2 z). */
 static void activate(float *inner, const float *gate) {
     Lanes x = *(Lanes *)inner;
@@ -142,12 +143,12 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
             #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t++) {
                 normalize(&layer->attention_norm, s.hidden + t * d_model, s.normed + t * d_model);
-                prepare_row(&layer->query, s.normed, s.digits, t);
+                prepare_row(&layer->query, s.normed, s.digits, t); /* the key's and the value's, too: one kind of weights */
             }
             multiply(&layer->query, s.normed, s.digits, s.query, tokens, 0);
             multiply(&layer->key, s.normed, s.digits, s.key, tokens, 0);
             multiply(&layer->value, s.normed, s.digits, s.value, tokens, 0);
-            #pragma omp barrier
+            #pragma omp barrier /* a head may be the work of several threads */
 
             #pragma omp for collapse(2) schedule(static)
             for (int64_t t = 0; t < tokens; t++)
@@ -156,6 +157,7 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
                     place(model, &layer->key_norm, s.key + head, positions[t], head_dim);
                     store_token(cache, index, slots[t], positions[t], g, s.key + head, s.value + head);
                 }
+            /* all keys and values are stored. A query's own thread places it: nobody else needs it */
             #pragma omp for collapse(2) schedule(dynamic, 2)
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t h = 0; h < heads; h++) {
@@ -164,8 +166,8 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
                     attend_token(cache, index, slots[t], positions[t], h, s.query + head, s.attended + head);
                 }
             prepare(&layer->output, s.attended, s.digits, tokens);
-            multiply(&layer->output, s.attended, s.digits, s.hidden, tokens, 1);
-            #pragma omp barrier
+            multiply(&layer->output, s.attended, s.digits, s.hidden, tokens, 1); /* plus the residual stream */
+            #pragma omp barrier /* a norm needs the whole row */
 
             #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t++) {
@@ -174,14 +176,14 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
             }
             multiply(&layer->up, s.normed, s.digits, s.inner, tokens, 0);
             if (layer->gate.weight) multiply(&layer->gate, s.normed, s.digits, s.gate, tokens, 0);
-            #pragma omp barrier
+            #pragma omp barrier /* the same numbers are shared out in another way */
 
             #pragma omp for schedule(static)
-            for (int64_t i = 0; i < tokens * d_ff; i += BLOCK)
+            for (int64_t i = 0; i < tokens * d_ff; i += BLOCK_SIZE)
                 activate(s.inner + i, layer->gate.weight ? s.gate + i : NULL);
             prepare(&layer->down, s.inner, s.digits, tokens);
             multiply(&layer->down, s.inner, s.digits, s.hidden, tokens, 1);
-            #pragma omp barrier
+            #pragma omp barrier /* the next norm */
         }
         #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)

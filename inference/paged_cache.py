@@ -4,7 +4,7 @@ All tokens of one step of the engine stand in one row, whichever requests they b
 Attention alone looks at the requests separately. It stores the new keys and values in their cells, and then
 
     few tokens of a request   (its next one, the rest of a prompt), or those of a short one go through
-                              paged_attention.c, compiled for this machine, which reads each cell where it lies
+                              kernels/paged_attention.c, compiled for this machine, which reads each cell where it lies
     many tokens of a long one gather the cells of their request and go through PyTorch's attention
     elsewhere                 (on a GPU, in other precisions, without a compiler) all go that second way, single tokens
                               of requests of similar length together
@@ -14,44 +14,25 @@ With INT8 cells a key or value of one head is 8-bit integers and one scale.
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence as Spans
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from command_line import UserError
 from gpt_model import GPTConfig
-from inference.cache_blocks import BLOCK, NOWHERE, BlockPool, Sequence
-from inference.native_code import check_layout, load_native
+from inference.cache_blocks import NOWHERE, BlockPool, CachedSequence
+from inference.kernels.paged_attention import BLOCK_SIZE, PagedAttention
 from transformer_components import attend
 
-SOURCE = Path(__file__).with_suffix(".c")
 FEW_TOKENS = 32  # of one request in one step, or
 SHORT = 512  # tokens of it in all: up to here gathering costs more than it brings
 WORTH_THREADS = 1 << 17  # multiplications with keys in one layer
 
-Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows (n, T), blocks (n, S / BLOCK), visible (n, 1, T, S)
-
-
-class NativeCache(ctypes.Structure):
-    """The cache as paged_attention.c sees it."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales", "table")),
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "blocks", "head_dim", "blocks_per_slot")),
-    ]
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("head_stride", ctypes.c_int64), ("token_stride", ctypes.c_int64)]
-
-    @classmethod
-    def of(cls, x: torch.Tensor) -> _Rows:
-        return cls(x.data_ptr(), x.stride(1), x.stride(2))
+# Rows (n, T), blocks (n, S / BLOCK_SIZE) and which cells are visible (n, 1, T, S)
+Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class PagedCache:
@@ -66,9 +47,9 @@ class PagedCache:
         reuse_prefixes: whether sequences that begin alike share blocks.
 
     Attributes:
-        keys: (n_layers, G, blocks, K, BLOCK), transposed for the C function.
-        values: (n_layers, G, blocks, BLOCK, K). Both are zeros at first: what is masked must still be finite.
-        key_scales, value_scales: (n_layers, G, blocks, BLOCK) fp32 for INT8 cells, otherwise None.
+        keys: (n_layers, G, blocks, K, BLOCK_SIZE), transposed for the C function.
+        values: (n_layers, G, blocks, BLOCK_SIZE, K). Both are zeros at first: what is masked must still be finite.
+        key_scales, value_scales: (n_layers, G, blocks, BLOCK_SIZE) fp32 for INT8 cells, otherwise None.
         table: (n_slots, blocks of the longest sequence) int32, on the CPU: the blocks of each sequence.
         slots, positions: of each token of the present step, arrays of 64-bit integers.
         sizes: n_layers, H, G, K and max_seq_len of the model that it is for.
@@ -84,72 +65,57 @@ class PagedCache:
         reuse_prefixes: bool = True,
     ) -> None:
         self.config, self.device, self.reuse_prefixes = config, torch.device(device), reuse_prefixes
-        n_blocks, blocks_per_slot = -(-n_tokens // BLOCK), -(-config.max_seq_len // BLOCK)
+        n_blocks, blocks_per_slot = -(-n_tokens // BLOCK_SIZE), -(-config.max_seq_len // BLOCK_SIZE)
         self.pool = BlockPool(n_blocks)
         self.sizes = (config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim, config.max_seq_len)
         shape = (config.n_layers, config.n_kv_heads, n_blocks)
-        self.keys = _zeros((*shape, config.head_dim, BLOCK), dtype, self.device)
-        self.values = _zeros((*shape, BLOCK, config.head_dim), dtype, self.device)
+        self.keys = _zeros((*shape, config.head_dim, BLOCK_SIZE), dtype, self.device)
+        self.values = _zeros((*shape, BLOCK_SIZE, config.head_dim), dtype, self.device)
         self.key_scales = self.value_scales = None
         if dtype == torch.int8:
-            self.key_scales = _zeros((*shape, BLOCK), torch.float32, self.device)
-            self.value_scales = _zeros((*shape, BLOCK), torch.float32, self.device)
+            self.key_scales = _zeros((*shape, BLOCK_SIZE), torch.float32, self.device)
+            self.value_scales = _zeros((*shape, BLOCK_SIZE), torch.float32, self.device)
         self.table = torch.zeros(n_slots, blocks_per_slot, dtype=torch.int32)
         self.free_slots = list(reversed(range(n_slots)))
-        self.native = None
-        if self.device.type == "cpu" and dtype in (torch.float32, torch.int8):
-            self.native = load_native(SOURCE)
-        if self.native is not None:
-            check_layout(self.native, Cache=NativeCache, Rows=_Rows)
-            if ctypes.c_int64.in_dll(self.native, "cells_of_a_block").value != BLOCK:
-                raise RuntimeError(f"a block has {BLOCK} cells here, and not in {SOURCE.name}; change both together")
-            tensors = (self.keys, self.values, self.key_scales, self.value_scales, self.table)
-            self.native_cache = NativeCache(
-                *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-                *(config.n_heads, config.n_kv_heads, n_blocks, config.head_dim, blocks_per_slot),
-            )
-            self._function = self.native.paged_attention
-            pointer, number = ctypes.c_void_p, ctypes.c_int64
-            self._function.argtypes = [ctypes.POINTER(NativeCache), number, _Rows, _Rows, _Rows, pointer, pointer,
-                                       pointer, number, number, ctypes.c_int]  # fmt: skip
-            self._function.restype = None
+        tensors = (self.keys, self.values, self.key_scales, self.value_scales, self.table)
+        self.native = PagedAttention.of(self.sizes, *tensors)
 
     # -- sequences -----------------------------------------------------------------------------------------------------
 
     @property
     def n_tokens(self) -> int:
         """How many cells there are."""
-        return self.keys.size(2) * BLOCK
+        return self.keys.size(2) * BLOCK_SIZE
 
     @property
     def n_used(self) -> int:
         """How many cells belong to open sequences, in whole blocks."""
-        return self.n_tokens - len(self.pool.free) * BLOCK
+        return self.n_tokens - len(self.pool.free) * BLOCK_SIZE
 
-    def has_room(self, tokens: Spans[int], spare: int) -> bool:
+    def has_room(self, tokens: Sequence[int], spare: int) -> bool:
         """Whether a sequence of these tokens can be opened so that `spare` blocks are left."""
         shared = [block for block, _ in self.pool.find(tokens)]
         n_free = len(self.pool.free) - sum(self.pool.users[block] == 0 for block in shared)
-        return -(-len(tokens) // BLOCK) - len(shared) + spare <= n_free
+        return -(-len(tokens) // BLOCK_SIZE) - len(shared) + spare <= n_free
 
-    def known_length(self, tokens: Spans[int]) -> int:
+    def known_length(self, tokens: Sequence[int]) -> int:
         """How many of the first tokens a new sequence would find stored."""
-        return len(self.pool.find(tokens)) * BLOCK
+        return len(self.pool.find(tokens)) * BLOCK_SIZE
 
-    def open(self, tokens: Spans[int]) -> Sequence:
+    def open(self, tokens: Sequence[int]) -> CachedSequence:
         """A sequence with cells for these tokens, whose `length` first ones are stored already.
 
         There must be a free slot, and `has_room`.
         """
-        sequence = Sequence(self.free_slots.pop())
+        sequence = CachedSequence(self.free_slots.pop())
         self.pool.share(sequence, tokens)
         self.table[sequence.slot, : len(sequence.blocks)] = torch.tensor(sequence.blocks, dtype=torch.int32)
         self.reserve(sequence, len(tokens))
         return sequence
 
-    def reserve(self, sequence: Sequence, length: int) -> bool:
+    def reserve(self, sequence: CachedSequence, length: int) -> bool:
         """Give a sequence cells for `length` tokens in all; False if there is no room (it keeps what it has got)."""
-        while len(sequence.blocks) * BLOCK < length:
+        while len(sequence.blocks) * BLOCK_SIZE < length:
             block = self.pool.take()
             if block is None:
                 return False
@@ -157,35 +123,35 @@ class PagedCache:
             sequence.blocks.append(block)
         return True
 
-    def stored(self, sequence: Sequence, tokens: Spans[int], n_new: int) -> None:
+    def stored(self, sequence: CachedSequence, tokens: Sequence[int], n_new: int) -> None:
         """Count the tokens of a step that succeeded; `tokens` are all of the sequence's."""
         if self.reuse_prefixes:
             self.pool.remember(sequence, tokens, n_new)
         else:
             sequence.length += n_new
 
-    def forget(self, running: Spans[Sequence]) -> None:
+    def forget(self, running: Sequence[CachedSequence]) -> None:
         """Share nothing of what is stored so far, nor of what the open sequences add to it."""
         self.pool.forget()
         for sequence in running:
             sequence.prefix = NOWHERE
 
-    def close(self, sequence: Sequence) -> None:
+    def close(self, sequence: CachedSequence) -> None:
         """Take back the cells of a sequence; their contents can be shared until they are needed."""
         self.pool.release(sequence.blocks)
         self.free_slots.append(sequence.slot)
 
-    def scrub(self, sequence: Sequence) -> None:
+    def scrub(self, sequence: CachedSequence) -> None:
         """Write zeros over what is not known to be good: NaN in a cell would leak through a mask."""
-        suspect = sequence.blocks[sequence.length // BLOCK :]
+        suspect = sequence.blocks[sequence.length // BLOCK_SIZE :]
         for cells in (self.keys, self.values, self.key_scales, self.value_scales):
             if cells is not None:
                 cells[:, :, suspect] = 0
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def begin_step(self, spans: Spans[tuple[Sequence, int]]) -> None:
-        """Say which tokens come next: so many new ones of each sequence, in this order, those with fewest first."""
+    def begin_step(self, spans: Sequence[tuple[CachedSequence, int]]) -> None:
+        """Say which tokens come next: this many new ones of each sequence, in this order, those with fewest first."""
         self.slots, self.positions = array("q"), array("q")
         gathered: dict[tuple[int, int], list[int]] = defaultdict(list)  # tokens, class of length → first rows
         self._n_native, in_place = 0, self.native is not None
@@ -207,8 +173,8 @@ class PagedCache:
             slots, positions = torch.tensor(self.slots), torch.tensor(self.positions)  # (N,)
             self._gathered = [self._gather(slots, positions, n_new, rows) for (n_new, _), rows in gathered.items()]
         if self.native is None:
-            self._blocks = self.table[slots, positions // BLOCK].to(self.device)  # (N,)
-            self._offsets = (positions % BLOCK).to(self.device)  # (N,)
+            self._blocks = self.table[slots, positions // BLOCK_SIZE].to(self.device)  # (N,)
+            self._offsets = (positions % BLOCK_SIZE).to(self.device)  # (N,)
 
     @property
     def is_read_in_place(self) -> bool:
@@ -218,9 +184,9 @@ class PagedCache:
     def _gather(self, slots: torch.Tensor, positions: torch.Tensor, n_new: int, first_rows: list[int]) -> Gathered:
         rows = torch.tensor(first_rows).unsqueeze(1) + torch.arange(n_new)  # (n, T)
         positions = positions[rows].unsqueeze(2)  # (n, T, 1)
-        n_blocks = int(positions.max()) // BLOCK + 1
-        blocks = self.table[slots[rows[:, 0]], :n_blocks]  # (n, S / BLOCK)
-        visible = (torch.arange(n_blocks * BLOCK) <= positions).unsqueeze(1)  # (n, 1, T, S)
+        n_blocks = int(positions.max()) // BLOCK_SIZE + 1
+        blocks = self.table[slots[rows[:, 0]], :n_blocks]  # (n, S / BLOCK_SIZE)
+        visible = (torch.arange(n_blocks * BLOCK_SIZE) <= positions).unsqueeze(1)  # (n, 1, T, S)
         return rows.to(self.device), blocks.to(self.device), visible.to(self.device)
 
     def attend(
@@ -248,11 +214,8 @@ class PagedCache:
         if self.native is None:
             self._store(layer, key[0], value[0])
         else:
-            self._function(
-                *(self.native_cache, layer, _Rows.of(query), _Rows.of(key), _Rows.of(value), attended.data_ptr()),
-                *(self.slots.buffer_info()[0], self.positions.buffer_info()[0], n_tokens, self._n_native),
-                self._n_threads,
-            )
+            step = self.slots, self.positions, self._n_native, self._n_threads
+            self.native(layer, query, key, value, attended, *step)
         for rows, blocks, visible in self._gathered:
             queries = query[0][:, rows].transpose(0, 1)  # (n, H, T, K)
             keys, values = (  # (n, G, S, K)
@@ -265,7 +228,7 @@ class PagedCache:
         """Nothing: the engine counts the tokens of a sequence when it knows that the step has succeeded."""
 
     def _cells_of(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """The keys' and the values' cells (G, blocks, BLOCK, K) of a layer, each with its scales (G, blocks, BLOCK)."""
+        """The keys' and the values' cells of a layer, (G, blocks, BLOCK_SIZE, K), each with its scales or None."""
         pairs = ((self.keys[layer].transpose(-1, -2), self.key_scales), (self.values[layer], self.value_scales))
         return [(cells, None if scales is None else scales[layer]) for cells, scales in pairs]
 
@@ -280,8 +243,8 @@ class PagedCache:
 
 
 def _load(cells: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The contents (n, G, S, K) of blocks (n, S / BLOCK)."""
-    found = cells[:, blocks].to(dtype)  # (G, n, S / BLOCK, BLOCK, K)
+    """The contents (n, G, S, K) of blocks (n, S / BLOCK_SIZE)."""
+    found = cells[:, blocks].to(dtype)  # (G, n, S / BLOCK_SIZE, BLOCK_SIZE, K)
     if scales is not None:
         found = found * scales[:, blocks].unsqueeze(-1).to(dtype)
     return found.flatten(2, 3).transpose(0, 1)

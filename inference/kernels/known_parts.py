@@ -18,8 +18,9 @@ import torch.nn as nn
 import transformer_components
 from command_line import UserError
 from gpt_model import GPTConfig, GPTModel
-from inference.linear_kernels import InferenceEmbedding, InferenceLinear, kind_of, native_knows
-from inference.paged_attention import PagedCache
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear
+from inference.kernels.linear_products import kind_of, native_knows
+from inference.kernels.paged_attention import Sizes
 from transformer_components import (
     FeedForwardNetwork,
     LearnedPositions,
@@ -80,7 +81,9 @@ KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
     nn.Dropout: dict(p=NUMBER, inplace=SWITCH),
 }  # fmt: skip
 OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}  # the last one is torch.compile's
+NAMES = {kind: known.keys() | OF_EVERY_MODULE for kind, known in KNOWN.items()}
 CLASSES = [base for base in {base for known in KNOWN for base in known.__mro__} if issubclass(base, nn.Module)]
+_as_written: dict[type, dict[str, object]] = {}  # what a class held when all its methods were found to be its own
 
 # Of the configuration; a further field must have its default value, which is what models had before there was the field
 FIELDS = {
@@ -129,9 +132,11 @@ def facts_of(model: nn.Module) -> list[object]:
         UnknownPart: the model has a part that is not in `KNOWN`.
     """
     for owner in CLASSES:
-        for name, method in vars(owner).items():
-            if callable(method) and not is_as_written(method, owner):
-                raise UnknownPart(f"{owner.__name__}.{name} has been replaced")
+        if vars(owner) != _as_written.get(owner):
+            for name, method in vars(owner).items():
+                if callable(method) and not is_as_written(method, owner):
+                    raise UnknownPart(f"{owner.__name__}.{name} has been replaced")
+            _as_written[owner] = dict(vars(owner))
     if not is_as_written(transformer_components.apply_rotary, MultiHeadAttention):
         raise UnknownPart("apply_rotary has been replaced")
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
@@ -145,27 +150,33 @@ def facts_of(model: nn.Module) -> list[object]:
 
 
 def _look_at(module: nn.Module, path: str, facts: list[object]) -> None:
-    """Add the facts of a module of a known class, and of all that it holds."""
-    kind = type(module)
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise UnknownPart(f"{path or 'the model'} has hooks")
-    if kind is nn.Dropout and module.training and module.p:
-        raise UnknownPart(f"{path} is in training mode")
-    facts.append(kind)
-    known = dict.fromkeys(module._modules, (TransformerDecoderLayer,)) if kind is nn.ModuleList else KNOWN[kind]
+    """Add the facts of a module of a known class, and of all that it holds; `path` is empty or ends with a dot."""
+    kind, known = type(module), KNOWN[type(module)]
+    names = NAMES[kind]
+    if kind is nn.ModuleList:
+        known = dict.fromkeys(module._modules, (TransformerDecoderLayer,))
+        names = names | known.keys()
     held = {**module._parameters, **module._buffers, **module._modules, **vars(module)}
-    for name in held.keys() - known.keys() - OF_EVERY_MODULE:
-        raise UnknownPart(f"{path or 'the model'} has {name}")
+    if not held.keys() <= names:
+        raise UnknownPart(f"{path[:-1] or 'the model'} has {', '.join(held.keys() - names)}")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise UnknownPart(f"{path[:-1] or 'the model'} has hooks")
+    if kind is nn.Dropout and module.training and module.p:
+        raise UnknownPart(f"{path[:-1]} is in training mode")
+    facts.append(kind)
     for name, classes in known.items():
         value = held.get(name, MISSING)
-        if type(value) not in classes:
-            raise UnknownPart(f"{path}.{name} is of the class {type(value).__name__}".lstrip("."))
-        if isinstance(value, nn.Module):
-            _look_at(value, f"{path}.{name}".lstrip("."), facts)
-        elif isinstance(value, torch.Tensor):
+        its_kind = type(value)
+        if its_kind not in classes:
+            raise UnknownPart(f"{path}{name} is of the class {its_kind.__name__}")
+        if its_kind in KNOWN:
+            _look_at(value, f"{path}{name}.", facts)
+        elif its_kind is nn.Parameter or its_kind is torch.Tensor:
             facts.append((value.data_ptr(), value.shape, value.dtype))
+        elif its_kind is GPTConfig:
+            facts.append(list(vars(value).values()))
         else:
-            facts.append(list(vars(value).values()) if name == "config" else value)
+            facts.append(value)
 
 
 def _look_at_config(model: GPTModel) -> None:
@@ -181,7 +192,7 @@ def _look_at_config(model: GPTModel) -> None:
         raise UnknownPart(f"position_embedding does not fit {config.position} positions")
 
 
-def check_numbers(model: GPTModel, cache: PagedCache) -> None:
+def check_numbers(model: GPTModel, cache_sizes: Sizes) -> None:
     """That a model of known parts has the sizes, types and memory that the C code takes for granted.
 
     Raises:
@@ -189,7 +200,7 @@ def check_numbers(model: GPTModel, cache: PagedCache) -> None:
     """
     config = model.config
     sizes = (config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim, config.max_seq_len)
-    if len(model.layers) != config.n_layers or cache.sizes != sizes:
+    if len(model.layers) != config.n_layers or cache_sizes != sizes:
         raise UnknownPart("the model, its configuration and the cache differ in their sizes")
     shapes, kinds = _shapes(config), set()
     if type(model.position_embedding) is RotaryPositions:
@@ -216,7 +227,7 @@ def check_numbers(model: GPTModel, cache: PagedCache) -> None:
 
 
 def weights_of(layer: nn.Module) -> str:
-    """The kind of weights of a linear layer or an embedding, a key of `linear_kernels.DTYPES`."""
+    """The kind of weights of a linear layer or an embedding, a key of `linear_products.DTYPES`."""
     return layer.weights if isinstance(layer, InferenceLinear) else kind_of(layer.weight)
 
 
