@@ -24,7 +24,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
@@ -47,7 +47,7 @@ BOUNDS = {  # of a number: how it is compared, and how that is said
 }
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] | None = None, **bounds: float) -> Any:
+def option(default: Any, help: str, *, choices: Collection[str] | None = None, **bounds: float) -> Any:
     """A dataclass field with a default, a sentence of help and, where it applies, the values that are allowed.
 
     `default` may also be the word `list` for a field that takes several values and is empty by default. A number may
@@ -98,17 +98,29 @@ def _range(bounds: dict[str, float]) -> str:
     return " and ".join(f"{BOUNDS[name][1]} {bound}" for name, bound in bounds.items())
 
 
-def complaints_about(config: Any) -> list[str]:
-    """A sentence for each number of a config that is beyond the bounds of its field (None is within all), and what its
-    `validate() -> list[str]`, if there is one, has to say of how the fields fit together."""
+def beyond_bounds(config: Any, prefix: str = "--") -> list[str]:
+    """A sentence for each value of a config that its field does not allow; None is always allowed.
+
+    Args:
+        prefix: stands before the names of fields; empty for a config that is no command line.
+    """
     complaints = []
     for field in dataclasses.fields(config):
-        value, bounds = getattr(config, field.name), _said_of(type(config), field.name).get("bounds", {})
-        if not bounds or value is None:
+        value, said = getattr(config, field.name), _said_of(type(config), field.name)
+        if value is None:
             continue
-        if not math.isfinite(value) or not all(BOUNDS[name][0](value, bound) for name, bound in bounds.items()):
-            complaints.append(f"--{field.name} must be {_range(bounds)}, not {value}")
-    return complaints + (config.validate() if hasattr(config, "validate") else [])
+        within = (BOUNDS[name][0](value, bound) for name, bound in said["bounds"].items())
+        if said["bounds"] and not (math.isfinite(value) and all(within)):
+            complaints.append(f"{prefix}{field.name} must be {_range(said['bounds'])}, not {value}")
+        if said["choices"] and value not in said["choices"]:
+            complaints.append(f"{prefix}{field.name} must be one of {', '.join(said['choices'])}, not {value!r}")
+    return complaints
+
+
+def complaints_about(config: Any) -> list[str]:
+    """What is `beyond_bounds`, and what a config's `validate() -> list[str]`, if there is one, has to say of how the
+    fields fit together; a sentence each."""
+    return beyond_bounds(config) + (config.validate() if hasattr(config, "validate") else [])
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, *, description: str) -> Config:

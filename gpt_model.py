@@ -11,7 +11,6 @@ The letters of the shapes are explained in transformer_components.py.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,86 +20,11 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from byte_level_bpe import IGNORED_LABEL
 from inference.sampling import sample_next
-from transformer_components import (
-    Cache,
-    KVCache,
-    TransformerDecoderLayer,
-    make_norm,
-    rotary_angles,
-    sinusoidal_positions,
-)
-
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "gpt2": dict(position="learned", norm="layernorm", activation="gelu", bias=True, qk_norm=False, norm_eps=1e-5),
-    "modern": dict(position="rotary", norm="rmsnorm", activation="swiglu", bias=False, qk_norm=True, norm_eps=1e-6),
-}
+from transformer_components import ARCHITECTURES as ARCHITECTURES  # which users import from here
+from transformer_components import POSITIONS, Cache, GPTConfig, KVCache, Part, TransformerDecoderLayer, make_norm
 
 
-@dataclass
-class GPTConfig:
-    """Everything that determines the model's function and the names and shapes of its weights."""
-
-    vocab_size: int
-    d_model: int = 768
-    n_layers: int = 12
-    n_heads: int = 12
-    d_ff: int | None = None  # None: 4 × d_model, or for SwiGLU 8/3 × d_model rounded up to a multiple of 32
-    max_seq_len: int = 1024
-    dropout: float = 0.0
-    pad_token_id: int = 1
-    n_kv_heads: int | None = None  # None: n_heads
-    head_dim: int | None = None  # None: d_model / n_heads
-    position: str = "learned"  # learned | rotary | sinusoidal
-    norm: str = "layernorm"  # layernorm | rmsnorm
-    activation: str = "gelu"  # gelu | swiglu
-    bias: bool = True
-    qk_norm: bool = False
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_embeddings: bool = True
-
-    def __post_init__(self) -> None:
-        if self.d_ff is None:
-            swiglu_width = math.ceil(self.d_model * 8 / 3 / 32) * 32
-            self.d_ff = swiglu_width if self.activation == "swiglu" else 4 * self.d_model
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.head_dim = self.head_dim or self.d_model // max(1, self.n_heads)
-        complaints = self.complaints()
-        if complaints:
-            raise ValueError("; ".join(complaints))
-
-    def complaints(self) -> list[str]:
-        """What is wrong with this configuration, a sentence each; empty if nothing is."""
-        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "n_kv_heads", "head_dim")
-        found = [f"{name} must be at least 1" for name in sizes if getattr(self, name) < 1]
-        if found:
-            return found
-        if self.head_dim * self.n_heads != self.d_model and self.d_model % self.n_heads:
-            found.append(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
-        if self.n_heads % self.n_kv_heads:
-            found.append(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.position == "rotary" and self.head_dim % 2:
-            found.append(f"rotary positions need an even head_dim, not {self.head_dim}")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout must be in [0, 1), not {self.dropout}")
-        if not 0 <= self.pad_token_id < self.vocab_size:
-            found.append(f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}")
-        for name, known in (
-            ("position", ("learned", "rotary", "sinusoidal")),
-            ("norm", ("layernorm", "rmsnorm")),
-            ("activation", ("gelu", "swiglu")),
-        ):
-            if getattr(self, name) not in known:
-                found.append(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        return found
-
-    @classmethod
-    def for_architecture(cls, architecture: str, **sizes: Any) -> GPTConfig:
-        """A configuration of the `gpt2` or `modern` architecture with the given sizes."""
-        return cls(**{**ARCHITECTURES[architecture], **sizes})
-
-
-class GPTModel(nn.Module):
+class GPTModel(Part):
     """A decoder-only Transformer language model.
 
     The arguments are the fields of `GPTConfig`, whose defaults give GPT-2. `GPTModel.from_config(config)` takes them
@@ -124,47 +48,14 @@ class GPTModel(nn.Module):
         self.config = config
         self.recompute_activations = False  # True trades time for memory in training
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        if config.position == "learned":
-            self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model)
-        self.make_position_tables()
+        self.position_embedding = POSITIONS[config.position](config)
         self.embedding_dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            TransformerDecoderLayer(
-                config.d_model,
-                config.n_heads,
-                config.d_ff,
-                config.dropout,
-                config.n_kv_heads,
-                config.head_dim,
-                config.norm,
-                config.activation,
-                config.bias,
-                config.qk_norm,
-                config.norm_eps,
-            )
-            for _ in range(config.n_layers)
-        )
+        self.layers = nn.ModuleList(TransformerDecoderLayer.from_config(config) for _ in range(config.n_layers))
         self.final_norm = make_norm(config.norm, config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.initialize_weights()
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
-
-    @classmethod
-    def from_config(cls, config: GPTConfig) -> GPTModel:
-        """A model with freshly initialised weights."""
-        return cls(**asdict(config))
-
-    def make_position_tables(self) -> None:
-        """(Re)compute what is no weight but follows from the configuration; a model without memory, on PyTorch's meta
-        device, needs it once its weights have been given to it."""
-        config = self.config
-        if config.position == "sinusoidal":
-            table = sinusoidal_positions(config.max_seq_len, config.d_model)
-            self.register_buffer("position_table", table, persistent=False)
-        elif config.position == "rotary":
-            angles = rotary_angles(config.max_seq_len, config.head_dim, config.rope_theta)
-            self.register_buffer("rotary_table", angles, persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -197,23 +88,9 @@ class GPTModel(nn.Module):
             config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim, self.device, self.dtype
         )
 
-    def embed(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, start: int = 0) -> torch.Tensor:
-        """Token (and absolute position) embeddings of input_ids (B, T) at `positions` (B, T) or start, start + 1, …"""
-        x = self.token_embedding(input_ids)  # (B, T, D)
-        if self.config.position != "rotary":
-            learned = self.config.position == "learned"
-            table = self.position_embedding.weight if learned else self.position_table
-            here = slice(start, start + input_ids.size(1)) if positions is None else positions
-            x = x + table[here]  # (T, D) or (B, T, D)
-        return self.embedding_dropout(x)
-
-    def rotary(self, n_tokens: int, positions: torch.Tensor | None = None, start: int = 0) -> torch.Tensor | None:
-        """Rotary cosines and sines of the same positions as in `embed`, or None for other kinds of positions."""
-        if self.config.position != "rotary":
-            return None
-        if positions is None:
-            return self.rotary_table[:, start : start + n_tokens]  # (2, T, K)
-        return self.rotary_table[:, positions].unsqueeze(2)  # (2, B, 1, T, K)
+    def embed(self, input_ids: torch.Tensor, here: slice | torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, T, D) of tokens (B, T) that stand `here`, see `Positions`."""
+        return self.embedding_dropout(self.position_embedding.add_to(self.token_embedding(input_ids), here))
 
     def hidden_states(
         self,
@@ -251,8 +128,8 @@ class GPTModel(nn.Module):
         What a token may look at is up to `mask` (see `transformer_components.attend`) or to a cache that ignores it.
         """
         n_tokens = input_ids.size(1)
-        x = self.embed(input_ids, positions, start)  # (B, T, D)
-        rotary = self.rotary(n_tokens, positions, start)
+        here = slice(start, start + n_tokens) if positions is None else positions
+        x, rotary = self.embed(input_ids, here), self.position_embedding.rotary(here)  # (B, T, D)
         for index, layer in enumerate(self.layers):
             if self.recompute_activations and torch.is_grad_enabled() and cache is None:
                 x = recompute_in_backward(layer, x, mask, rotary, use_reentrant=False)

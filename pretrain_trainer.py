@@ -16,7 +16,7 @@ import numpy as np
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model, require_same_model
-from command_line import UserError, complaints_about, option, parse_config, run_main
+from command_line import UserError, beyond_bounds, complaints_about, option, parse_config, run_main
 from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
@@ -57,16 +57,16 @@ class PretrainConfig(TrainingConfig):
     output_dir: str = option("models/pretrain", "folder for checkpoints, metrics and curves")
     shard_dir: str = option("models/token_shards", "folder for the tokenized text, which is made once and reused")
     architecture: str = option("modern", "modern (Qwen3-like) or gpt2", choices=tuple(ARCHITECTURES))
-    depth: int = option(0, "one dial: layers; sets width, heads, learning rate, batch and steps to match")
-    d_model: int = option(192, "width of the model")
-    n_layers: int = option(4, "number of layers")
-    n_heads: int = option(4, "attention heads")
-    n_kv_heads: int = option(0, "key/value heads; 0 means as many as --n_heads")
-    d_ff: int = option(0, "inner width of the feed-forward network; 0 means the architecture's usual one")
-    dropout: float = option(0.0, "dropout in training")
+    depth: int = option(0, "one dial: layers; sets width, heads, learning rate, batch and steps to match", at_least=0)
+    d_model: int = option(192, "width of the model", at_least=1)
+    n_layers: int = option(4, "number of layers", at_least=1)
+    n_heads: int = option(4, "attention heads", at_least=1)
+    n_kv_heads: int = option(0, "key/value heads; 0 means as many as --n_heads", at_least=0)
+    d_ff: int = option(0, "inner width of the feed-forward network; 0 means the architecture's usual one", at_least=0)
+    dropout: float = option(0.0, "dropout in training", at_least=0, below=1)
     position: str = option("", "learned, rotary or sinusoidal; empty: the architecture's own")
     optimizer: str = option("muon", "adamw, or muon for hidden matrices beside adamw", choices=("adamw", "muon"))
-    max_seq_len: int = option(128, "context length, in tokens")
+    max_seq_len: int = option(128, "context length, in tokens: at least one and the next", at_least=2)
     batch_size: int = option(32, "windows of one forward pass on one rank")
     lr: float = option(4e-3, "peak learning rate")
     epochs: float = option(5.0, "passes over the training text, if --max_steps is 0")
@@ -75,11 +75,7 @@ class PretrainConfig(TrainingConfig):
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
         complaints = super().validate()
-        if self.max_seq_len < 2:
-            complaints.append(f"--max_seq_len must be at least 2, a token and the next, not {self.max_seq_len}")
-        if self.depth < 0:
-            complaints.append(f"--depth must not be negative, not {self.depth}")
-        if not complaints:
+        if not beyond_bounds(self):
             try:
                 self.model_config(vocab_size=4096, pad_token_id=1)
             except ValueError as error:

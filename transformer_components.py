@@ -1,4 +1,7 @@
-"""The parts of a Transformer: attention, feed-forward network, norms, positions, the decoder layer and the KV cache.
+"""The parts of a Transformer, and `GPTConfig`, the description of a model that all of them are made from.
+
+In order: attention and its KV cache, losses of single parts, kinds of positions, the description, norms, attention and
+feed-forward network as modules, the decoder layer.
 
 Shapes are written with these letters: B batch, T new tokens, S all tokens that can be attended to (cached + new),
 D = d_model, H heads, G key/value heads (G divides H), K = head_dim, V = vocabulary.
@@ -7,11 +10,18 @@ D = d_model, H heads, G key/value heads (G divides H), K = head_dim, V = vocabul
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from command_line import beyond_bounds, option
+
+PartClass = TypeVar("PartClass", bound="Part")
 
 
 def attend(
@@ -106,6 +116,38 @@ class KVCache:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
+# -- losses of single parts --------------------------------------------------------------------------------------------
+
+_collected: list[list[torch.Tensor]] = []  # what the innermost `auxiliary_losses()` has collected stands last
+
+
+@contextmanager
+def auxiliary_losses() -> Iterator[list[torch.Tensor]]:
+    """Collects the losses that parts of models add to the one of the predictions, see `AuxiliaryLoss`."""
+    _collected.append([])
+    try:
+        yield _collected[-1]
+    finally:
+        _collected.pop()
+
+
+class AuxiliaryLoss:
+    """What a module inherits, too, if its `forward` has something of its own to be minimised.
+
+    A mixture of experts, for example, wants all experts to be used. The one loop of all trainers collects such losses
+    of a micro-batch, adds them to its loss and logs their sum as `aux_loss`. Nothing is collected in evaluations, of
+    models that are asked without gradients (references, teachers), and where activations are recomputed.
+    """
+
+    def add_auxiliary_loss(self, loss: torch.Tensor) -> None:
+        """Have a scalar minimised; its weight is already in it, and it is a mean and no sum over tokens."""
+        if _collected and torch.is_grad_enabled():
+            _collected[-1].append(loss.float())
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
 def sinusoidal_positions(max_seq_len: int, d_model: int) -> torch.Tensor:
     """The fixed position table of "Attention Is All You Need" (arXiv:1706.03762, section 3.5), (max_seq_len, D)."""
     position = torch.arange(max_seq_len, dtype=torch.float32).unsqueeze(1)  # (max_seq_len, 1)
@@ -134,6 +176,161 @@ def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class Positions(nn.Module):
+    """How tokens know where they stand: one subclass a kind. With this class itself they do not know it.
+
+    A new kind overrides what it needs and goes into `POSITIONS`; a model has it as its `position_embedding`, which is
+    what its weights are called in checkpoints. It then trains and runs everywhere: the engine computes through PyTorch
+    until decoder_step.c has learned it and known_parts.py lists it. To be exported it needs an architecture of
+    `transformers`, in alignment/transformers_names.py.
+
+    `here` is a slice of positions, the same in all rows, or (B, T) int64.
+    """
+
+    @classmethod
+    def complaints(cls, config: GPTConfig) -> list[str]:
+        """What in a configuration does not suit this kind, a sentence each."""
+        return []
+
+    def add_to(self, x: torch.Tensor, here: slice | torch.Tensor) -> torch.Tensor:
+        """The embeddings x (B, T, D) of tokens, and whatever is added to them."""
+        return x
+
+    def rotary(self, here: slice | torch.Tensor) -> torch.Tensor | None:
+        """By which angles queries and keys are rotated, see `apply_rotary`; None if they are not."""
+        return None
+
+    def _keep(self, table: Callable[[], torch.Tensor]) -> None:
+        """Register what is no weight but follows from the configuration; it is real also in a model without memory, on
+        PyTorch's meta device, since no checkpoint will fill it."""
+        device = torch.get_default_device()
+        with torch.device("cpu") if device.type == "meta" else device:
+            self.register_buffer("table", table(), persistent=False)
+
+
+class LearnedPositions(nn.Embedding, Positions):
+    """A vector for each position is learned and added to the embeddings, as in GPT-2."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config.max_seq_len, config.d_model)
+
+    def add_to(self, x: torch.Tensor, here: slice | torch.Tensor) -> torch.Tensor:
+        return x + self.weight[here]  # (T, D) or (B, T, D)
+
+
+class SinusoidalPositions(Positions):
+    """Waves of many lengths are added to the embeddings, see `sinusoidal_positions`."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self._keep(lambda: sinusoidal_positions(config.max_seq_len, config.d_model))  # (max_seq_len, D)
+
+    def add_to(self, x: torch.Tensor, here: slice | torch.Tensor) -> torch.Tensor:
+        return x + self.table[here]  # (T, D) or (B, T, D)
+
+
+class RotaryPositions(Positions):
+    """Queries and keys are rotated, so that their products depend on distances alone, see `rotary_angles`."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self._keep(lambda: rotary_angles(config.max_seq_len, config.head_dim, config.rope_theta))  # (2, max_seq_len, K)
+
+    @classmethod
+    def complaints(cls, config: GPTConfig) -> list[str]:
+        return [f"rotary positions need an even head_dim, not {config.head_dim}"] if config.head_dim % 2 else []
+
+    def rotary(self, here: slice | torch.Tensor) -> torch.Tensor:
+        angles = self.table[:, here]  # (2, T, K) or (2, B, T, K)
+        return angles if isinstance(here, slice) else angles.unsqueeze(2)  # (2, B, 1, T, K)
+
+
+POSITIONS: dict[str, type[Positions]] = {
+    "learned": LearnedPositions,
+    "rotary": RotaryPositions,
+    "sinusoidal": SinusoidalPositions,
+}
+
+# -- the description of a model ----------------------------------------------------------------------------------------
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": dict(position="learned", norm="layernorm", activation="gelu", bias=True, qk_norm=False, norm_eps=1e-5),
+    "modern": dict(position="rotary", norm="rmsnorm", activation="swiglu", bias=False, qk_norm=True, norm_eps=1e-6),
+}
+
+
+@dataclass
+class GPTConfig:
+    """Everything that determines the model's function and the names and shapes of its weights.
+
+    Raises:
+        ValueError: all values that are not allowed or, if there are none, all that do not go together.
+    """
+
+    vocab_size: int = option(MISSING, "how many tokens there are", at_least=1)
+    d_model: int = option(768, "width of the residual stream", at_least=1)
+    n_layers: int = option(12, "decoder layers", at_least=1)
+    n_heads: int = option(12, "query heads", at_least=1)
+    d_ff: int | None = option(
+        None, "inner width; None: 4 × d_model, for SwiGLU 8/3 × d_model rounded up to a multiple of 32", at_least=1
+    )
+    max_seq_len: int = option(1024, "context, in tokens", at_least=1)
+    dropout: float = option(0.0, "share that is dropped in training", at_least=0, below=1)
+    pad_token_id: int = option(1, "the token that fills up rows", at_least=0)
+    n_kv_heads: int | None = option(None, "key/value heads, a divisor of n_heads; None: n_heads", at_least=1)
+    head_dim: int | None = option(None, "width of one head; None: d_model / n_heads", at_least=1)
+    position: str = option("learned", "kind of positions", choices=POSITIONS)
+    norm: str = option("layernorm", "kind of norms", choices=("layernorm", "rmsnorm"))
+    activation: str = option("gelu", "kind of feed-forward networks", choices=("gelu", "swiglu"))
+    bias: bool = option(True, "whether linear layers have biases")
+    qk_norm: bool = option(False, "whether queries and keys pass a norm over each head")
+    norm_eps: float = option(1e-5, "epsilon of all norms", above=0)
+    rope_theta: float = option(10000.0, "base of the wave lengths of rotary positions", above=0)
+    tie_embeddings: bool = option(True, "whether the output layer is the token embedding")
+
+    def __post_init__(self) -> None:
+        if self.d_ff is None:
+            swiglu_width = math.ceil(self.d_model * 8 / 3 / 32) * 32
+            self.d_ff = swiglu_width if self.activation == "swiglu" else 4 * self.d_model
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.head_dim = self.head_dim or self.d_model // max(1, self.n_heads)
+        if complaints := beyond_bounds(self, prefix="") or self.complaints():
+            raise ValueError("; ".join(complaints))
+
+    def complaints(self) -> list[str]:
+        """What does not go together, a sentence each."""
+        complaints = POSITIONS[self.position].complaints(self)
+        if self.head_dim * self.n_heads != self.d_model and self.d_model % self.n_heads:
+            complaints.append(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
+        if self.n_heads % self.n_kv_heads:
+            complaints.append(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.pad_token_id >= self.vocab_size:
+            complaints.append(f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}")
+        return complaints
+
+    @classmethod
+    def for_architecture(cls, architecture: str, **sizes: Any) -> GPTConfig:
+        """A configuration of the `gpt2` or `modern` architecture with the given sizes."""
+        return cls(**{**ARCHITECTURES[architecture], **sizes})
+
+    @classmethod
+    def for_part(cls, **fields: Any) -> GPTConfig:
+        """The same for a part alone, which has no vocabulary and need not have heads."""
+        return cls(**{"vocab_size": 2, "n_heads": 1, **fields})
+
+
+class Part(nn.Module):
+    """What is made from a `GPTConfig`: from the whole one, or from those of its fields that matter, as arguments."""
+
+    @classmethod
+    def from_config(cls: type[PartClass], config: GPTConfig) -> PartClass:
+        """A part with freshly initialised weights."""
+        return cls(**vars(config))
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+
 class RMSNorm(nn.RMSNorm):
     """RMSNorm (arXiv:1910.07467) that stays on PyTorch's fused kernel under autocast.
 
@@ -150,18 +347,12 @@ def make_norm(kind: str, size: int, eps: float) -> nn.Module:
     return nn.LayerNorm(size, eps=eps) if kind == "layernorm" else RMSNorm(size, eps=eps)
 
 
-class MultiHeadAttention(nn.Module):
-    """Causal self-attention with optional grouped key/value heads (GQA, arXiv:2305.13245) and QK-norm.
+class MultiHeadAttention(Part):
+    """Causal self-attention with optional grouped key/value heads (GQA, arXiv:2305.13245) and QK-norm, an RMSNorm of
+    queries and keys over each head (arXiv:2302.05442), as in Qwen3.
 
-    Args:
-        d_model: width of the residual stream.
-        n_heads: query heads.
-        n_kv_heads: key/value heads, a divisor of `n_heads`; None means as many as query heads.
-        head_dim: width of one head; None means d_model / n_heads.
-        dropout: dropout of the attention weights, in training only.
-        bias: whether the four projections have biases.
-        qk_norm: whether queries and keys pass an RMSNorm over each head (arXiv:2302.05442), as in Qwen3.
-        norm_eps: epsilon of that norm.
+    The arguments are fields of `GPTConfig`; `fields` may have bias, qk_norm, norm_eps. Dropout is that of the attention
+    weights.
     """
 
     def __init__(
@@ -171,24 +362,20 @@ class MultiHeadAttention(nn.Module):
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
         dropout: float = 0.0,
-        bias: bool = True,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-6,
+        **fields: Any,
     ) -> None:
         super().__init__()
-        n_kv_heads = n_kv_heads or n_heads
-        if head_dim is None and d_model % n_heads:
-            raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
-        if n_heads % n_kv_heads:
-            raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}")
-        self.head_dim = head_dim or d_model // n_heads
-        self.dropout = dropout
-        self.query_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
-        self.key_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
-        self.value_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
-        self.output_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
-        self.query_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        config = GPTConfig.for_part(
+            d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, dropout=dropout, **fields
+        )
+        query_width, key_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.query_proj = nn.Linear(d_model, query_width, bias=config.bias)
+        self.key_proj = nn.Linear(d_model, key_width, bias=config.bias)
+        self.value_proj = nn.Linear(d_model, key_width, bias=config.bias)
+        self.output_proj = nn.Linear(query_width, d_model, bias=config.bias)
+        self.query_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         # -1 and not n_heads: under tensor parallelism a rank holds only some of the heads
@@ -221,24 +408,19 @@ class MultiHeadAttention(nn.Module):
         return self.output_proj(attended.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
-class FeedForwardNetwork(nn.Module):
+class FeedForwardNetwork(Part):
     """The position-wise network: `gelu` (tanh-approximated, as in GPT-2) or `swiglu` (arXiv:2002.05202).
 
-    Args:
-        d_model: width of the residual stream.
-        d_ff: inner width.
-        dropout: dropout of the inner activations, in training only.
-        activation: "gelu" or "swiglu".
-        bias: whether the layers have biases.
+    The arguments are fields of `GPTConfig`; `fields` may have activation, bias. Dropout is that of inner activations.
     """
 
-    def __init__(
-        self, d_model: int, d_ff: int, dropout: float = 0.0, activation: str = "gelu", bias: bool = True
-    ) -> None:
+    def __init__(self, d_model: int, d_ff: int | None = None, dropout: float = 0.0, **fields: Any) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
-        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+        config = GPTConfig.for_part(d_model=d_model, d_ff=d_ff, dropout=dropout, **fields)
+        self.up_proj = nn.Linear(d_model, config.d_ff, bias=config.bias)
+        is_gated = config.activation == "swiglu"
+        self.gate_proj = nn.Linear(d_model, config.d_ff, bias=config.bias) if is_gated else None
+        self.down_proj = nn.Linear(config.d_ff, d_model, bias=config.bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -248,36 +430,21 @@ class FeedForwardNetwork(nn.Module):
         return self.down_proj(self.dropout(inner))  # (B, T, D)
 
 
-class TransformerDecoderLayer(nn.Module):
+class TransformerDecoderLayer(Part):
     """Pre-norm decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x)).
 
-    Args:
-        d_model, n_heads, d_ff, dropout: sizes, and dropout of both branches in training.
-        n_kv_heads, head_dim, bias, qk_norm: see `MultiHeadAttention`.
-        norm: "layernorm" or "rmsnorm".
-        activation: "gelu" or "swiglu".
-        norm_eps: epsilon of every norm.
+    The arguments are fields of `GPTConfig`. Dropout is that of both branches and of the attention weights.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        n_heads: int,
-        d_ff: int,
-        dropout: float = 0.0,
-        n_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        norm: str = "layernorm",
-        activation: str = "gelu",
-        bias: bool = True,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-5,
+        self, d_model: int, n_heads: int, d_ff: int | None = None, dropout: float = 0.0, **fields: Any
     ) -> None:
         super().__init__()
-        self.attention_norm = make_norm(norm, d_model, norm_eps)
-        self.attention = MultiHeadAttention(d_model, n_heads, n_kv_heads, head_dim, dropout, bias, qk_norm, norm_eps)
-        self.feed_forward_norm = make_norm(norm, d_model, norm_eps)
-        self.feed_forward = FeedForwardNetwork(d_model, d_ff, 0.0, activation, bias)
+        config = GPTConfig.for_part(d_model=d_model, n_heads=n_heads, d_ff=d_ff, dropout=dropout, **fields)
+        self.attention_norm = make_norm(config.norm, d_model, config.norm_eps)
+        self.attention = MultiHeadAttention.from_config(config)
+        self.feed_forward_norm = make_norm(config.norm, d_model, config.norm_eps)
+        self.feed_forward = FeedForwardNetwork.from_config(replace(config, dropout=0.0))  # the branch has its own
         self.dropout = nn.Dropout(dropout)
 
     def forward(

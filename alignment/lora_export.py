@@ -21,69 +21,35 @@ from typing import Any
 import torch
 
 from alignment.reward_model import RewardModel
+from alignment.transformers_names import TRANSPOSED, architecture_of, parts_of
 from checkpoint import config_of, find_base, load_checkpoint, restore_model, save_checkpoint, tokenizer_of
 from command_line import UserError, option, parse_config, run_main
 from gpt_model import GPTConfig
 
-FUSED = ("query_proj", "key_proj", "value_proj")  # what c_attn consists of, from the top down
-NAMES = {  # of our layers in transformers' models
-    "gpt2": {
-        "attention.output_proj": "attn.c_proj",
-        "feed_forward.up_proj": "mlp.c_fc",
-        "feed_forward.down_proj": "mlp.c_proj",
-    },
-    "modern": {
-        "attention.query_proj": "self_attn.q_proj",
-        "attention.key_proj": "self_attn.k_proj",
-        "attention.value_proj": "self_attn.v_proj",
-        "attention.output_proj": "self_attn.o_proj",
-        "feed_forward.gate_proj": "mlp.gate_proj",
-        "feed_forward.up_proj": "mlp.up_proj",
-        "feed_forward.down_proj": "mlp.down_proj",
-    },
-}
-PLACES = {"gpt2": "transformer.h", "modern": "model.layers"}
-
 
 def peft_adapters(
     state: dict[str, torch.Tensor], config: GPTConfig
-) -> tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Adapters by the names of the layers in `transformers`.
 
     Args:
         state: {"layers.0.attention.query_proj.lora_A": (R, K), "….lora_B": (N, R), …}
 
     Returns:
-        the architecture, "gpt2" or "modern", and {layer: (A, B)}.
+        {layer: (A, B)}.
 
     Raises:
         UserError: `transformers` has no such model.
     """
-    switches = (config.position, config.norm, config.activation, config.bias, config.qk_norm)
-    known = {
-        ("learned", "layernorm", "gelu", True, False): "gpt2",
-        ("rotary", "rmsnorm", "swiglu", False, True): "modern",
-    }
-    if switches not in known:
-        raise UserError("--peft_dir knows the architectures gpt2 and modern; merge with --output_path instead")
-    architecture = known[switches]
-    ours = {
-        name.removesuffix(".lora_A"): (matrix, state[name.removesuffix("A") + "B"])
-        for name, matrix in state.items()
-        if name.endswith(".lora_A")
-    }
-    theirs = {}
-    for layer in range(config.n_layers):
-        for our_name, their_name in NAMES[architecture].items():
-            if f"layers.{layer}.{our_name}" in ours:
-                theirs[f"{PLACES[architecture]}.{layer}.{their_name}"] = ours[f"layers.{layer}.{our_name}"]
-        parts = [ours.get(f"layers.{layer}.attention.{part}") for part in FUSED]
-        if architecture == "gpt2" and any(parts):
-            rank = next(part for part in parts if part)[0].size(0)
-            nothing = (torch.zeros(rank, config.d_model), torch.zeros(config.d_model, rank))
-            a, b = zip(*(part or nothing for part in parts), strict=True)  # three of (R, K) and of (N, R)
-            theirs[f"{PLACES['gpt2']}.{layer}.attn.c_attn"] = (torch.cat(a), torch.block_diag(*b))  # (3R, K), (3N, 3R)
-    return architecture, theirs
+    adapters = {}
+    for theirs, ours in parts_of(config).items():
+        rank = next((state[f"{name}.lora_A"].size(0) for name in ours if f"{name}.lora_A" in state), 0)
+        if not rank:
+            continue
+        nothing = {"A": torch.zeros(rank, config.d_model), "B": torch.zeros(config.d_model, rank)}
+        a, b = ([state.get(f"{name}.lora_{letter}", nothing[letter]) for name in ours] for letter in "AB")
+        adapters[theirs] = torch.cat(a), torch.block_diag(*b)  # of three: (3R, K), (3N, 3R)
+    return adapters
 
 
 def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> None:
@@ -102,7 +68,8 @@ def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> 
         raise UserError("--peft_dir needs the package safetensors; pip install safetensors") from error
     if content["stage"] == "reward":
         raise UserError(f"{path} is a reward model, which peft has no place for; merge with --output_path instead")
-    architecture, adapters = peft_adapters(content["model"], config_of(content, path))
+    config = config_of(content, path)
+    adapters = peft_adapters(content["model"], config)
     lora = content["lora"]
     rank, alpha = lora["lora_rank"], lora["lora_alpha"]
     fused = {}
@@ -119,7 +86,7 @@ def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> 
         "lora_alpha": alpha,
         "lora_dropout": lora["lora_dropout"],
         "use_rslora": lora["lora_rslora"],
-        "fan_in_fan_out": architecture == "gpt2",  # its matrices are (in, out)
+        "fan_in_fan_out": architecture_of(config) in TRANSPOSED,
         "bias": "none",
         **fused,
     }

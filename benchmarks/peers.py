@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
+from alignment.transformers_names import in_transformers
 from byte_level_bpe import ByteLevelBPETokenizer
 from gpt_model import GPTModel
 from inference.engine import Engine
@@ -25,13 +26,13 @@ from inference.sampling import SamplingParams
 END_OF_TEXT = "<|endoftext|>"
 LETTERS = string.ascii_lowercase + string.digits + "-"
 
-LAYER_NAMES = {  # ours: (transformers, llama.cpp)
-    "attention_norm": ("ln_1", "attn_norm"),
-    "attention.qkv": ("attn.c_attn", "attn_qkv"),
-    "attention.output_proj": ("attn.c_proj", "attn_output"),
-    "feed_forward_norm": ("ln_2", "ffn_norm"),
-    "feed_forward.up_proj": ("mlp.c_fc", "ffn_up"),
-    "feed_forward.down_proj": ("mlp.c_proj", "ffn_down"),
+LLAMA_CPP_LAYER = {  # its names: ours, of which several stand below one another
+    "attn_norm": ("attention_norm",),
+    "attn_qkv": ("attention.query_proj", "attention.key_proj", "attention.value_proj"),
+    "attn_output": ("attention.output_proj",),
+    "ffn_norm": ("feed_forward_norm",),
+    "ffn_up": ("feed_forward.up_proj",),
+    "ffn_down": ("feed_forward.down_proj",),
 }
 
 
@@ -71,36 +72,8 @@ class Transformers:
     """`GPT2LMHeadModel` of Hugging Face `transformers`, with our weights and its own `generate`."""
 
     def __init__(self, model: GPTModel) -> None:
-        import transformers
-
-        config, ours = model.config, model.state_dict()
         self.use_cache = True
-        self.model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=config.vocab_size,
-                n_positions=config.max_seq_len,
-                n_embd=config.d_model,
-                n_layer=config.n_layers,
-                n_head=config.n_heads,
-                n_inner=config.d_ff,
-                layer_norm_epsilon=config.norm_eps,
-                tie_word_embeddings=config.tie_embeddings,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        ).eval()
-        theirs = {
-            "transformer.wte.weight": ours["token_embedding.weight"],
-            "transformer.wpe.weight": ours["position_embedding.weight"],
-            "transformer.ln_f.weight": ours["final_norm.weight"],
-            "transformer.ln_f.bias": ours["final_norm.bias"],
-            "lm_head.weight": ours["lm_head.weight"],
-        }
-        for index in range(config.n_layers):
-            for (part, kind), weight in layer_weights(model, index).items():
-                name = f"transformer.h.{index}.{LAYER_NAMES[part][0]}.{kind}"
-                theirs[name] = weight.mT if weight.ndim == 2 else weight  # its matrices are (in, out)
-        self.model.load_state_dict(theirs, strict=True)
+        self.model = in_transformers(model, bos_token_id=None, eos_token_id=None)
 
     @torch.inference_mode()
     def prefill(self, prompt: Sequence[int]) -> np.ndarray:
@@ -152,18 +125,6 @@ class LlamaCpp:
         self.llama.close()
 
 
-def layer_weights(model: GPTModel, index: int) -> dict[tuple[str, str], torch.Tensor]:
-    """Layer `index` of a `gpt2` model by (part, "weight" or "bias"); query, key and value stand below one another."""
-    ours = model.state_dict()
-
-    def tensor(part: str, kind: str) -> torch.Tensor:
-        if part != "attention.qkv":
-            return ours[f"layers.{index}.{part}.{kind}"]
-        return torch.cat([ours[f"layers.{index}.attention.{name}_proj.{kind}"] for name in ("query", "key", "value")])
-
-    return {(part, kind): tensor(part, kind) for part in LAYER_NAMES for kind in ("weight", "bias")}
-
-
 def write_gguf(model: GPTModel, path: Path, precision: str) -> Path:
     """The weights of a `gpt2` model as a GGUF file for llama.cpp.
 
@@ -207,8 +168,9 @@ def write_gguf(model: GPTModel, path: Path, precision: str) -> Path:
     if not config.tie_embeddings:
         add("output.weight", ours["lm_head.weight"])
     for index in range(config.n_layers):
-        for (part, kind_of_weight), weight in layer_weights(model, index).items():
-            add(f"blk.{index}.{LAYER_NAMES[part][1]}.{kind_of_weight}", weight)
+        for (theirs, parts), suffix in product(LLAMA_CPP_LAYER.items(), ("weight", "bias")):
+            weights = [ours[f"layers.{index}.{part}.{suffix}"] for part in parts]
+            add(f"blk.{index}.{theirs}.{suffix}", torch.cat(weights))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

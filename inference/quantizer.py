@@ -88,8 +88,9 @@ def prepare_for_inference(model: GPTModel, weights: str = "fp32") -> GPTModel:
         table = (embedding.weight.to(DTYPES[weights]),)
     memo[id(embedding)] = InferenceEmbedding(*table)
     prepared = copy.deepcopy(model, memo).eval().requires_grad_(False)
-    if weights != "fp32" and prepared.config.position == "learned":
-        prepared.position_embedding.half()
+    if weights != "fp32":
+        for weight in prepared.position_embedding.parameters():
+            weight.data = weight.data.half()
     return prepared
 
 
@@ -162,7 +163,6 @@ def _quantized_model(content: dict[str, Any], path: str | Path, device: torch.de
     load_weights(model, content["model"], path, assign=True)
     if model.config.tie_embeddings:
         model.token_embedding = InferenceEmbedding(model.lm_head.weight, model.lm_head.scale)
-    model.make_position_tables()
     return model.to(device)
 
 

@@ -18,18 +18,21 @@ from conftest import CORPUS, randomize  # noqa: E402
 from on_ranks import run_on_ranks  # noqa: E402
 
 import finetune  # noqa: E402
+import transformer_components  # noqa: E402
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from checkpoint import load_model, save_checkpoint  # noqa: E402
 from command_line import parse_config  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
 from training import ranks  # noqa: E402
 from training.run_log import read_metrics  # noqa: E402
+from transformer_components import AuxiliaryLoss, FeedForwardNetwork  # noqa: E402
 
 STEPS = 3
 COMMON = "--device cpu --precision fp32 --num_threads 1 --log_interval 1 --eval_interval 3 --val_fraction 0.3"
 RUNS = {
     "reward": "--mode reward --pairwise_data pairs.json --sft_model sft.pth --center_rewards_coefficient 0.1",
     "dpo": "--mode dpo --pairwise_data pairs.json --sft_model sft.pth --sft_data sft.json --lr 3e-3",
+    "dpo with losses of layers": "--mode dpo --pairwise_data pairs.json --sft_model sft.pth --lr 3e-3",
     "dpo with lora": "--mode dpo --pairwise_data pairs.json --sft_model sft.pth --lora_rank 2 --lr 3e-3",
     "kto": "--mode kto --pairwise_data pairs.json --sft_model sft.pth --sft_data sft.json --lr 3e-3",
     "distill": "--mode distill --teacher_model sft.pth --data_path sft.json --n_layers 1",
@@ -37,10 +40,19 @@ RUNS = {
 }
 
 
+class SmallWeights(AuxiliaryLoss, FeedForwardNetwork):
+    """A part with a loss of its own, beside that of the predictions."""
+
+    def forward(self, x):
+        self.add_auxiliary_loss(1e-3 * self.up_proj.weight.square().sum())
+        return super().forward(x)
+
+
 def run_all(n_ranks):
     """All trainers in the current folder, with 4 samples a step on every number of ranks."""
     torch.set_num_threads(1)
     for name, options in RUNS.items():
+        transformer_components.FeedForwardNetwork = SmallWeights if "of layers" in name else FeedForwardNetwork
         batch = f"--batch_size {2 // n_ranks} --grad_accum_steps 2 --max_steps {STEPS}"
         mode, arguments = finetune.split_mode(
             [*f"{options} {batch} {COMMON}".split(), "--output_dir", f"{name} on {n_ranks}"]
@@ -88,6 +100,7 @@ def test_two_ranks_give_the_figures_of_one(name, folder):
     assert len(one) == len(two) >= STEPS + 1
     for ours, expected in zip(two, one, strict=True):
         assert ours.keys() == expected.keys()
+        assert ("aux_loss" in ours) == ("of layers" in name and "loss" in ours)
         untold = {"tokens_per_second", "mfu", "memory_mib", "seconds"}
         if ours["step"] == 1:
             untold.add("rewards/accuracies")  # policy and reference are equal: which is ahead is rounding

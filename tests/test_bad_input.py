@@ -98,16 +98,16 @@ pretrain | --max_seq_len 1 | --max_seq_len must be at least 2
 pretrain | --max_seq_len -8 | --max_seq_len must be at least
 pretrain | --n_heads 3 | d_model 16 must be a multiple of n_heads 3
 pretrain | --n_heads 0 | n_heads must be at least 1
-pretrain | --n_kv_heads -1 | n_kv_heads must be at least 1
-pretrain | --d_ff -5 | d_ff must be at least 1
+pretrain | --n_kv_heads -1 | --n_kv_heads must be at least 0, not -1
+pretrain | --d_ff -5 | --d_ff must be at least 0, not -5
 pretrain | --weight_decay -1 --keep_checkpoints 0 | --weight_decay must be at least 0; --keep_checkpoints must be
 pretrain | --max_grad_norm nan --max_skipped_steps 0 | --max_grad_norm must be at least 0; --max_skipped_steps must be
 pretrain | --warmup_steps -5 --min_lr_ratio 2 | --warmup_steps must be at least -1; --min_lr_ratio must be
 pretrain | --sample_tokens -1 | --sample_tokens must be at least 0, not -1
-pretrain | --dropout 1.5 | dropout must be in [0, 1), not 1.5
+pretrain | --dropout 1.5 --n_layers 0 | --n_layers must be at least 1; --dropout must be at least 0 and below 1
 pretrain | --position absolute | position must be one of learned, rotary, sinusoidal, not 'absolute'
 pretrain | --val_fraction 2 | --val_fraction must be at least 0 and below 1, not 2.0
-pretrain | --depth -2 | --depth must not be negative
+pretrain | --depth -2 | --depth must be at least 0, not -2
 pretrain | --device cuda:99 | the device 'cuda:99' is not available here; use --device cpu or auto
 pretrain | --device abacus | the device 'abacus' is not available here
 pretrain | --precision fp16 | --precision fp16 needs a GPU; on a CPU use fp32 or bf16

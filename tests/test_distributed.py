@@ -33,6 +33,7 @@ from training.parallel_model import Layout, ParallelModel, parse_layout  # noqa:
 from training.run_log import read_metrics  # noqa: E402
 from training.training_config import TrainingConfig, prepare_machine  # noqa: E402
 from training.training_loop import TrainingLoop  # noqa: E402
+from transformer_components import AuxiliaryLoss, FeedForwardNetwork  # noqa: E402
 
 TOLERANCE = 1e-5
 GLOBAL_BATCH = 8
@@ -266,6 +267,12 @@ def refusals(folder):
         except UserError as error:
             said[mode] = str(error)
     try:
+        model = make_model("gpt2")
+        model.layers[1].feed_forward.__class__ = type("WithLoss", (AuxiliaryLoss, FeedForwardNetwork), {})
+        ParallelModel(model, "pp", torch.device("cpu"))
+    except UserError as error:
+        said["pp with losses of layers"] = str(error)
+    try:
         ParallelModel(nn.Linear(2, 2), "fsdp", torch.device("cpu"))
     except UserError as error:
         said["fsdp"] = str(error)
@@ -420,6 +427,8 @@ def test_modes_that_do_not_suit_the_model_are_refused(on_two):
     """Each with what does not fit."""
     assert "n_kv_heads is 1; make it a multiple of 2" in on_two["refusals"]["tp"]
     assert "at least 2 layers, not 1" in on_two["refusals"]["pp"]
+    expected = "--parallel pp leaves out the losses that layers have of their own; use ddp or fsdp"
+    assert on_two["refusals"]["pp with losses of layers"] == expected
     assert "use --parallel ddp here" in on_two["refusals"]["fsdp"]
 
 

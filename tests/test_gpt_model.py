@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel, next_token_loss, visible_keys
-from transformer_components import sinusoidal_positions
+from inference.engine import Engine
+from inference.sampling import SamplingParams
+from transformer_components import POSITIONS, Positions, sinusoidal_positions
 
 PAD = 1
 CLOSE = dict(atol=2e-5, rtol=2e-5)
@@ -317,7 +320,62 @@ def test_sinusoidal_model_is_the_learned_one_with_the_papers_table(random_model)
     )
     ids = random_ids(2, 32)
     torch.testing.assert_close(fixed(ids)["logits"], learned(ids)["logits"])
-    assert "position_table" not in fixed.state_dict()  # computed, not stored
+
+
+LAYER = {  # its parts in the order of their weights, by which checkpoints and other programs know them
+    "gpt2": "attention_norm attention.query_proj attention.key_proj attention.value_proj attention.output_proj "
+    "feed_forward_norm feed_forward.up_proj feed_forward.down_proj",
+    "modern": "attention_norm attention.query_proj attention.key_proj attention.value_proj attention.output_proj "
+    "attention.query_norm attention.key_norm feed_forward_norm feed_forward.up_proj feed_forward.gate_proj "
+    "feed_forward.down_proj",
+}
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_names_and_order_of_weights_are_those_of_all_checkpoints(architecture, position, random_model):
+    """Tables are computed, not stored; learned positions stand behind the tokens, in both architectures."""
+    model = random_model(architecture, n_layers=1, position=position)
+    parts = [f"layers.0.{part}" for part in LAYER[architecture].split()] + ["final_norm"]
+    kinds = ("weight", "bias") if architecture == "gpt2" else ("weight",)
+    expected = ["token_embedding.weight", *(["position_embedding.weight"] if position == "learned" else [])]
+    expected += [f"{part}.{kind}" for part in parts for kind in kinds]
+    assert list(model.state_dict()) == [*expected, "lm_head.weight"]
+    assert [name for name, _ in model.named_parameters()] == expected  # the head is tied
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_model_without_memory_has_its_tables_all_the_same(position, random_model):
+    """As it is made to be filled from a file."""
+    model = random_model("modern", position=position)
+    with torch.device("meta"):
+        empty = GPTModel.from_config(model.config)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    ids = random_ids(2, 16)
+    assert torch.equal(empty(ids)["logits"], model(ids)["logits"])
+
+
+def test_a_kind_of_positions_is_one_class(monkeypatch, random_model):
+    """Added from outside, it trains, generates with a cache and left padding, and is served."""
+
+    class Scaled(Positions):
+        def __init__(self, config):
+            super().__init__()
+            self.scale = nn.Parameter(torch.linspace(0.5, 1.5, config.max_seq_len))
+
+        def add_to(self, x, here):
+            return x * self.scale[here].unsqueeze(-1)
+
+    monkeypatch.setitem(POSITIONS, "scaled", Scaled)
+    model = random_model("gpt2", position="scaled")
+    assert list(model.state_dict())[1] == "position_embedding.scale"
+    ids = random_ids(1, 6)
+    model(ids, labels=ids)["loss"].backward()
+    assert model.position_embedding.scale.grad[:5].abs().min() > 0  # the last token predicts nothing
+    padded = torch.cat((torch.full((1, 3), PAD), ids), dim=1)
+    texts = [model.generate(prompt, 8, temperature=0)[:, prompt.size(1) :] for prompt in (ids, padded)]
+    assert torch.equal(*texts)
+    (answer,) = Engine(model, None).run([ids[0].tolist()], SamplingParams(8, temperature=0))
+    assert answer.token_ids == texts[0][0].tolist()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -392,7 +450,7 @@ def test_feed_forward_width_follows_from_the_architecture():
         (dict(d_model=30, n_heads=4), "d_model 30 must be a multiple of n_heads 4"),
         (dict(n_heads=4, n_kv_heads=3), "n_heads 4 must be a multiple of n_kv_heads 3"),
         (dict(position="rotary", head_dim=7), "rotary positions need an even head_dim, not 7"),
-        (dict(dropout=1.0), "dropout must be in"),
+        (dict(dropout=1.0), "dropout must be at least 0 and below 1, not 1.0"),
         (dict(pad_token_id=64), "pad_token_id 64 is outside the vocabulary of 64"),
         (dict(norm="batchnorm"), "norm must be one of layernorm, rmsnorm, not 'batchnorm'"),
         (dict(n_layers=0), "n_layers must be at least 1"),
@@ -406,5 +464,7 @@ def test_a_wrong_configuration_says_what_is_wrong(settings, complaint):
 
 
 def test_every_mistake_of_a_configuration_is_named_at_once():
-    with pytest.raises(ValueError, match="dropout .*; pad_token_id .*; activation "):
-        GPTConfig(64, d_model=32, n_heads=4, dropout=-1, pad_token_id=99, activation="relu")
+    with pytest.raises(ValueError, match="n_layers .*; dropout .*; activation "):
+        GPTConfig(64, d_model=32, n_layers=0, n_heads=4, dropout=-1, activation="relu")
+    with pytest.raises(ValueError, match="even head_dim, not 7; .*n_kv_heads 3; pad_token_id 99"):
+        GPTConfig(64, d_model=28, n_heads=4, n_kv_heads=3, pad_token_id=99, position="rotary")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_transformers_parity import in_transformers
 
 from alignment.lora_export import main
 from alignment.reward_model import RewardModel
+from alignment.transformers_names import in_transformers
 from checkpoint import load_checkpoint, load_model, restore_model, save_checkpoint, weight_fingerprint
 from command_line import UserError
 from inference import quantizer

@@ -101,7 +101,7 @@ def test_qk_norm_makes_attention_independent_of_the_size_of_queries_and_keys():
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(5, None), (4, 3)])
 def test_heads_that_do_not_divide_are_refused_by_name(n_heads, n_kv_heads):
-    with pytest.raises(ValueError, match="is not divisible by"):
+    with pytest.raises(ValueError, match="must be a multiple of"):
         MultiHeadAttention(32, n_heads, n_kv_heads)
 
 

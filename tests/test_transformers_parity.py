@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.peers import Transformers
+from alignment.transformers_names import architecture_of, in_transformers
+from command_line import UserError
 from gpt_model import IGNORED_LABEL
+
+pytest.importorskip("transformers")
 
 PAD = 1
 CLOSE = dict(atol=2e-5, rtol=2e-5)
@@ -15,58 +18,9 @@ def random_ids(*shape, seed=0):
     return torch.randint(2, 64, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gpt2_of_transformers(model):
-    """`GPT2LMHeadModel` with the weights of our `gpt2` model."""
-    pytest.importorskip("transformers")
-    return Transformers(model).model
-
-
-def qwen3_of_transformers(model):
-    """`Qwen3ForCausalLM` with the weights of our `modern` model."""
-    transformers = pytest.importorskip("transformers")
-    config, ours = model.config, model.state_dict()
-    theirs = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            intermediate_size=config.d_ff,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    ).eval()
-    weights = {
-        "model.embed_tokens.weight": ours["token_embedding.weight"],
-        "model.norm.weight": ours["final_norm.weight"],
-        "lm_head.weight": ours["lm_head.weight"],
-    }
-    names = {
-        "attention_norm": "input_layernorm",
-        "feed_forward_norm": "post_attention_layernorm",
-        "attention.query_proj": "self_attn.q_proj",
-        "attention.key_proj": "self_attn.k_proj",
-        "attention.value_proj": "self_attn.v_proj",
-        "attention.output_proj": "self_attn.o_proj",
-        "attention.query_norm": "self_attn.q_norm",
-        "attention.key_norm": "self_attn.k_norm",
-        "feed_forward.gate_proj": "mlp.gate_proj",
-        "feed_forward.up_proj": "mlp.up_proj",
-        "feed_forward.down_proj": "mlp.down_proj",
-    }
-    for i in range(config.n_layers):
-        for our_name, their_name in names.items():
-            weights[f"model.layers.{i}.{their_name}.weight"] = ours[f"layers.{i}.{our_name}.weight"]
-    theirs.load_state_dict(weights, strict=True)
-    return theirs
-
-
-def in_transformers(model):
-    return (gpt2_of_transformers if model.config.position == "learned" else qwen3_of_transformers)(model)
+def test_a_model_that_transformers_does_not_have_is_refused(random_model):
+    with pytest.raises(UserError, match="transformers has no such model; it has .* gpt2 and modern"):
+        architecture_of(random_model("gpt2", position="sinusoidal").config)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -97,7 +51,7 @@ def test_every_shape_of_grouped_attention_equals_qwen3(switches, random_model):
     model = random_model("modern", **switches)
     ids = random_ids(2, 16)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids)["logits"], qwen3_of_transformers(model)(ids).logits, **CLOSE)
+        torch.testing.assert_close(model(ids)["logits"], in_transformers(model)(ids).logits, **CLOSE)
 
 
 def test_left_padded_logits_equal_those_of_transformers(architecture, random_model):

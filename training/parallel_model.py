@@ -35,6 +35,7 @@ from lora import trained_state
 from training.optimization import by_mesh, like, whole
 from training.pipeline_stages import Pipeline, PipelinePart, layers_of
 from training.ranks import is_main, rank, sum_over_ranks, world_size
+from transformer_components import AuxiliaryLoss
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, on the CPU of rank 0
 
@@ -151,7 +152,7 @@ class ParallelModel:
             return
         if not isinstance(model, GPTModel):
             raise UserError(f"--parallel {mode} is for pretraining and supervised fine-tuning; use --parallel ddp here")
-        self._require_divisible(model, mode)
+        self._require_suitable(model, mode)
         self._mesh = init_device_mesh(device.type, astuple(layout), mesh_dim_names=KINDS)
         pp_rank, ddp_rank, fsdp_rank, _ = self._mesh.get_coordinate()
         self.data_rank = ddp_rank * layout.fsdp + fsdp_rank  # ranks that differ only in pp or tp read the same samples
@@ -315,7 +316,7 @@ class ParallelModel:
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
-    def _require_divisible(self, model: GPTModel, mode: str) -> None:
+    def _require_suitable(self, model: GPTModel, mode: str) -> None:
         layout, config = self.layout, model.config
         for name in ("n_heads", "n_kv_heads", "d_ff"):
             if getattr(config, name) % layout.tp:
@@ -325,6 +326,8 @@ class ParallelModel:
                 )
         if config.n_layers < layout.pp:
             raise UserError(f"--parallel {mode} needs at least {layout.pp} layers, not {config.n_layers}; lower pp")
+        if layout.pp > 1 and any(isinstance(module, AuxiliaryLoss) for module in model.modules()):
+            raise UserError(f"--parallel {mode} leaves out the losses that layers have of their own; use ddp or fsdp")
 
     def _shard(self, mesh: DeviceMesh) -> None:
         """FSDP2: a layer's parameters are gathered when it is their turn and freed after it; the rest with the root."""

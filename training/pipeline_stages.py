@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
+from transformer_components import Positions
 
 
 class PipelinePart(GPTModel):
@@ -35,12 +36,9 @@ class PipelinePart(GPTModel):
         mine = range(stage * config.n_layers // n_stages, (stage + 1) * config.n_layers // n_stages)
         if self.is_first:
             self.token_embedding, self.embedding_dropout = model.token_embedding, model.embedding_dropout
-            if config.position == "learned":
-                self.position_embedding = model.position_embedding
-            elif config.position == "sinusoidal":
-                self.register_buffer("position_table", model.position_table, persistent=False)
-        if config.position == "rotary":
-            self.register_buffer("rotary_table", model.rotary_table, persistent=False)
+        # Tables are wherever they may be needed; weights are where they are added to embeddings, in one part only
+        has_weights = any(True for _ in model.position_embedding.parameters())
+        self.position_embedding = model.position_embedding if self.is_first or not has_weights else Positions()
         self.layers = nn.ModuleDict({str(index): model.layers[index] for index in mine})  # "layers.5.…", as ever
         if self.is_last:
             self.final_norm, self.lm_head = model.final_norm, model.lm_head
@@ -51,9 +49,10 @@ class PipelinePart(GPTModel):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """This part's share of the model: ids (B, T) or hidden states (B, T, D) → hidden states, or the loss (1,)."""
+        here = slice(0, x.size(1))
         if self.is_first:
-            x = self.embed(x)  # (B, T, D)
-        rotary = self.rotary(x.size(1))
+            x = self.embed(x, here)  # (B, T, D)
+        rotary = self.position_embedding.rotary(here)
         for layer in self.layers.values():
             if self.recompute_activations and self.training:
                 x = recompute_in_backward(layer, x, None, rotary, None, 0, use_reentrant=False)

@@ -34,6 +34,7 @@ from training.optimization import Updater, build_optimizers, learning_rate_facto
 from training.parallel_model import ParallelModel
 from training.run_log import RunLog, training_flops_per_token
 from training.training_config import TrainingConfig
+from transformer_components import Positions, auxiliary_losses
 
 
 class TrainingData(Protocol):
@@ -91,6 +92,8 @@ class TrainingLoop:
                 module.recompute_activations = config.recompute_activations
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        positions = [module for module in model.modules() if isinstance(module, Positions)]
+        self.n_positions = sum(parameter.numel() for module in positions for parameter in module.parameters())
         self.lora = lora_settings(model)
         if self.lora:
             self.lora["base_fingerprint"] = weight_fingerprint(load_checkpoint(self.lora["base"]))
@@ -235,7 +238,8 @@ class TrainingLoop:
         mean over all items on all ranks.
 
         Returns:
-            the global means of the loss and of every other scalar that the model returns.
+            the global means of the loss and of every other scalar that the model returns. Layers may have losses of
+            their own (`transformer_components.AuxiliaryLoss`): their sum, "aux_loss", is a part of the loss.
         """
         total = self.parallel_model.sum(float(sum(counts)))
         # Data parallelism averages gradients over ranks; a sum is wanted
@@ -247,8 +251,11 @@ class TrainingLoop:
         sums: dict[str, torch.Tensor] = {}
         for number, (batch, count, weight) in enumerate(zip(batches, counts, weights, strict=True), start=1):
             with self.parallel_model.synchronised(last=number == len(batches)):
-                with self.updater.autocast():
+                with self.updater.autocast(), auxiliary_losses() as of_layers:
                     output = self.parallel_model(**self._to_device(batch))
+                if of_layers:
+                    output["aux_loss"] = torch.stack(of_layers).sum()
+                    output["loss"] = output["loss"] + output["aux_loss"]
                 self.updater.backward(output["loss"] * weight)
             for name, value in scalars(output).items():
                 sums[name] = sums.get(name, 0.0) + value * count
@@ -433,11 +440,10 @@ class TrainingLoop:
 
     def _flops_per_token(self) -> float:
         config = self.gpt_config
-        positions = config.max_seq_len * config.d_model if config.position == "learned" else 0
-        head = 0 if config.tie_embeddings else config.vocab_size * config.d_model  # looked up, not multiplied
+        head = 0 if config.tie_embeddings else config.vocab_size * config.d_model
         frozen = self.n_parameters - self.n_trained  # without a gradient of their own: 4 FLOP each and not 6
         return training_flops_per_token(
-            self.n_parameters - positions - head - frozen / 3,
+            self.n_parameters - self.n_positions - head - frozen / 3,  # positions and one of two tables are looked up
             config.n_layers,
             config.n_heads * config.head_dim,
             self.config.max_seq_len,

@@ -25,7 +25,7 @@ from inference.kernels.linear_layers import InferenceEmbedding
 from inference.kernels.linear_products import NativeLinear, native_library
 from inference.kernels.native_code import check_layout, load_native
 from inference.kernels.paged_attention import BLOCK_SIZE, NativeCache, PagedAttention
-from transformer_components import RMSNorm, TransformerDecoderLayer
+from transformer_components import LearnedPositions, RMSNorm, RotaryPositions, TransformerDecoderLayer
 
 SOURCE = Path(__file__).with_suffix(".c")
 WORTH_THREADS = 1 << 19  # multiplications with the weights of one layer
@@ -114,13 +114,13 @@ class DecoderStep:
                              ctypes.c_int]  # fmt: skip
         function.restype = None
         config = model.config
-        linears, tables = [*_linears(model), model.lm_head], _tables(model)
+        linears, tables, positions = [*_linears(model), model.lm_head], _tables(model), model.position_embedding
         # Should the weights move while requests run, the old ones are read until the next request comes
         self.keep_alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         self.model = _Model(
             (_Layer * config.n_layers)(*map(_layer, model.layers)),
             _norm(model.final_norm),
-            model.rotary_table.data_ptr() if config.position == "rotary" else None,
+            positions.table.data_ptr() if isinstance(positions, RotaryPositions) else None,
             *(config.n_layers, config.d_model, config.d_ff, config.max_seq_len),
             *map(_native, (model.lm_head, *tables)),
         )
@@ -179,11 +179,11 @@ def _linears(model: GPTModel) -> list[nn.Module]:
 
 def _tables(model: GPTModel) -> list[nn.Module]:
     """The embeddings: of tokens and, but for rotary models, of positions."""
-    kind = model.config.position
-    if kind == "rotary":
+    positions = model.position_embedding
+    if isinstance(positions, RotaryPositions):
         return [model.token_embedding]
-    learned = kind == "learned"
-    return [model.token_embedding, model.position_embedding if learned else InferenceEmbedding(model.position_table)]
+    learned = isinstance(positions, LearnedPositions)
+    return [model.token_embedding, positions if learned else InferenceEmbedding(positions.table)]
 
 
 def _linears_of(layer: TransformerDecoderLayer) -> list[nn.Module]:

@@ -21,7 +21,15 @@ from gpt_model import GPTConfig, GPTModel
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear
 from inference.kernels.linear_products import kind_of, native_knows
 from inference.kernels.paged_attention import Sizes
-from transformer_components import FeedForwardNetwork, MultiHeadAttention, RMSNorm, TransformerDecoderLayer
+from transformer_components import (
+    FeedForwardNetwork,
+    LearnedPositions,
+    MultiHeadAttention,
+    RMSNorm,
+    RotaryPositions,
+    SinusoidalPositions,
+    TransformerDecoderLayer,
+)
 
 
 class Missing:
@@ -33,13 +41,17 @@ NORM, LINEAR, TABLE = (nn.LayerNorm, RMSNorm), (nn.Linear, InferenceLinear), (nn
 MISSING = Missing()
 DROPOUT = (nn.Dropout, nn.Identity)
 WEIGHT, BUFFER, INTEGER, NUMBER, SWITCH = (nn.Parameter,), (torch.Tensor,), (int,), (float, int), (bool,)
+EMBEDDING = dict(
+    num_embeddings=INTEGER, embedding_dim=INTEGER, padding_idx=(int, NONE), max_norm=(NONE,), norm_type=NUMBER,
+    scale_grad_by_freq=SWITCH, sparse=SWITCH, weight=WEIGHT,
+)  # fmt: skip
 
 # Whatever an instance may hold (submodules, parameters, buffers, settings), by name, and of which classes it may be
 KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
     GPTModel: dict(
         config=(GPTConfig,), recompute_activations=SWITCH, token_embedding=TABLE,
-        position_embedding=(nn.Embedding, Missing), position_table=(*BUFFER, Missing), rotary_table=(*BUFFER, Missing),
-        embedding_dropout=DROPOUT, layers=(nn.ModuleList,), final_norm=NORM, lm_head=LINEAR,
+        position_embedding=(LearnedPositions, SinusoidalPositions, RotaryPositions), embedding_dropout=DROPOUT,
+        layers=(nn.ModuleList,), final_norm=NORM, lm_head=LINEAR,
     ),
     nn.ModuleList: {},  # and, under their numbers, the layers
     TransformerDecoderLayer: dict(
@@ -56,10 +68,10 @@ KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
         in_features=INTEGER, out_features=INTEGER, int8_inputs=SWITCH, weight=WEIGHT, bias=(*WEIGHT, NONE),
         scale=(*BUFFER, NONE), _products=(list,), _prepared=(dict,),
     ),
-    nn.Embedding: dict(
-        num_embeddings=INTEGER, embedding_dim=INTEGER, padding_idx=(int, NONE), max_norm=(NONE,), norm_type=NUMBER,
-        scale_grad_by_freq=SWITCH, sparse=SWITCH, weight=WEIGHT,
-    ),
+    nn.Embedding: EMBEDDING,
+    LearnedPositions: EMBEDDING,
+    SinusoidalPositions: dict(table=BUFFER),
+    RotaryPositions: dict(table=BUFFER),
     InferenceEmbedding: dict(weight=WEIGHT, scale=(*BUFFER, NONE)),
     nn.LayerNorm: dict(
         normalized_shape=(tuple,), eps=NUMBER, elementwise_affine=SWITCH, weight=WEIGHT, bias=(*WEIGHT, NONE)
@@ -79,7 +91,7 @@ FIELDS = {
     "head_dim", "position", "norm", "activation", "bias", "qk_norm", "norm_eps", "rope_theta", "tie_embeddings",
 }  # fmt: skip
 CHOICES = {
-    "position": {"learned": "position_embedding", "sinusoidal": "position_table", "rotary": "rotary_table"},
+    "position": {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions, "rotary": RotaryPositions},
     "norm": ("layernorm", "rmsnorm"),
     "activation": ("gelu", "swiglu"),
 }
@@ -176,9 +188,8 @@ def _look_at_config(model: GPTModel) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UnknownPart(f"the configuration has {name} {getattr(config, name)!r}")
-    for kind, table in CHOICES["position"].items():
-        if (getattr(model, table, None) is None) == (kind == config.position):
-            raise UnknownPart(f"{table} does not fit {config.position} positions")
+    if type(model.position_embedding) is not CHOICES["position"][config.position]:
+        raise UnknownPart(f"position_embedding does not fit {config.position} positions")
 
 
 def check_numbers(model: GPTModel, cache_sizes: Sizes) -> None:
@@ -192,19 +203,20 @@ def check_numbers(model: GPTModel, cache_sizes: Sizes) -> None:
     if len(model.layers) != config.n_layers or cache_sizes != sizes:
         raise UnknownPart("the model, its configuration and the cache differ in their sizes")
     shapes, kinds = _shapes(config), set()
+    if type(model.position_embedding) is RotaryPositions:
+        shapes["position_embedding"] = (2, config.max_seq_len, config.head_dim)
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         if name == "attention" and module.head_dim != config.head_dim:
             raise UnknownPart(f"{path}.head_dim is {module.head_dim}, in the configuration {config.head_dim}")
         for own_name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            whole = shapes[own_name if module is model else name]
-            shape = whole if own_name == "weight" or module is model else whole[:1]  # of biases and scales
+            shape = shapes[name] if own_name in ("weight", "table") else shapes[name][:1]  # of biases and scales
             if tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
                 raise UnknownPart(f"{path}.{own_name} has another size or place in memory than is usual")
             may_be_small = isinstance(module, InferenceLinear | InferenceEmbedding) or name == "position_embedding"
             if tensor.dtype != torch.float32 and not (may_be_small and own_name == "weight"):
                 raise UnknownPart(f"{path}.{own_name} is {tensor.dtype}")
-        if type(module) in (*LINEAR, *TABLE):
+        if type(module) in (*LINEAR, *TABLE, LearnedPositions):
             kind = weights_of(module)
             if not native_knows(kind, module.weight.size(1)):
                 raise UnknownPart(f"{path} has {kind} weights, which the kernels cannot read on this processor")
@@ -220,12 +232,11 @@ def weights_of(layer: nn.Module) -> str:
 
 
 def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Of the weights, by the names of their modules, and of the model's own tables."""
+    """Of the weights and tables, by the names of their modules; of positions, if they are added to embeddings."""
     model, inner, query = config.d_model, config.d_ff, config.n_heads * config.head_dim
     key, vocabulary, context = config.n_kv_heads * config.head_dim, config.vocab_size, config.max_seq_len
     return dict(
         token_embedding=(vocabulary, model), lm_head=(vocabulary, model), position_embedding=(context, model),
-        position_table=(context, model), rotary_table=(2, context, config.head_dim),
         query_proj=(query, model), key_proj=(key, model), value_proj=(key, model), output_proj=(model, query),
         up_proj=(inner, model), gate_proj=(inner, model), down_proj=(model, inner),
         attention_norm=(model,), feed_forward_norm=(model,), final_norm=(model,),
