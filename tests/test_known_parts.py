@@ -60,6 +60,16 @@ def reason(model):
     return None
 
 
+@needs_compiler
+def test_a_method_that_others_add_to_all_modules_changes_nothing(monkeypatch):
+    """`transformers` gives `nn.Module` one as soon as it makes a model; the compiled step goes on."""
+    model = make("modern")
+    monkeypatch.setattr(nn.Module, "smart_apply", lambda module: None, raising=False)
+    assert reason(model) is None
+    monkeypatch.setattr(nn.Module, "__getattribute__", lambda module, name: object.__getattribute__(module, name))
+    assert reason(model) == "Module.__getattribute__ has been replaced"
+
+
 def methods_called(model):
     """(path, method) of all methods of the model's parts that return a tensor on the way to its logits."""
     paths, found = {id(module): path for path, module in model.named_modules()}, {}

@@ -9,8 +9,10 @@ somebody teaches the C code and adds to the table here.
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import fields
+from types import CodeType
 
 import torch
 import torch.nn as nn
@@ -101,6 +103,16 @@ class UnknownPart(Exception):
     """Something in a model that the compiled step does not know; the text says what."""
 
 
+@functools.cache
+def _names_in_file(owner: type) -> frozenset[str]:
+    """What a class has a name for in its own file. A method that is added under another name changes nothing that was
+    there (`transformers` gives `nn.Module` one), unless Python itself calls it."""
+    module = sys.modules[owner.__module__]
+    constants = module.__loader__.get_code(owner.__module__).co_consts
+    body = next(code for code in constants if isinstance(code, CodeType) and code.co_name == owner.__name__)
+    return frozenset(body.co_names)
+
+
 def is_as_written(method: object, owner: type) -> bool:
     """Whether a method is from its class's own file, and not put into the class or the instance from outside."""
     return getattr(method, "__globals__", None) is vars(sys.modules[owner.__module__])
@@ -134,7 +146,8 @@ def facts_of(model: nn.Module) -> list[object]:
     for owner in CLASSES:
         if vars(owner) != _as_written.get(owner):
             for name, method in vars(owner).items():
-                if callable(method) and not is_as_written(method, owner):
+                counts = name in _names_in_file(owner) or name.startswith("__")
+                if counts and callable(method) and not is_as_written(method, owner):
                     raise UnknownPart(f"{owner.__name__}.{name} has been replaced")
             _as_written[owner] = dict(vars(owner))
     if not is_as_written(transformer_components.apply_rotary, MultiHeadAttention):
