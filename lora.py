@@ -2,7 +2,8 @@
 
     y = W x + s · B A x        W (N, K) frozen, A (R, K) random, B (N, R) zero at the start, so that nothing changes yet
 
-A stage that trains models learns it in two lines: its settings inherit `LoRAOptions`, and right after `load_model`
+A trainer learns it in two lines (the stages have the second in `open_stage`): its settings inherit `LoRAOptions`, and
+right after `load_model`
 
     apply_lora(model, config, base=config.sft_model)        # with --lora_rank 0 it does nothing
 
@@ -35,7 +36,7 @@ TARGETS = {"attention": ("attention",), "mlp": ("feed_forward",), "all": ("atten
 
 @dataclass
 class LoRAOptions:
-    """The settings of LoRA, for the settings of a stage to inherit: `class SFTConfig(LoRAOptions, TrainingConfig)`."""
+    """The settings of LoRA, for the settings of a stage to inherit: `class SFTConfig(LoRAOptions, StageConfig)`."""
 
     lora_rank: int = option(0, "rank of the adapters (LoRA); 0 trains the whole model", at_least=0)
     lora_alpha: float = option(16.0, "what adapters add is multiplied by this, divided by the rank", above=0)
