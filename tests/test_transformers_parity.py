@@ -7,10 +7,14 @@ from alignment.transformers_names import architecture_of, in_transformers
 from command_line import UserError
 from gpt_model import IGNORED_LABEL
 
-pytest.importorskip("transformers")
-
 PAD = 1
 CLOSE = dict(atol=2e-5, rtol=2e-5)
+
+
+@pytest.fixture(autouse=True)
+def transformers():
+    """Not imported before it is needed: it changes `nn.Module`, which the compiled step notices."""
+    return pytest.importorskip("transformers")
 
 
 def random_ids(*shape, seed=0):
