@@ -84,7 +84,8 @@ def _measure(ways: dict[str, Callable[[], Product]], n_in: int, n_rows: int) -> 
 
 
 def _memory() -> Path:
-    return cache_folder() / "linear_kernels.json"
+    # A file for each version: two that run at the same time would otherwise take turns in wiping out what they measured
+    return cache_folder() / f"linear_kernels-{_machine()}.json"
 
 
 def _machine() -> str:
