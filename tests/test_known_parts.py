@@ -61,10 +61,11 @@ def reason(model):
 
 
 @needs_compiler
-def test_a_method_that_others_add_to_all_modules_changes_nothing(monkeypatch):
-    """`transformers` gives `nn.Module` one as soon as it makes a model; the compiled step goes on."""
-    model = make("modern")
+def test_what_libraries_do_to_all_modules_off_the_way_of_a_forward_pass_changes_nothing(monkeypatch):
+    """`transformers` gives `nn.Module` a method as soon as it makes a model, others replace `__init__`."""
+    model, usual = make("modern"), nn.Module.__init__
     monkeypatch.setattr(nn.Module, "smart_apply", lambda module: None, raising=False)
+    monkeypatch.setattr(nn.Module, "__init__", lambda module, *rest, **named: usual(module, *rest, **named))
     assert reason(model) is None
     monkeypatch.setattr(nn.Module, "__getattribute__", lambda module, name: object.__getattribute__(module, name))
     assert reason(model) == "Module.__getattribute__ has been replaced"

@@ -9,10 +9,8 @@ somebody teaches the C code and adds to the table here.
 
 from __future__ import annotations
 
-import functools
 import sys
 from dataclasses import fields
-from types import CodeType
 
 import torch
 import torch.nn as nn
@@ -85,6 +83,11 @@ KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
 OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}  # the last one is torch.compile's
 NAMES = {kind: known.keys() | OF_EVERY_MODULE for kind, known in KNOWN.items()}
 CLASSES = [base for base in {base for known in KNOWN for base in known.__mro__} if issubclass(base, nn.Module)]
+# Methods of torch's classes that a forward pass goes through; libraries replace others, such as `__init__`, or add some
+ON_THE_WAY = {
+    "forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__", "__iter__",
+    "__getitem__", "__len__",
+}  # fmt: skip
 _as_written: dict[type, dict[str, object]] = {}  # what a class held when all its methods were found to be its own
 
 # Of the configuration; a further field must have its default value, which is what models had before there was the field
@@ -101,16 +104,6 @@ CHOICES = {
 
 class UnknownPart(Exception):
     """Something in a model that the compiled step does not know; the text says what."""
-
-
-@functools.cache
-def _names_in_file(owner: type) -> frozenset[str]:
-    """What a class has a name for in its own file. A method that is added under another name changes nothing that was
-    there (`transformers` gives `nn.Module` one), unless Python itself calls it."""
-    module = sys.modules[owner.__module__]
-    constants = module.__loader__.get_code(owner.__module__).co_consts
-    body = next(code for code in constants if isinstance(code, CodeType) and code.co_name == owner.__name__)
-    return frozenset(body.co_names)
 
 
 def is_as_written(method: object, owner: type) -> bool:
@@ -146,7 +139,7 @@ def facts_of(model: nn.Module) -> list[object]:
     for owner in CLASSES:
         if vars(owner) != _as_written.get(owner):
             for name, method in vars(owner).items():
-                counts = name in _names_in_file(owner) or name.startswith("__")
+                counts = name in ON_THE_WAY or not owner.__module__.startswith("torch.")
                 if counts and callable(method) and not is_as_written(method, owner):
                     raise UnknownPart(f"{owner.__name__}.{name} has been replaced")
             _as_written[owner] = dict(vars(owner))
