@@ -1,4 +1,4 @@
-"""The instructions that the processor has, and any lesser one that it can stand in for.
+"""What the processor has, instructions and caches, and any lesser one that it can stand in for.
 
     CPU_LEVEL=avx2 bash run_tests.sh        any command, as on a processor with nothing wider than AVX2
 
@@ -74,6 +74,16 @@ def cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(word for line in lines if line.startswith(("flags", "Features")) for word in line.split()[2:])
+
+
+@functools.cache
+def largest_cache_bytes() -> int:
+    """The size of the largest cache that the first core reads through; where Linux does not say, that of a laptop."""
+    sizes = [8 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()  # such as 48K
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] if text[-1] in "KM" else int(text))
+    return max(sizes)
 
 
 def possible_levels() -> list[str]:

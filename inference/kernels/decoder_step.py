@@ -117,19 +117,20 @@ class DecoderStep:
         linears, tables, positions = [*_linears(model), model.lm_head], _tables(model), model.position_embedding
         # Should the weights move while requests run, the old ones are read until the next request comes
         self.keep_alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+        n_bytes = sum(linear.weight.nbytes for linear in linears)
         self.model = _Model(
-            (_Layer * config.n_layers)(*map(_layer, model.layers)),
+            (_Layer * config.n_layers)(*(_layer(layer, n_bytes) for layer in model.layers)),
             _norm(model.final_norm),
             positions.table.data_ptr() if isinstance(positions, RotaryPositions) else None,
             *(config.n_layers, config.d_model, config.d_ff, config.max_seq_len),
-            *map(_native, (model.lm_head, *tables)),
+            *(_native(layer, n_bytes) for layer in (model.lm_head, *tables)),
         )
         self.layer_weights = sum(linear.weight.numel() for linear in _linears(model)) // config.n_layers
         digit_bytes = native_library().linear_digit_bytes
         query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         widths = (config.d_model, config.d_model, query, key, key, query, config.d_ff, config.d_ff)
         self.token_bytes = [4 * width for width in widths]
-        self.token_bytes.append(max(digit_bytes(_native(linear).type, linear.weight.size(1)) for linear in linears))
+        self.token_bytes.append(max(digit_bytes(_native(linear, 0).type, linear.weight.size(1)) for linear in linears))
         self.room_for = 0
 
     def __call__(
@@ -194,9 +195,10 @@ def _linears_of(layer: TransformerDecoderLayer) -> list[nn.Module]:
     return [*projections, feed_forward.up_proj, feed_forward.down_proj, *gate]
 
 
-def _native(layer: nn.Module) -> NativeLinear:
-    """Of a linear layer, or an embedding table."""
-    return NativeLinear(layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None), weights_of(layer))
+def _native(layer: nn.Module, n_bytes: int) -> NativeLinear:
+    """Of a linear layer, or an embedding table; `n_bytes` is what all linear layers take."""
+    scale, bias = getattr(layer, "scale", None), getattr(layer, "bias", None)
+    return NativeLinear(layer.weight, scale, bias, weights_of(layer), n_bytes)
 
 
 def _norm(norm: nn.Module) -> _Norm:
@@ -207,7 +209,7 @@ def _norm(norm: nn.Module) -> _Norm:
     return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.numel(), is_rms, norm.eps)
 
 
-def _layer(layer: TransformerDecoderLayer) -> _Layer:
+def _layer(layer: TransformerDecoderLayer, n_bytes: int) -> _Layer:
     attention = layer.attention
     norms = (layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm)
-    return _Layer(*map(_norm, norms), *map(_native, _linears_of(layer)))
+    return _Layer(*map(_norm, norms), *(_native(linear, n_bytes) for linear in _linears_of(layer)))

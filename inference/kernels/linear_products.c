@@ -30,10 +30,12 @@
 #define W_ROWS 4
 #define INLINE static inline __attribute__((always_inline))
 
-/* The processor itself foresees only the next few cache lines of a row. With one row of x, W is read once and must not
-   drive everything else out of the caches: it is asked for as something that need not be kept (the last 0). */
-#define READ_ONCE 6144 /* bytes ahead */
-#define READ_AGAIN 4096
+/* The processor itself foresees only the next few cache lines of a row. With one row of x, W is read once in a pass: it
+   need not be kept (the last 0) where all weights together are more than the caches hold and would only drive everything
+   else out; smaller models stay there until the next pass. */
+#define READ_ONCE 6144  /* bytes ahead */
+#define READ_ALONE 6208 /* by one row, and kept */
+#define READ_AGAIN 4096 /* by further rows */
 INLINE void ask_for(const char *p, long ahead) {
     if (ahead == READ_ONCE)
         __builtin_prefetch(p + ahead, 0, 0);
@@ -251,13 +253,15 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
 }
 
 /* Some rows of x with W_ROWS rows of W, or with the fewer that are left. The first tile brings these into the first
-   cache, where the others find them: only it asks `ahead`. The counts, and READ_ONCE, are written out in each call of
+   cache, where the others find them: only it asks `ahead`. The counts, and READ_…, are written out in each call of
    `tile`, as each then becomes a loop of its own without conditions. */
 INLINE void strip(const float *x, const char *w, const float *scale, const float *bias, float *y, long n_x, long n_out,
                   long n_in, int add, long left, long ahead, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
     long i = 0;
     if (left >= W_ROWS && ahead == READ_ONCE)
         tile(1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, bytes, READ_ONCE, load_vec, load_one);
+    else if (left >= W_ROWS && ahead == READ_ALONE)
+        tile(1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, bytes, READ_ALONE, load_vec, load_one);
     else if (left >= W_ROWS) {
         for (; i + X_ROWS <= n_x; i += X_ROWS, ahead = 0)
             tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, ahead, load_vec,
@@ -453,6 +457,8 @@ INLINE void digit_strip(const char *x, const char *w, const float *scale, const 
     long i = 0, row_bytes = digit_row_bytes(digits, n_in);
     if (left >= W_ROWS && ahead == READ_ONCE)
         digit_tile(digits, 1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, READ_ONCE);
+    else if (left >= W_ROWS && ahead == READ_ALONE)
+        digit_tile(digits, 1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, READ_ALONE);
     else if (left >= W_ROWS) {
         for (; i + x_rows <= n_x; i += x_rows, ahead = 0)
             digit_tile(digits, x_rows, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add, ahead);
@@ -471,9 +477,10 @@ typedef struct {
     const char *weight;        /* (n_out, n_in) */
     const float *scale, *bias; /* (n_out,) or NULL */
     int64_t n_out, n_in, type;
+    int64_t is_kept; /* whether the caches hold it, with all that is read in a pass beside it */
 } Linear;
 LAYOUT(Linear, FIELD(Linear, weight), FIELD(Linear, scale), FIELD(Linear, bias), FIELD(Linear, n_out), FIELD(Linear, n_in),
-       FIELD(Linear, type));
+       FIELD(Linear, type), FIELD(Linear, is_kept));
 
 /* With how many digits x is written, or 0: as it is. */
 INLINE int digits_of(int64_t type, long n_in) {
@@ -531,7 +538,8 @@ INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
 #define MULTIPLY(name, x_type, x_row_bytes, x_tile, bytes, strip, ...)                                                \
     static __attribute__((noinline)) void name(const Linear *l, const x_type *x, float *y, long n_x, int add) {       \
         long n_in = l->n_in, n_out = l->n_out, block = rows_of_block(n_x, x_row_bytes, x_tile);                       \
-        long group = (1 + W_BYTES / (W_ROWS * n_in * bytes)) * W_ROWS, ahead = n_x == 1 ? READ_ONCE : READ_AGAIN;     \
+        long group = (1 + W_BYTES / (W_ROWS * n_in * bytes)) * W_ROWS;                                                \
+        long ahead = n_x > 1 ? READ_AGAIN : l->is_kept ? READ_ALONE : READ_ONCE;                                      \
         if (n_x <= block) group = W_ROWS;                                                                             \
         _Pragma("omp for collapse(2) schedule(static) nowait")                                                        \
         for (long g = 0; g < n_out; g += group)                                                                       \

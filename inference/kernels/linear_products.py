@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from cpu_level import largest_cache_bytes
 from inference.kernels.native_code import check_layout, load_native
 
 DTYPES = {  # in the order of the types in linear_products.c
@@ -99,20 +100,27 @@ class NativeLinear(ctypes.Structure):
     Args:
         weight, scale, bias: those of `InferenceLinear`, on a CPU.
         weights: the kind of weights, one of `DTYPES`.
+        n_bytes: of all weights that are read in one pass; None: of this layer alone.
     """
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
-        *((name, ctypes.c_int64) for name in ("n_out", "n_in", "type")),
+        *((name, ctypes.c_int64) for name in ("n_out", "n_in", "type", "is_kept")),
     ]
 
     def __init__(
-        self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, weights: str
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        weights: str,
+        n_bytes: int | None = None,
     ) -> None:
         bias = None if bias is None else bias.float()
         self.tensors = weight.detach().contiguous(), scale, bias
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
-        super().__init__(*addresses, *weight.shape, list(DTYPES).index(weights))
+        is_kept = (n_bytes or weight.nbytes) <= largest_cache_bytes()
+        super().__init__(*addresses, *weight.shape, list(DTYPES).index(weights), is_kept)
 
 
 def native_library() -> ctypes.CDLL | None:
