@@ -431,8 +431,14 @@ def test_a_gpu_computes_in_bf16_where_it_has_it(capability, expected, monkeypatc
 
 @pytest.mark.parametrize(("amx", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_cpu_computes_in_bf16_only_with_matrix_units(amx, expected, monkeypatch):
+    monkeypatch.delenv("CPU_LEVEL", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert resolve_precision("auto", CPU) == expected
+
+
+def test_a_cpu_that_stands_in_for_a_lesser_one_has_no_matrix_units(native_level, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert resolve_precision("auto", CPU) == torch.float32
 
 
 def test_a_precision_that_was_asked_for_is_taken_or_refused():
