@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +78,11 @@ def cpu_flags() -> frozenset[str]:
 
 
 @functools.cache
-def largest_cache_bytes() -> int:
+def largest_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     """The size of the largest cache that the first core reads through; where Linux does not say, that of a laptop."""
-    sizes = [8 << 20]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()  # such as 48K
-        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] if text[-1] in "KM" else int(text))
-    return max(sizes)
+    texts = " ".join(path.read_text() for path in folder.glob("index*/size"))  # such as 48K
+    sizes = (int(number) << {"": 0, "K": 10, "M": 20}[unit] for number, unit in re.findall(r"\b(\d+)([KM]?)\b", texts))
+    return max((8 << 20, *sizes))
 
 
 def possible_levels() -> list[str]:

@@ -27,8 +27,9 @@ from alignment.stage import (
     open_stage,
     run,
 )
+from byte_level_bpe import IGNORED_LABEL
 from command_line import option
-from data_loader import Batch, GPTSFTDataset, PreferenceDataset, pad_samples
+from data_loader import Batch, GPTSFTDataset, PreferenceDataset, pad_rows, pad_samples
 from gpt_model import GPTModel
 from lora import LoRAOptions, lora_layers
 from text.conversation_data import load_preferences
@@ -160,9 +161,9 @@ class DPODataset(AnswersWithReference, PreferenceDataset):
         """As `PreferenceDataset.collate`, but without margins; and "labels" (N, T), "reference_log_probs" (N,)."""
         batch = super().collate(samples)
         del batch["margins"]
-        rows = [answer for sample in samples for answer in sample["answers"]]
-        reference_log_probs = torch.tensor([x for sample in samples for x in sample["reference_log_probs"]])
-        return {**batch, **pad_samples(rows, self.pad_token_id), "reference_log_probs": reference_log_probs}
+        labels = pad_rows([labels for sample in samples for _, labels in sample["answers"]], IGNORED_LABEL)  # (N, T)
+        reference_log_probs = torch.tensor([x for sample in samples for x in sample["reference_log_probs"]])  # (N,)
+        return {**batch, "labels": labels, "reference_log_probs": reference_log_probs}
 
 
 class DPOLoop(TrainingLoop):
