@@ -8,8 +8,8 @@ text, whatever the script.
 
     python byte_level_bpe.py --input data/pretrain/train.txt --vocab_size 4096 --output_dir models/bpe_tokenizer
 
-The work is done by two Rust libraries: `gigatoken` trains and encodes, `tokenizers` does the rest and stands in where
-the other one cannot. The saved folder loads in `transformers` as well. Folders of GPT-2 and of Qwen load here.
+The work is done by Rust: `rustbpe` trains, `gigatoken` encodes, `tokenizers` does the rest and stands in where the
+others cannot. The saved folder loads in `transformers` as well. Folders of GPT-2 and of Qwen load here.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tqdm import tqdm
 
 from command_line import UserError, option, parse_config, replacing, run_main
-from text.bpe_training import PieceSample, byte_of_character, learn_merges, written
+from text.bpe_training import TextSample, byte_of_character, learn_merges, written
 from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
 from text.fast_encoding import FastEncoder, fast_encoder, ids_of
 from text.text_files import iter_documents
@@ -40,10 +41,11 @@ from text.tokenizer_files import (
     byte_pre_tokenizer,
     read_tokenizer_files,
 )
+from text.tokenizer_report import examine, write_report
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # in the order of SPECIAL_ROLES
 BYTE_COUNT = 256
-SAMPLE_BYTES = 100_000_000  # of text to learn from: more changes hardly a token, and takes memory and time
+SAMPLE_BYTES = 30_000_000  # of text to learn from: more changes hardly a token, and takes memory and time
 IGNORED_LABEL = -100  # positions with this label count for nothing in the loss
 
 
@@ -105,7 +107,7 @@ class ByteLevelBPETokenizer:
         *,
         sample_bytes: int | None = SAMPLE_BYTES,
         show_progress: bool = False,
-    ) -> PieceSample:
+    ) -> TextSample:
         """Learn merges from texts, which are read once, one after another.
 
         Fewer than `vocab_size` tokens come out when the texts are too small to yield more.
@@ -126,18 +128,16 @@ class ByteLevelBPETokenizer:
             raise UserError("a loaded tokenizer cannot be trained again; make a new one and train that")
         if min_frequency < 1:
             raise UserError(f"min_frequency is {min_frequency}; it must be at least 1")
-        sample = PieceSample(sample_bytes)
-        with progress_bar("reading", "B", enabled=show_progress) as progress:
+        sample = TextSample(sample_bytes)
+        with tqdm(desc="reading", unit="B", unit_scale=True, disable=not show_progress) as progress:
             for text in texts:
-                before = sample.n_bytes
-                sample.add(_replace_lone_surrogates(text))
-                progress.update(sample.n_bytes - before)
+                progress.update(sample.add(_replace_lone_surrogates(text)))
         if sample.n_bytes == 0:
             raise UserError("there is no text to train the tokenizer on; give at least one document")
         if show_progress:
             print(f"learning from {sample.size / 1e6:,.1f} MB …", file=sys.stderr, flush=True)
         n_merges = self._wanted_vocab_size - BYTE_COUNT - len(self._special_tokens)
-        merges = learn_merges(sample.joined(), n_merges, min_frequency) if n_merges else []
+        merges = learn_merges(sample, n_merges, min_frequency) if n_merges else []
         tokens = [written(left + right) for left, right in merges]
         content = json.loads(self._engine.to_str())
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -431,7 +431,10 @@ class TokenizerTrainingConfig:
         4096, "how many tokens, the bytes and the special tokens included", at_least=BYTE_COUNT + len(SPECIAL_TOKENS)
     )
     min_frequency: int = option(2, "how often a pair must occur to become a token", at_least=1)
-    output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer")
+    sample_bytes: int = option(
+        SAMPLE_BYTES, "of more text than this, every second, fourth, … document is learned from; 0: all", at_least=0
+    )
+    output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer and a report on it")
 
     def validate(self) -> list[str]:
         return [f"--output_dir {self.output_dir} is a file; name a folder"] if Path(self.output_dir).is_file() else []
@@ -460,13 +463,25 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
     documents = _SampledDocuments(config.input or ["data/pretrain/train"])
     tokenizer = ByteLevelBPETokenizer(config.vocab_size)
-    tokenizer.train(documents, config.min_frequency, show_progress=sys.stderr.isatty())
+    sample = tokenizer.train(
+        documents,
+        config.min_frequency,
+        sample_bytes=config.sample_bytes or None,
+        show_progress=sys.stderr.isatty(),
+    )
     tokenizer.save(config.output_dir)
-    byte_count = sum(len(text.encode(errors="surrogatepass")) for text in documents.sample)
-    token_count = sum(map(len, tokenizer.encode_batch(documents.sample)))
+    figures = examine(tokenizer, documents.sample)
+    write_report(figures, Path(config.output_dir))
+    if sample.step > 1:
+        print(
+            f"learned from one in {sample.step} of {sample.n_texts:,} texts, {sample.size / 1e6:.1f} of "
+            f"{sample.n_bytes / 1e6:.1f} MB (--sample_bytes {config.sample_bytes})"
+        )
+    scripts = ", ".join(f"{name} {value:.2f}" for name, value in figures["bytes_per_token"].items() if name != "all")
     print(
-        f"tokenizer: {len(tokenizer)} tokens, {byte_count / token_count:.2f} bytes per token on a sample of the input, "
-        f"saved in {config.output_dir}"
+        f"tokenizer: {len(tokenizer)} tokens, {figures['bytes_per_token']['all']:.2f} bytes per token on a sample of "
+        f"the input{f' ({scripts})' if scripts else ''}, {figures['unused']:.1%} of the tokens unused there, saved in "
+        f"{config.output_dir} with report.json and report.png"
     )
 
 

@@ -45,10 +45,10 @@ class FastEncoder:
         self._engine, self._characters = None, 0
 
     def _fresh(self, characters: int):  # noqa: ANN202 (a class of an optional package)
-        import gigatoken
-
         self._characters += characters
         if self._engine is None or self._characters > FRESH_AFTER:
+            import gigatoken
+
             self._engine, self._characters = gigatoken.Tokenizer.from_json(self._content), characters
         return self._engine
 
@@ -69,7 +69,7 @@ class FastEncoder:
 
 
 def fast_encoder(engine: Tokenizer) -> FastEncoder | None:
-    """An encoder with the same ids as `engine`, which takes special tokens in a text for text; None if there is none."""
+    """An encoder with the same ids as `engine`, which takes special tokens in a text for text; or None."""
     content = json.loads(engine.to_str())
     if not all(token["special"] for token in content["added_tokens"]):
         return None  # such tokens are found in a text before anything else, by rules that differ
