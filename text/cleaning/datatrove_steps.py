@@ -48,7 +48,7 @@ class CleanFiles(PipelineStep):
         cleaner = pipeline.Cleaner(self.config)
         files = list(enumerate(pipeline.input_files(self.config)))
         for number, file in files[rank::world_size]:
-            for name, documents in pipeline.documents_by_part(file, number):
+            for name, documents in pipeline.documents_by_part(file, number, self.config):
                 part = pipeline.Part(Path(self.folder), name)
                 if not part.is_there:
                     part.write(cleaner.clean(documents))

@@ -34,7 +34,7 @@ from text.cleaning.contamination import TestSets
 from text.cleaning.measure import measure
 from text.cleaning.personal_data import KINDS, mask_personal_data
 from text.cleaning.repair import PATTERN_FILE, Removed, Repairer, read_patterns
-from text.text_files import iter_documents, resolve_files
+from text.text_files import LeftOut, ReadingOptions, iter_documents, resolve_files
 
 VERSION = 1  # of the parts: one that is made otherwise is not taken for one of these
 PART_CHARS = 4_000_000
@@ -45,7 +45,7 @@ EXAMPLE_CHARS = 300
 
 
 @dataclass
-class CleaningConfig(rules.Thresholds):
+class CleaningConfig(rules.Thresholds, ReadingOptions):
     """Options of `python -m text.cleaning`."""
 
     input: list[str] = option(list, "text files, folders of them, or names without ending")
@@ -75,6 +75,7 @@ class CleaningConfig(rules.Thresholds):
 
     def validate(self) -> list[str]:
         complaints = [] if self.input else ["--input names nothing; give files or folders of text"]
+        complaints += self.reading_complaints()
         for name in ("output", "rejected"):
             path = getattr(self, name)
             if path and not path.endswith(OUTPUT_ENDINGS):
@@ -274,11 +275,13 @@ def as_line(record: dict[str, str]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
-def documents_by_part(file: Path, file_number: int) -> Iterator[tuple[str, list[str]]]:
+def documents_by_part(
+    file: Path, file_number: int, config: ReadingOptions, left_out: LeftOut | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """(name, documents) of the parts of a file; a part is ended by its size, so it is the same in every run."""
     batch: list[str] = []
     size = number = 0
-    for document in iter_documents(file):
+    for document in iter_documents(file, config, left_out):
         batch.append(document)
         size += len(document)
         if size >= PART_CHARS:
@@ -516,12 +519,13 @@ def run_cleaning(config: CleaningConfig) -> dict[str, Any]:
     workers = config.num_workers or len(_cores())
     folder = open_work_folder(config, files)
     parts: list[Part] = []
+    left_out = LeftOut(f"{config.output}.left_out.jsonl")
 
     def missing() -> Iterator[tuple[Part, list[str]]]:
         with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, disable=None) as bar:
             for number, file in enumerate(files):
                 bar.set_description(f"cleaning {file.name}")
-                for name, documents in documents_by_part(file, number):
+                for name, documents in documents_by_part(file, number, config, left_out):
                     parts.append(Part(folder, name))
                     if not parts[-1].is_there:
                         yield parts[-1], documents
@@ -530,6 +534,8 @@ def run_cleaning(config: CleaningConfig) -> dict[str, Any]:
     with contextlib.closing(in_order(_clean_part, missing(), workers, config)) as results:
         for _ in results:
             pass
+    if left_out.count:
+        print(left_out)
     comparison = compare(parts, config)
     tasks = write_tasks(parts, comparison, config)
     written = list(in_order(write_part, tasks, workers, config))
