@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from byte_level_bpe import IGNORED_LABEL
 from command_line import beyond_bounds, option
@@ -69,6 +70,14 @@ class Seq2SeqConfig:
         if complaints:
             raise ValueError("; ".join(complaints))
         self.share_embeddings = self.share_embeddings and self.src_vocab == self.tgt_vocab
+
+    # What the one training loop asks of any model's description, to tell how much of the machine's speed is used. A
+    # source token passes the encoder, a target token the decoder, and there are about as many of either.
+    vocab_size = property(lambda self: self.tgt_vocab)
+    n_layers = property(lambda self: self.num_encoder_layers + 2 * self.num_decoder_layers)  # by attentions
+    n_heads = property(lambda self: self.num_heads)
+    head_dim = property(lambda self: self.d_model // self.num_heads)
+    tie_embeddings = True
 
 
 # -- attention between two sequences, and the layers -------------------------------------------------------------------
@@ -219,6 +228,7 @@ class Transformer(nn.Module):
             dropout, pad_token_id, **switches,
         )  # fmt: skip
         self.label_smoothing = 0.0  # of the loss in training
+        self.recompute_activations = False  # True trades time for memory in training
         self.src_embedding = nn.Embedding(src_vocab, d_model)
         self.tgt_embedding = nn.Embedding(tgt_vocab, d_model)
         self.src_positions, self.tgt_positions = (POSITIONS[config.position](config) for _ in range(2))
@@ -277,7 +287,7 @@ class Transformer(nn.Module):
         scaled = self.src_embedding(input_ids) * math.sqrt(self.config.d_model)
         x = self.embedding_dropout(self.src_positions.add_to(scaled, slice(0, input_ids.size(1))))  # (B, S, D)
         for layer in self.encoder:
-            x = layer(x, mask)  # (B, S, D)
+            x = self._run(layer, x, mask)  # (B, S, D)
         return self.encoder_norm(x), mask
 
     def decode(self, decoder_input_ids: torch.Tensor, source: Source, cache: KVCache | None = None) -> torch.Tensor:
@@ -292,10 +302,15 @@ class Transformer(nn.Module):
         scaled = self.tgt_embedding(decoder_input_ids) * math.sqrt(self.config.d_model)
         x = self.embedding_dropout(self.tgt_positions.add_to(scaled, slice(past, past + n_tokens)))  # (B, T, D)
         for index, layer in enumerate(self.decoder):
-            x = layer(x, source.layers[index], source.mask, cache, index)  # (B, T, D)
+            x = self._run(layer, x, source.layers[index], source.mask, cache, index)  # (B, T, D)
         if cache is not None:
             cache.advance(n_tokens)
         return self.lm_head(self.decoder_norm(x))  # (B, T, V)
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> torch.Tensor:
+        if self.recompute_activations and torch.is_grad_enabled():
+            return recompute_in_backward(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     def forward(
         self,
@@ -313,19 +328,18 @@ class Transformer(nn.Module):
             labels: (B, T) int64, what is to follow each token (no shift happens here); −100 is ignored.
 
         Returns:
-            {"logits": (B, T, V), "loss": in nats a token, smoothed in training, "nll": without smoothing}; the losses
-            are None without labels.
+            {"logits": (B, T, V), "loss": in nats a token, None without labels}; where the loss is smoothed, which it is
+            in training only (arXiv:1512.00567, section 7), "nll" is the plain one.
         """
         logits = self.decode(decoder_input_ids, self.encode(input_ids, attention_mask))  # (B, T, V)
         if labels is None:
-            return {"logits": logits, "loss": None, "nll": None}
+            return {"logits": logits, "loss": None}
         flat, targets = logits.flatten(0, 1).float(), labels.flatten()  # (B·T, V), (B·T,)
         nll = F.cross_entropy(flat, targets, ignore_index=IGNORED_LABEL)
         if not (self.training and self.label_smoothing):
-            return {"logits": logits, "loss": nll, "nll": nll}
-        smoothed = F.cross_entropy(
-            flat, targets, ignore_index=IGNORED_LABEL, label_smoothing=self.label_smoothing
-        )  # arXiv:1512.00567, section 7
+            return {"logits": logits, "loss": nll}
+        smoothing = self.label_smoothing
+        smoothed = F.cross_entropy(flat, targets, ignore_index=IGNORED_LABEL, label_smoothing=smoothing)
         return {"logits": logits, "loss": smoothed, "nll": nll}
 
     # ----------------------------------------------------------------------------------------------------- the search
@@ -369,7 +383,7 @@ class Transformer(nn.Module):
         config, rows = self.config, source.mask.size(0)
         batch, device = rows // width, self.device
         cache = KVCache(
-            config.num_decoder_layers, rows, config.num_heads, steps, config.d_model // config.num_heads, device,
+            config.num_decoder_layers, rows, config.num_heads, steps, config.head_dim, device,
             self.decoder_norm.weight.dtype,
         )  # fmt: skip
         ids = torch.full((batch, width, steps), config.pad_token_id, device=device)  # of the beams that go on
