@@ -58,6 +58,7 @@ class Seq2SeqTrainingConfig(TrainingConfig):
     dropout: float = option(0.1, "dropout in training", at_least=0, below=1)
     label_smoothing: float = option(0.1, "share of the target's probability that all tokens get", at_least=0, below=1)
     schedule: str = option("noam", "course of the learning rate; noam is the paper's (5.3)")
+    warmup_steps: int = option(200, "steps of linear warm-up; -1: 2 %% of all steps, but 10 or more", at_least=-1)
     max_seq_len: int = option(64, "longest source and longest target, in tokens", at_least=2)
     batch_size: int = option(64, "pairs of one forward pass on one rank")
     lr: float = option(2e-3, "peak learning rate")
@@ -259,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         for sentence in trainer.score_test():
             print(sentence)
-        print(f'translations in {loop.folder / "translations.json"}; try: python -m inference.translate "…"')
+        print(f'translations in {loop.folder / "translations.json"}; try: python -m inference.translate --text "…"')
     ranks.stop()
 
 

@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         save_quantized_model(quantized, output, checkpoint)
         print_change("weights", "MiB", weight_bytes(plain) / 2**20, weight_bytes(quantized) / 2**20)
         print_change("file", "MiB", source.stat().st_size / 2**20, output.stat().st_size / 2**20)
-        print(f'{kind} model {output}; try: python -m inference.translate "…" --model_path {output}')
+        print(f'{kind} model {output}; try: python -m inference.translate --text "…" --model_path {output}')
         return
     plain, tokenizer, checkpoint = load_model(source)
     model = prepare_for_inference(plain)

@@ -1,12 +1,11 @@
 """Translation with a trained encoder–decoder.
 
-    python -m inference.translate "昨天老师在市场买了三个苹果。"
+    python -m inference.translate --text "昨天老师在市场买了三个苹果。"
     python -m inference.translate --input sentences.txt --output translations.txt --num_beams 4
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +56,8 @@ class TranslateConfig:
     """The command line of translation."""
 
     model_path: str = option("models/seq2seq/translate_best.pth", "the encoder–decoder")
-    input: str = option("", "a file with a text a line, in place of texts on the command line")
+    text: str = option("", "what to translate")
+    input: str = option("", "in place of --text, a file with a text a line")
     output: str = option("", "where to write the translations, a line each; empty: to the terminal")
     num_beams: int = option(4, "how many beginnings the search follows; 1 is greedy", at_least=1, at_most=64)
     length_penalty: float = option(1.0, "above 1 favours longer translations", at_least=0, at_most=10)
@@ -66,15 +66,16 @@ class TranslateConfig:
     device: str = option("auto", "cpu, cuda, mps or auto")
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
+    def validate(self) -> list[str]:
+        """What does not fit together, a sentence each."""
+        one = bool(self.text) != bool(self.input)
+        return [] if one else ["give either --text or --input, what to translate or a file of it"]
+
 
 def main(argv: list[str] | None = None) -> None:
-    """Translate the texts of the command line, or the lines of a file."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    first_option = next((i for i, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
-    texts, options = arguments[:first_option], arguments[first_option:]
-    config = parse_config(TranslateConfig, options, description=__doc__.splitlines()[0])
-    if bool(texts) == bool(config.input):
-        raise UserError('give texts before the options, python -m inference.translate "…", or a file with --input')
+    """Translate a text, or the lines of a file."""
+    config = parse_config(TranslateConfig, argv, description=__doc__.splitlines()[0])
+    texts = [config.text]
     if config.input:
         texts = require_file(config.input, "the file of texts").read_text(encoding="utf-8").splitlines()
     torch.set_num_threads(config.num_threads or torch.get_num_threads())

@@ -41,7 +41,8 @@ def trained(pairs_file, tmp_path_factory):
         patch.chdir(folder)
         seq2seq_trainer.main(
             ["--pairs", str(pairs_file), "--output_dir", "out", "--max_steps", "160", "--lr", "1e-2",
-             "--tokenizer_dir", tokenizer_folder(pairs_file, folder), "--test_pairs", str(pairs_file), *SMALL]
+             "--warmup_steps", "10", "--tokenizer_dir", tokenizer_folder(pairs_file, folder),
+             "--test_pairs", str(pairs_file), *SMALL]
         )  # fmt: skip
     return folder / "out"
 
@@ -74,8 +75,10 @@ def test_it_learns_to_translate_both_ways(trained, capsys):
     right = [record["translation"] == record["reference"] for record in report["translations"]]
     assert sum(right) / len(right) > 0.95
     assert "BLEU" in report["scores"][0] and "tok:zh" in report["scores"][1]
-    translate.main(["红猫", "black dog", "--model_path", str(trained / "translate_best.pth"), "--num_threads", "1"])
-    assert capsys.readouterr().out.splitlines()[-2:] == ["red cat", "黑狗"]
+    model = ["--model_path", str(trained / "translate_best.pth"), "--num_threads", "1"]
+    for text, translation in {"红猫": "red cat", "black dog": "黑狗"}.items():
+        translate.main(["--text", text, *model])
+        assert capsys.readouterr().out.splitlines()[-1] == translation
 
 
 def test_files_go_in_and_out(trained, tmp_path, capsys):
@@ -171,9 +174,9 @@ def test_mistakes_are_named(trained, tmp_path):
         ),
         "record 1 of": lambda: seq2seq_trainer.main(["--pairs", str(tmp_path / "bad.jsonl"), *out]),
         "encoder–decoder; python -m inference.translate": lambda: load_model(model),
-        "give texts before": lambda: translate.main(["--model_path", str(model)]),
-        "text 1 is empty": lambda: translate.main([" ", "--model_path", str(model)]),
-        "cut it into sentences": lambda: translate.main(["字" * 90, "--model_path", str(model)]),
+        "either --text or --input": lambda: translate.main(["--model_path", str(model)]),
+        "text 1 is empty": lambda: translate.main(["--text", " ", "--model_path", str(model)]),
+        "cut it into sentences": lambda: translate.main(["--text", "字" * 90, "--model_path", str(model)]),
     }
     for sentence, mistake in mistakes.items():
         with pytest.raises(UserError, match=sentence):
