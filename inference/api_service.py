@@ -29,7 +29,6 @@ settings of its own. When a client leaves, its request gives its place away with
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -45,7 +44,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from command_line import UserError, run_main
 from inference.service import documentation, metrics, openai_api
 from inference.service.answers import EventStream, pieces_of, whole
-from inference.service.bodies import ClientLeft, read_request
+from inference.service.bodies import read_request
 from inference.service.connections import Server, listening_socket, possible_connections
 from inference.service.documentation import described
 from inference.service.errors import ApiError, unavailable
@@ -57,8 +56,6 @@ from inference.service.requests import DetokenizeRequest, GenerateRequest, Reloa
 from inference.service.settings import ServiceSettings, end_process
 
 __all__ = ["GenerateRequest", "app"]
-
-logger = logging.getLogger("service")
 
 
 class GenerateResponse(BaseModel):
@@ -139,18 +136,6 @@ for part in (openai_api, metrics, documentation):
 async def known_error(request: Request, error: HTTPException) -> JSONResponse:
     """Unknown paths and methods."""
     return http_error(request.method, request.url.path, error).response()
-
-
-@app.exception_handler(ApiError)
-async def api_error(_: Request, error: ApiError) -> JSONResponse:
-    """What a route refuses."""
-    return error.response()
-
-
-@app.exception_handler(ClientLeft)
-async def client_has_left(_: Request, __: ClientLeft) -> JSONResponse:
-    """For the log alone."""
-    return ApiError(499, "the client has closed the connection").response()
 
 
 @app.post("/generate", response_model=GenerateResponse, **described(422, body=GenerateRequest, streams=True))
@@ -262,8 +247,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"the service cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; choose "
             "another --port or --host"
         ) from None
-    host, port = listener.getsockname()[:2]
-    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     app.state.settings = settings
     Server(app, settings).run(sockets=[listener])
 

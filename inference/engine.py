@@ -235,7 +235,7 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        """Whether the engine's thread has ended because of a mistake in the engine; nothing can be computed any more."""
+        """Whether the engine's thread has ended because of a mistake in it: nothing can be computed any more."""
         return self._thread is not None and not self._thread.is_alive()
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -112,8 +113,8 @@ class Server:
     def send(self, connection, body, path="/generate", behind=b""):
         """A request over a raw connection, which does not wait for the answer."""
         content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
-        connection.sendall(head.encode() + b"\r\n" + content + behind)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content + behind)
 
     def stop(self, signal_number=signal.SIGTERM, timeout=60):
         """The exit status after a signal."""
@@ -143,7 +144,7 @@ def read_response(connection):
             return None
         content += piece
     head, _, body = content.partition(b"\r\n\r\n")
-    length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length"))
+    length = int(re.search(rb"(?i)content-length: *([0-9]+)", head)[1])
     while len(body) < length:
         body += connection.recv(65536)
     return int(head.split()[1]), json.loads(body)

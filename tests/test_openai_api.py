@@ -107,7 +107,8 @@ def test_log_probabilities_of_a_chat(client):
 
 def test_texts_are_continued(client):
     def complete(**settings):
-        return client.completions.create(**{"model": "mine", "prompt": "machine", "max_tokens": 8, "seed": 1, **settings})
+        settings = {"model": "mine", "prompt": "machine", "max_tokens": 8, "seed": 1, **settings}
+        return client.completions.create(**settings)
 
     answer = complete(prompt=["machine", "学习"], n=2, logprobs=2)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
@@ -125,7 +126,8 @@ def test_texts_are_continued(client):
 
 
 def test_biases_stops_and_extensions_shape_the_text(client, server):
-    x, y = server.post("/tokenize", {"prompt": "xy", "add_special_tokens": False}, Authorization="Bearer first")[2]["tokens"]
+    text = {"prompt": "xy", "add_special_tokens": False}
+    x, y = server.post("/tokenize", text, Authorization="Bearer first")[2]["tokens"]
     assert chat(client, logit_bias={str(x): 100}, max_tokens=3).choices[0].message.content == "xxx"
     stopped = chat(client, logit_bias={str(x): 100}, stop=["xx"]).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == ("", "stop")

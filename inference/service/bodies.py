@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 from inference.service.errors import ApiError
 from inference.service.settings import ServiceSettings
 
-MAX_VALUES = 100_000  # in one body
+MAX_VALUES = 200_000  # in one body
+MAX_CONTAINERS = 10_000  # of these, lists and objects
 MAX_DEPTH = 64
 LARGE_BODY = 16_384  # bytes; larger ones are parsed one at a time, so that other work comes between them
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -44,7 +45,7 @@ async def read_request(request: Request, model: type[Model], invalid: int = 400)
     settings: ServiceSettings = request.state.service.settings
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        raise ApiError(415, f"the body is sent as {kind[:80]}; send JSON, with the header Content-Type: application/json")
+        raise ApiError(415, f"the body is sent as {kind[:80]}; send JSON, with Content-Type: application/json")
     body = await _read(request, settings)
     if len(body) <= LARGE_BODY:
         return _checked(body, model, invalid)
@@ -103,24 +104,35 @@ def parse_json(body: bytes) -> Any:
         raise ApiError(400, "the body is not valid JSON for this service: it is nested too deeply") from None
     except ValueError as error:  # no UTF-8, no JSON, or a number of thousands of digits
         raise ApiError(400, f"the body is not valid JSON: {str(error)[:200]}") from None
-    todo, count = [(data, 1)], 0
-    while todo:
-        value, depth = todo.pop()
-        if isinstance(value, str):
-            if not value.isascii() and LONE_SURROGATE.search(value):
-                raise ApiError(400, "the body is not valid JSON: a string holds half of a surrogate pair")
-        elif isinstance(value, float):
-            if math.isinf(value):
-                raise ApiError(400, "the body is not valid JSON for this service: a number is too large")
-        elif isinstance(value, (list, dict)):
-            count += len(value)
-            if depth > MAX_DEPTH or count > MAX_VALUES:
-                limit = f"{MAX_DEPTH} levels deep" if depth > MAX_DEPTH else f"{MAX_VALUES} values"
-                raise ApiError(400, f"the body is too complex: more than {limit}")
-            todo += [(item, depth + 1) for item in value]
-            if isinstance(value, dict):
-                todo += [(item, depth + 1) for item in value.values()]
+    _look_through(data)
     return data
+
+
+def _look_through(data: Any) -> None:
+    """Refuse what JSON in Python may hold and this service cannot take, level by level."""
+    level, values, containers = [data], 0, 0
+    for _ in range(MAX_DEPTH):
+        inside: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                if not value.isascii() and LONE_SURROGATE.search(value):
+                    raise ApiError(400, "the body is not valid JSON: a string holds half of a surrogate pair")
+            elif isinstance(value, float):
+                if math.isinf(value):
+                    raise ApiError(400, "the body is not valid JSON for this service: a number is too large")
+            elif isinstance(value, (list, dict)):
+                containers += 1
+                values += len(value)
+                if values > MAX_VALUES or containers > MAX_CONTAINERS:
+                    limit = f"{MAX_VALUES} values, or {MAX_CONTAINERS} lists and objects"
+                    raise ApiError(400, f"the body is too complex: more than {limit}")
+                inside += value
+                if isinstance(value, dict):
+                    inside += value.values()
+        if not inside:
+            return
+        level = inside
+    raise ApiError(400, f"the body is too complex: more than {MAX_DEPTH} levels deep")
 
 
 def validated(data: dict[str, Any], model: type[Model], invalid: int = 400) -> Model:

@@ -19,6 +19,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import h11
 import uvicorn
@@ -32,9 +33,9 @@ from inference.service.settings import ServiceSettings
 logger = logging.getLogger("service")
 
 MAX_EARLY_BYTES = 65_536  # of further requests, while one is being answered
-ACCEPTED_AT_ONCE = 64  # connections in one turn of the event loop
+ACCEPTED_AT_ONCE = 16  # connections in one turn of the event loop
 LISTEN_BACKLOG = 4096  # connections that the system keeps until then
-FILES_KEPT_FREE = 64 + ACCEPTED_AT_ONCE  # for the model, the log, and connections that are refused
+FILES_KEPT_FREE = 32 + 4 * ACCEPTED_AT_ONCE  # besides those open at the start; accepted ones close some turns later
 GRACE_SECONDS = 5.0  # for ended answers to reach their clients
 
 
@@ -54,11 +55,13 @@ def possible_connections(wanted: int) -> int:
     except ImportError:  # Windows has no such limit
         return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + FILES_KEPT_FREE
+    open_files = Path("/dev/fd")
+    kept_free = FILES_KEPT_FREE + (len(list(open_files.iterdir())) if open_files.is_dir() else 0)
+    needed = wanted + kept_free
     if soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, min(wanted, soft - FILES_KEPT_FREE))
+    return max(1, min(wanted, soft - kept_free))
 
 
 class _ReadingFlow(FlowControl):
@@ -85,8 +88,9 @@ class Connection(H11Protocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._idle_since: float | None = time.monotonic()
         self._head_timer = self.loop.call_later(self.settings.header_timeout, self._too_slow)
-        if len(self.connections) > service.max_connections:
-            idle = [other for other in self.connections if other._idle_since is not None and other is not self]
+        there = [other for other in self.connections if not other.transport.is_closing()]
+        if len(there) > service.max_connections:
+            idle = [other for other in there if other._idle_since is not None and other is not self]
             if idle:
                 min(idle, key=lambda other: other._idle_since).transport.close()
             else:
@@ -190,6 +194,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or []:
             listener.listen(LISTEN_BACKLOG)
+            host, port = listener.getsockname()[:2]
+            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no new work, wait for what runs, end what runs too long."""

@@ -1,4 +1,4 @@
-"""What /docs and /openapi.json say: the requests' models, every status that can come, and pages without foreign files."""
+"""What /docs and /openapi.json say: the requests' models, and every status that can come; without foreign files."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ logger = logging.getLogger("service")
 
 GENERATING = ("/generate", "/v1/completions", "/v1/chat/completions")
 SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+REJECTIONS = ("queue_full", "rate_limit_exceeded", "service_unavailable")  # codes of errors that are counted
 CLIENT_LEFT = 499  # in the log; nobody is there to read it
 QUIET = ("/health", "/ready", "/metrics")  # asked every few seconds by machines
 
@@ -59,6 +60,8 @@ class Gate:
             await send(message)
 
         async def fail(error: ApiError) -> None:
+            if error.code in REJECTIONS:
+                self.rejected[error.code] += 1
             if not started:
                 await error.response()(scope, receive, send_named)
 
@@ -113,18 +116,10 @@ class Gate:
             self._refuse_stranger(shown, settings.api_key, "API key")
             caller = hashlib.sha256(shown).hexdigest()
         if is_question and (wait := service.rates.wait(caller, time.monotonic())):
-            self.rejected["rate_limit"] += 1
             message = f"more than {settings.requests_per_minute} requests a minute; come back in {wait:.0f} s"
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(int(wait) + 1)})
-        if is_question and path in GENERATING:
-            try:
-                engine = service.ready().engine
-            except ApiError:
-                self.rejected["unavailable"] += 1
-                raise
-            if engine.room < 1:
-                self.rejected["queue_full"] += 1
-                raise service.queue_full()
+        if is_question and path in GENERATING and service.ready().engine.room < 1:
+            raise service.queue_full()
 
     @staticmethod
     def _refuse_stranger(shown: bytes, keys: list[str], kind: str) -> None:

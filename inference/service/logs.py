@@ -26,7 +26,7 @@ class LineFormatter(logging.Formatter):
             content = {"time": moment, "level": record.levelname, "logger": record.name, "message": message, **fields}
             if traceback:
                 content["exception"] = traceback
-            return json.dumps(content, **NEVER_ASCII_ONLY)
+            return one_line(json.dumps(content, **NEVER_ASCII_ONLY))
         shown = "".join(f" {name}={_shown(value)}" for name, value in fields.items())
         below = "".join(f"\n    {one_line(line)}" for line in traceback.splitlines())
         return f"{moment} {record.levelname} {message}{shown}{below}"
@@ -34,12 +34,17 @@ class LineFormatter(logging.Formatter):
 
 def one_line(text: str) -> str:
     """A text whose control characters, line breaks of every script among them, are written as escapes."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    as_json = json.dumps(character)[1:-1]
+    return as_json if as_json != character else f"\\u{ord(character):04x}"
 
 
 def _shown(value: Any) -> str:
     plain = isinstance(value, str) and value.isprintable() and not set(value) & set(' "=')
-    return value if plain and value else json.dumps(value, **NEVER_ASCII_ONLY)
+    return value if plain and value else one_line(json.dumps(value, **NEVER_ASCII_ONLY))
 
 
 def install(log_format: str) -> None:

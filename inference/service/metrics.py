@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from inference.engine_statistics import Observations
+from inference.service.gate import REJECTIONS
 from inference.service.model_server import Service
 
 router = APIRouter(include_in_schema=False)
@@ -80,7 +81,7 @@ class ServiceCollector:
                 family.add_metric(values, buckets, total)
             yield family
         rejected = CounterMetricFamily("service:requests_rejected", "Requests that were refused", labels=["reason"])
-        for reason in ("queue_full", "rate_limit", "unavailable"):
+        for reason in REJECTIONS:
             rejected.add_metric([reason], self.rejected[reason])
         yield rejected
         answered = CounterMetricFamily("service:http_requests", "Requests by their answer", labels=["path", "status"])
