@@ -32,7 +32,7 @@ from command_line import UserError, option, parse_config, replacing, run_main
 from text.bpe_training import TextSample, byte_of_character, learn_merges, written
 from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
 from text.fast_encoding import FastEncoder, fast_encoder, ids_of
-from text.text_files import iter_documents
+from text.text_files import ReadingOptions, UnreadRecords, iter_documents
 from text.tokenizer_files import (
     KNOWN_FILES,
     SAVED_FILES,
@@ -423,7 +423,7 @@ def _replace_lone_surrogates(text: str) -> str:
 
 
 @dataclass
-class TokenizerTrainingConfig:
+class TokenizerTrainingConfig(ReadingOptions):
     """Options of `python byte_level_bpe.py`."""
 
     input: list[str] = option(list, "text files, folders of them, or names without ending; none: the sample data")
@@ -437,19 +437,22 @@ class TokenizerTrainingConfig:
     output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer and a report on it")
 
     def validate(self) -> list[str]:
-        return [f"--output_dir {self.output_dir} is a file; name a folder"] if Path(self.output_dir).is_file() else []
+        complaints = self.reading_complaints()
+        if Path(self.output_dir).is_file():
+            complaints.append(f"--output_dir {self.output_dir} is a file; name a folder")
+        return complaints
 
 
 class _SampledDocuments:
     """Passes documents through and keeps a uniform sample of them (Vitter 1985, algorithm R)."""
 
-    def __init__(self, paths: Sequence[str], size: int = 2000, max_characters: int = 4096):
-        self.paths, self.size, self.max_characters = paths, size, max_characters
+    def __init__(self, paths: Sequence[str], reading: ReadingOptions, unread: UnreadRecords):
+        self.paths, self.reading, self.unread, self.size, self.max_characters = paths, reading, unread, 2000, 4096
         self.sample: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
         generator = random.Random(0)
-        documents = (document for path in self.paths for document in iter_documents(path))
+        documents = (document for path in self.paths for document in iter_documents(path, self.reading, self.unread))
         for count, document in enumerate(documents, start=1):
             yield document
             if len(self.sample) < self.size:
@@ -461,7 +464,8 @@ class _SampledDocuments:
 def main(argv: list[str] | None = None) -> None:
     """Train a tokenizer on text files and save it."""
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
-    documents = _SampledDocuments(config.input or ["data/pretrain/train"])
+    unread = UnreadRecords(Path(config.output_dir) / "left_out.jsonl")
+    documents = _SampledDocuments(config.input or ["data/pretrain/train"], config, unread)
     tokenizer = ByteLevelBPETokenizer(config.vocab_size)
     sample = tokenizer.train(
         documents,
@@ -472,6 +476,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save(config.output_dir)
     figures = examine(tokenizer, documents.sample)
     write_report(figures, Path(config.output_dir))
+    if unread.count:
+        print(unread)
     if sample.step > 1:
         print(
             f"learned from one in {sample.step} of {sample.n_texts:,} texts, {sample.size / 1e6:.1f} of "

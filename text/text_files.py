@@ -16,7 +16,7 @@ import json
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -52,6 +52,13 @@ class ReadingOptions:
         except LookupError:
             return [f"--encoding {self.encoding} is not known; it must be a name like utf-8, gb18030 or big5"]
         return []
+
+
+def changed_options(reading: ReadingOptions) -> dict[str, Any]:
+    """Those of the reading options that are not as usual."""
+    usual = ReadingOptions()
+    names = (field.name for field in fields(ReadingOptions))
+    return {name: getattr(reading, name) for name in names if getattr(reading, name) != getattr(usual, name)}
 
 
 class UnreadRecords:
