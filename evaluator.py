@@ -133,8 +133,7 @@ class GPTEvaluator:
 
     def _windows(self, ids: list[int], stride: int) -> Iterator[tuple[list[int], list[int]]]:
         """Inputs and targets, of equal length, that score each id of a document once; a target −100 does not count."""
-        start_token = self.tokenizer.bos_token_id
-        inputs = [self.tokenizer.eos_token_id if start_token is None else start_token, *ids]
+        inputs = [*(self.tokenizer.prefix_ids or [self.tokenizer.eos_token_id]), *ids]
         scored = begin = 0
         while scored < len(ids):
             end = min(begin + self.model.config.max_seq_len, len(ids))
