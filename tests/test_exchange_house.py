@@ -10,6 +10,7 @@ import pytest
 import torch
 from exchange_models import save
 from fastapi.testclient import TestClient
+from test_api_service import ready
 from test_exchange_hugging_face import take_in, transformers  # noqa: F401
 
 import evaluator
@@ -115,7 +116,8 @@ def test_the_service(house, monkeypatch):
     monkeypatch.setenv("MODEL_PATH", str(house / "model.pth"))
     with TestClient(app) as client:
         body = {"prefix": QUESTIONS[0], "max_gen_len": 5, "top_k": 0, "temperature": 0}
-        assert client.post("/generate", json=body).json()["prefix"] == QUESTIONS[0]
+        answer = ready(client).post("/generate", json=body).json()
+        assert answer.get("prefix") == QUESTIONS[0], answer
 
 
 def test_a_student_of_texts_may_have_another_tokenizer(house, tokenizer, random_model, tmp_path):
