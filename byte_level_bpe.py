@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from command_line import UserError, option, parse_config, replacing, run_main
+from progress import Progress
 from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
 from text.text_files import iter_documents
 from text.tokenizer_files import (
@@ -99,7 +99,7 @@ class ByteLevelBPETokenizer:
         Args:
             texts: documents, in any number.
             min_frequency: a pair must occur this often to become a token.
-            show_progress: draw progress bars on standard error.
+            show_progress: say how far it is, see `progress.Progress`.
 
         Raises:
             UserError: min_frequency below 1, no text at all, or a tokenizer that was loaded: its ids are in use.
@@ -109,12 +109,16 @@ class ByteLevelBPETokenizer:
         if min_frequency < 1:
             raise UserError(f"min_frequency is {min_frequency}; it must be at least 1")
         character_count = 0
+        steps = contextlib.ExitStack()
 
         def checked() -> Iterator[str]:
             nonlocal character_count
-            for text in texts:
-                character_count += len(text)
-                yield _replace_lone_surrogates(text)
+            with Progress("counting words", unit="character", shown=show_progress) as progress:
+                for text in texts:
+                    character_count += len(text)
+                    yield _replace_lone_surrogates(text)
+                    progress.update(len(text))
+            steps.enter_context(Progress("merging pairs into tokens", unit="", shown=show_progress))
 
         engine = Tokenizer.from_str(self._engine.to_str())
         trainer = trainers.BpeTrainer(
@@ -122,9 +126,10 @@ class ByteLevelBPETokenizer:
             min_frequency=min_frequency,
             special_tokens=self._special_tokens,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # or bytes unseen in training would vanish
-            show_progress=show_progress,
+            show_progress=False,  # its own bars are for terminals only
         )
-        engine.train_from_iterator(checked(), trainer)
+        with steps:
+            engine.train_from_iterator(checked(), trainer)
         if character_count == 0:
             raise UserError("there is no text to train the tokenizer on; give at least one document")
         self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, self.chat_template))
@@ -426,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
     documents = _SampledDocuments(config.input or ["data/pretrain/train"])
     tokenizer = ByteLevelBPETokenizer(config.vocab_size)
-    tokenizer.train(documents, config.min_frequency, show_progress=sys.stderr.isatty())
+    tokenizer.train(documents, config.min_frequency, show_progress=True)
     tokenizer.save(config.output_dir)
     byte_count = sum(len(text.encode(errors="surrogatepass")) for text in documents.sample)
     token_count = sum(map(len, tokenizer.encode_batch(documents.sample)))

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from alignment.reward_model import RewardModel, compare, load_reward_model, preference_figures
 from byte_level_bpe import ByteLevelBPETokenizer
@@ -43,6 +42,7 @@ from inference.quantizer import load_any
 from inference.request import Prompt
 from inference.text_generation import generate_texts
 from machine import resolve_device
+from progress import Progress
 from text.conversation_data import parse_preference
 from text.text_files import iter_documents, iter_records
 
@@ -103,7 +103,7 @@ class GPTEvaluator:
         nats, tokens, n_bytes = 0.0, 0, 0
         was_training = self.model.training
         self.model.eval()
-        progress = tqdm(desc="scoring", unit="document", disable=not show_progress)
+        progress = Progress("scoring", unit="document", shown=show_progress)
         try:
             while chunk := list(islice(documents, 1024)):  # so that a corpus never has to fit into memory
                 windows = [
