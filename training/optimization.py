@@ -18,7 +18,7 @@ from command_line import UserError
 from lora import lora_layers
 from machine import autocast
 
-SCHEDULES = ("cosine", "wsd", "cosine_restarts", "constant")
+SCHEDULES = ("cosine", "wsd", "cosine_restarts", "constant", "noam")
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -42,6 +42,7 @@ def learning_rate_factor(
     cosine_restarts  warm-up, then half cosines, each `growth` times as long as the one before it (SGDR's T_mult): the
                      first takes `first_cycle` steps (T_0); 0: as many as let `n_cycles` fill the run exactly
     constant         warm-up, then 1
+    noam             warm-up, then 1/√step, scaled so that the peak is 1 (arXiv:1706.03762, section 5.3)
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -49,6 +50,8 @@ def learning_rate_factor(
     progress = min(1.0, (step - warmup_steps) / length)  # 0 … 1
     if schedule == "constant":
         return 1.0
+    if schedule == "noam":
+        return math.sqrt(max(1, warmup_steps) / max(1, step + 1))
     if schedule == "wsd":
         return 1.0 - (1.0 - min_ratio) * max(0.0, (progress - 0.8) / 0.2)
     if schedule == "cosine_restarts":
