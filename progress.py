@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -82,6 +84,11 @@ class Progress:
             self._bar.set_postfix_str(self.beside, refresh=False)
         self._bar.update(n)
 
+    def go_on_with(self, doing: str) -> None:
+        """What is being done is something else from here on; the count goes on."""
+        self.doing = doing
+        self._bar.set_description(doing)
+
     def say(self, sentence: str) -> None:
         """Print a line to standard output without disturbing the bar."""
         self._bar.clear()
@@ -131,6 +138,19 @@ def tracked(items: Sequence[Item], doing: str, unit: str = "step", shown: bool =
         for item in items:
             yield item
             progress.update()
+
+
+@contextlib.contextmanager
+def told_from_outside(doing: str, shown: bool = True) -> Iterator[None]:
+    """A `Progress` without a count in a process of its own: for a library that lets no other thread of this one run."""
+    if not shown:
+        yield
+        return
+    teller = subprocess.Popen([sys.executable, __file__, doing, str(LINE_SECONDS)], stdin=subprocess.PIPE)
+    try:
+        yield
+    finally:
+        teller.communicate()  # the end of its input is its end, also where this process is killed
 
 
 def clock(seconds: float) -> str:
@@ -210,3 +230,10 @@ def listening() -> Iterator[Transcript]:
     finally:
         sys.stdout, sys.stderr = streams
         transcript.move_to(None)
+
+
+if __name__ == "__main__":  # the process of `told_from_outside`
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    LINE_SECONDS = float(sys.argv[2])
+    with Progress(sys.argv[1], unit=""):
+        sys.stdin.read()

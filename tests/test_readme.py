@@ -109,7 +109,7 @@ LEAVES = {
     "python seq2seq_trainer.py": ["models/seq2seq/translate_best.pth", "models/seq2seq/translations.json"],
 }
 SAYS = {
-    "curl http://localhost:8000/health": '"status":"ok"',
+    "curl http://localhost:8000/health": '"status":"healthy"',
     "curl -X POST": '"generated_text"',
     "python pretrain_trainer.py --preset small --output_dir models/small --resume": "step 2 of 3",
 }
@@ -196,7 +196,7 @@ class Reader:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.service.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://localhost:{self.port}/health", timeout=5) as reply:
+                with urllib.request.urlopen(f"http://localhost:{self.port}/ready", timeout=5) as reply:
                     return reply.read().decode()
             except OSError:
                 time.sleep(0.1)
@@ -273,8 +273,8 @@ def test_links_lead_somewhere(readme):
 def test_formats_shown_are_the_formats_read():
     """Every record in the section on data formats is accepted by the readers of instructions and of preferences."""
     instructions, preferences = (json.loads(block) for block in blocks(ENGLISH, "json"))
-    assert [len(parse_conversation(record, "README")) for record in instructions] == [2, 2, 5, 2]
-    assert [len(parse_preference(record, "README")["answers"]) for record in preferences] == [2, 2, 3]
+    assert [len(parse_conversation(record, "README")) for record in instructions] == [2, 2, 5, 2, 2, 2]
+    assert [len(parse_preference(record, "README")["answers"]) for record in preferences] == [2, 2, 3, 2, 2, 2]
 
 
 def map_of(readme):
