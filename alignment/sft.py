@@ -21,7 +21,9 @@ class SFTConfig(InstructionData, LoRAOptions, StageConfig):
     """Settings of supervised fine-tuning."""
 
     start: ClassVar = ("pretrained_model", "the pretrained model", "run pretrain_trainer.py first")
-    pretrained_model: str = option("models/pretrain/pretrain_best.pth", "the checkpoint to start from")
+    pretrained_model: str = option(
+        "models/pretrain/pretrain_best.pth", "the checkpoint to start from", reads="model"
+    )
     output_dir: str = "models/sft"
     optimizer: str = "muon"
     lr: float = 1.5e-3
@@ -49,7 +51,8 @@ def add_embedding_noise(model: GPTModel, alpha: float) -> None:
     def noisy(embedding: torch.nn.Embedding, arguments: tuple, embedded: torch.Tensor) -> torch.Tensor:
         if not embedding.training:
             return embedded
-        lengths = arguments[0].ne(model.config.pad_token_id).sum(dim=1)[:, None, None]  # (B, 1, 1)
+        seen = arguments[0].ne(model.config.pad_token_id)  # (B, T); inside a row the same token may end a turn
+        lengths = seen.flip(1).cumsum(dim=1).gt(0).sum(dim=1)[:, None, None]  # (B, 1, 1)
         size = alpha / (lengths * embedded.size(-1)).sqrt()
         return embedded + size * torch.empty_like(embedded).uniform_(-1, 1)  # (B, T, D)
 
