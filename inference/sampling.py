@@ -114,11 +114,17 @@ class SamplingParams:
                 found.append(f"{name} has {outside[0]!r}, which is no token id of a vocabulary of {vocab_size}")
         if not all(_is_number(bias) and bias < unlimited for bias in self.logit_bias.values()):
             found.append("logit_bias must map token ids to numbers; minus infinity bans a token")
-        if len(set(self.banned_tokens)) == vocab_size:
-            found.append("banned_tokens holds the whole vocabulary: leave at least one token")
+        if not found and known_size and len(self.banned()) == vocab_size:
+            found.append("logit_bias and banned_tokens forbid the whole vocabulary: leave at least one token")
         if self.overflow not in OVERFLOWS:
             found.append(f"overflow must be one of {', '.join(OVERFLOWS)}, not {self.overflow!r}")
         return found
+
+
+    def banned(self) -> set[int]:
+        """The tokens that cannot come, whatever the model thinks."""
+        lowest = torch.finfo(torch.float32).min  # a bias below it is minus infinity among the logits
+        return {*self.banned_tokens, *(token for token, bias in self.logit_bias.items() if bias < lowest)}
 
 
 def _is_number(value: object, whole: bool = False) -> bool:

@@ -81,7 +81,11 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _text_of(record: object, where: str) -> str:
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise UserError(f'{where} has no field "text" holding a string; each line must be like {{"text": "…"}}')
+        has = f"; it has {', '.join(record)}" if isinstance(record, dict) and record else ""
+        raise UserError(
+            f'{where} has no field "text" holding a string{has}; a document is like {{"text": "…"}}, and conversations '
+            "are for finetune.py"
+        )
     return record["text"]
 
 
