@@ -174,6 +174,7 @@ def load_model(
         UserError: as `load_checkpoint` and `restore_model`; or it is not a language model in full precision.
     """
     content = load_checkpoint(path)
+    require_tokenizer(content, path)
     if content.get("quantization"):
         raise UserError(f"{path} is quantized ({content['quantization']}); give the checkpoint it was made from")
     if content["stage"] == "reward":
@@ -268,6 +269,13 @@ def config_of(content: dict[str, Any], path: str | Path) -> GPTConfig:
     return GPTConfig(**content["config"])
 
 
+def require_tokenizer(content: dict[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint that brings no tokenizer, or not a whole one."""
+    files = (content.get("tokenizer") or {}).get("files") if isinstance(content.get("tokenizer"), dict) else None
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{path} holds no tokenizer; train or quantize it anew")
+
+
 def tokenizer_of(content: dict[str, Any]) -> ByteLevelBPETokenizer:
     """The tokenizer that a checkpoint carries."""
     return ByteLevelBPETokenizer.from_files(content["tokenizer"]["files"])
@@ -301,4 +309,6 @@ def require_same_model(
         listed = ", ".join(f"{name} {theirs.get(name)} there, {ours[name]} here" for name in differing)
         raise UserError(f"{path} is of another architecture ({listed}); use the same settings or another --output_dir")
     if content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with another tokenizer; use that one or another --output_dir")
+        same_ids = content["tokenizer"]["files"]["tokenizer.json"] == tokenizer.to_files()["tokenizer.json"]
+        what = "chat template" if same_ids else "tokenizer"
+        raise UserError(f"{path} was trained with another {what}; use that one or another --output_dir")

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -45,6 +44,7 @@ from text.conversation_data import (
     parse_preference,
 )
 from text.text_files import RECORD_ENDINGS, iter_documents, resolve_files
+from training.run_folder import set_earlier_run_aside
 
 # What each size changes on the stages' own command lines. The times are for the sample data.
 SIZES: dict[str, dict[str, list[str]]] = {
@@ -383,7 +383,7 @@ def run_stage(stage: Stage, records: Path) -> None:
     command = [sys.executable, *stage.command]
     if stage.resumable is not None:
         if not unchanged:
-            shutil.rmtree(stage.resumable, ignore_errors=True)  # checkpoints of other inputs
+            set_earlier_run_aside(stage.resumable.parent, stage.name)
         command += ["--resume", "auto"]
     write_record(record_path, {"made_of": made_of})  # without seconds: begun, with checkpoints of these inputs
     start = time.time()
@@ -438,7 +438,7 @@ def running_service(model: Path, port: int, log_path: Path) -> Iterator[str]:
                 if process.poll() is not None or time.time() > deadline:
                     raise UserError(f"the service did not start; {log_path} says why")
                 try:
-                    with urllib.request.urlopen(f"{address}/health", timeout=5):
+                    with urllib.request.urlopen(f"{address}/ready", timeout=5):
                         break
                 except (urllib.error.URLError, OSError):
                     time.sleep(0.2)

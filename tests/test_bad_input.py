@@ -118,7 +118,7 @@ pretrain | --resume good.txt | the checkpoint good.txt is damaged
 pretrain | --resume damaged.pth | the checkpoint damaged.pth is damaged; use another one
 pretrain | --resume base.pth | base.pth is of another architecture; d_model 32 there, 16 here; --output_dir
 pretrain | --d_model 32 --max_seq_len 48 --resume base.pth | base.pth holds; no training state; resume from
-pretrain | --d_model 32 --max_seq_len 48 --resume reward.pth | reward.pth is a reward checkpoint; give a pretrain one, or leave out --resume
+pretrain | --d_model 32 --max_seq_len 48 --resume reward.pth | reward.pth is a reward checkpoint; give a
 pretrain | --d_model 32 --max_seq_len 48 --resume other.pth | other.pth was trained with another tokenizer; use that one
 
 finetune | --data_path sft.json | --mode is missing; it must be one of sft, reward, ppo

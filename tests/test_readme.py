@@ -109,7 +109,7 @@ LEAVES = {
     "python seq2seq_trainer.py": ["models/seq2seq/translate_best.pth", "models/seq2seq/translations.json"],
 }
 SAYS = {
-    "curl http://localhost:8000/health": '"status":"ok"',
+    "curl http://localhost:8000/health": '"status":"healthy"',
     "curl -X POST": '"generated_text"',
     "python pretrain_trainer.py --preset small --output_dir models/small --resume": "step 2 of 3",
 }
@@ -196,7 +196,7 @@ class Reader:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.service.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://localhost:{self.port}/health", timeout=5) as reply:
+                with urllib.request.urlopen(f"http://localhost:{self.port}/ready", timeout=5) as reply:
                     return reply.read().decode()
             except OSError:
                 time.sleep(0.1)

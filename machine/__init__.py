@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import resource
 import sys
 import time
 
@@ -27,6 +26,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):  # such as meta, which has no numbers
+            raise RuntimeError(f"nothing is computed on {device.type}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {name!r} is not available here; use --device cpu or auto") from error
@@ -58,12 +59,27 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: of the GPU, or of this process on a CPU."""
+def peak_memory_bytes(device: torch.device) -> float:
+    """The most memory used so far: of the GPU, or of this process on a CPU; NaN where the system does not tell.
+
+    Apple's GPU tells what is allocated now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has computed what it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 @functools.cache
@@ -84,7 +100,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(6):
         start = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
