@@ -7,11 +7,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTModel
 from inference.engine import Engine
@@ -22,6 +23,7 @@ from inference.sampling import SamplingParams
 from inference.service.errors import ApiError, unavailable
 from inference.service.rate_limit import RateLimit
 from inference.service.settings import ServiceSettings, end_process
+from inference.service.structured import AnswerForm
 
 logger = logging.getLogger("service")
 
@@ -270,7 +272,14 @@ class Service:
     # -- asking --------------------------------------------------------------------------------------------------------
 
     async def answer(
-        self, prompts: list[Any], params: SamplingParams, *, chat: bool, streamed: bool = False, invalid: int = 400
+        self,
+        prompts: list[Any],
+        params: SamplingParams,
+        *,
+        chat: bool,
+        streamed: bool = False,
+        invalid: int = 400,
+        form: Callable[[ByteLevelBPETokenizer], AnswerForm] | None = None,
     ) -> Answer:
         """Submit a request; `done` must be called when nobody waits for it any more.
 
@@ -280,6 +289,7 @@ class Service:
             chat: whether a text is a user's turn.
             streamed: whether pieces are wanted before the end.
             invalid: the status for a request that is not one for this model.
+            form: makes what the answers have to look like.
 
         Raises:
             ApiError: `invalid`, 429 where too many wait, or 503.
@@ -291,9 +301,14 @@ class Service:
         answer = Answer(served, streamed)
         self._answers.add(answer)
         try:
+            # In threads, as long prompts and large forms take a while; what follows is quick
+            made = form and await asyncio.to_thread(form, served.tokenizer)
             for prompt in prompts:
-                # In a thread, as a long prompt takes a while; what follows is quick
                 prompt_ids = await asyncio.to_thread(served.encode, prompt, chat)
+                if made:
+                    room = max(1, min(params.max_gen_len, served.context - len(prompt_ids)))
+                    made.require_room(room)
+                    params = replace(params, max_gen_len=room, form=made)
                 answer.submit(prompt_ids, params, self.settings.request_timeout)
         except BaseException as error:
             self.done(answer)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from byte_level_bpe import ByteLevelBPETokenizer
 from inference.service.answers import (
     EventStream,
     Written,
@@ -23,6 +24,7 @@ from inference.service.bodies import read_request
 from inference.service.documentation import described
 from inference.service.model_server import Service
 from inference.service.requests import ChatMessage, ChatRequest, CompletionRequest
+from inference.service.structured import AnswerForm, json_form
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -108,6 +110,15 @@ def messages_for_template(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     ]
 
 
+def form_of(body: ChatRequest) -> Callable[[ByteLevelBPETokenizer], AnswerForm] | None:
+    """What makes the form that the answer is to have."""
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.json_schema
+    return lambda tokenizer: json_form(tokenizer, schema)
+
+
 @router.post("/chat/completions", **described(404, body=ChatRequest, streams=True))
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
@@ -116,7 +127,9 @@ async def chat_completions(request: Request) -> Response:
     served = service.named(body.model)
     max_tokens = body.max_completion_tokens or body.max_tokens or service.settings.max_tokens
     params = body.openai_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
-    answer = await service.answer([messages_for_template(body.messages)], params, chat=True, streamed=body.stream)
+    answer = await service.answer(
+        [messages_for_template(body.messages)], params, chat=True, streamed=body.stream, form=form_of(body)
+    )
     head = _head("chat.completion.chunk" if body.stream else "chat.completion", "chatcmpl", service)
 
     def log_probs(written: Written) -> dict[str, Any] | None:
