@@ -22,11 +22,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from command_line import UserError, option, parse_config, replacing, run_main
-from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
+from text.chat_template import DEFAULT_CHAT_TEMPLATE, ROLES, ChatTemplate, Message, check_messages
 from text.text_files import iter_documents
 from text.tokenizer_files import (
     KNOWN_FILES,
@@ -193,10 +194,26 @@ class ByteLevelBPETokenizer:
         check_messages(messages)
         return self._chat_template.render(messages, add_generation_prompt)
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> dict[str, list[int]]:
+    @property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template takes tools, calls and results as they are; see `ChatTemplate.knows_tools`."""
+        return self._chat_template.knows_tools
+
+    @property
+    def template_marks(self) -> list[str]:
+        """The plain text with which a user would open a turn; see `ChatTemplate.marks`."""
+        return self._chat_template.marks(self._special_tokens)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, list[int]]:
         """The ids of a conversation and the labels to train on it.
 
-        Nothing is added to what the template renders. The ids of a prompt (`add_generation_prompt=True`) are an exact
+        Nothing is added to what the template renders. With a template that knows tools, `tools`, messages of the role
+        "tool" and `tool_calls` go into it as they are. The ids of a prompt (`add_generation_prompt=True`) are an exact
         prefix of the ids of the same conversation with its answer.
 
         Returns:
@@ -206,8 +223,8 @@ class ByteLevelBPETokenizer:
         Raises:
             UserError: a message is malformed, the template rejects the conversation, or it is not prefix-consistent.
         """
-        check_messages(messages)
-        segments = self._chat_template.segments(messages, self._special_tokens, add_generation_prompt)
+        check_messages(messages, (*ROLES, "tool") if self.template_knows_tools else ROLES)
+        segments = self._chat_template.segments(messages, self._special_tokens, add_generation_prompt, tools)
         plain = [text for segment in segments for text, is_special in segment.pieces if not is_special]
         plain_ids = iter(self.encode_batch(plain))
         input_ids: list[int] = []

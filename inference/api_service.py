@@ -47,12 +47,12 @@ from inference.service import documentation, metrics, openai_api
 from inference.service.answers import EventStream, pieces_of, whole
 from inference.service.bodies import read_request
 from inference.service.connections import Server, listening_socket, possible_connections
+from inference.service.conversations import Conversation
 from inference.service.documentation import described
 from inference.service.errors import ApiError, unavailable
 from inference.service.gate import Gate, http_error
 from inference.service.logs import install
 from inference.service.model_server import FAILED, LOADED, Service
-from inference.service.openai_api import messages_for_template
 from inference.service.requests import DetokenizeRequest, GenerateRequest, ReloadRequest, TokenizeRequest
 from inference.service.settings import ServiceSettings, end_process
 from inference.service.structured import AnswerForm, grammar_form, json_form, regex_form
@@ -182,13 +182,11 @@ async def tokenize(request: Request) -> JSONResponse:
     served = service.named(body.model)
     try:
         if body.messages is None:
-            ids = await service.in_thread(served.tokenizer.encode, body.prompt, None, body.add_special_tokens)
+            tokens = await service.in_thread(served.tokens, body.prompt, body.add_special_tokens)
         else:
-            messages = messages_for_template(body.messages)
-            ids = await service.in_thread(served.tokenizer.encode_chat, messages, body.add_generation_prompt)
+            tokens = await service.in_thread(served.encode, Conversation(body.messages, body.tools), True)
     except UserError as error:
         raise ApiError(400, str(error)) from None
-    tokens = ids["input_ids"]
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": served.context})
 
 

@@ -20,6 +20,7 @@ from inference.engine_statistics import EngineStatistics
 from inference.quantizer import load_any
 from inference.request import Generation, QueueFull, Request, RequestFailed, encode_prompt
 from inference.sampling import SamplingParams
+from inference.service.conversations import Conversation, guarded
 from inference.service.errors import ApiError, unavailable
 from inference.service.rate_limit import RateLimit
 from inference.service.settings import ServiceSettings, end_process
@@ -34,7 +35,7 @@ class ServedModel:
     """A loaded model, its tokenizer, and the engine that answers with it."""
 
     def __init__(self, path: str, settings: ServiceSettings) -> None:
-        self.path, self.created = path, int(time.time())
+        self.path, self.created, self.marks = path, int(time.time()), settings.template_marks
         self.model, self.tokenizer, checkpoint = load_any(path, settings.torch_device)
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
@@ -61,9 +62,17 @@ class ServedModel:
 
     def encode(self, prompt: Any, chat: bool) -> list[int]:
         """The ids of a prompt; those of a list of ids are itself."""
-        if isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int)):
-            return prompt
-        return encode_prompt(self.tokenizer, prompt, chat)
+        if isinstance(prompt, Conversation):
+            return prompt.ids(self.tokenizer, self.marks)
+        if isinstance(prompt, str):
+            if chat:
+                prompt = guarded(prompt, self.tokenizer.template_marks, self.marks)
+            return encode_prompt(self.tokenizer, prompt, chat)
+        return prompt
+
+    def tokens(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def close_when_idle(self) -> None:
         """Wait for the last request, then end the engine; runs in a thread of its own."""
@@ -284,7 +293,7 @@ class Service:
         """Submit a request; `done` must be called when nobody waits for it any more.
 
         Args:
-            prompts: texts, messages, or lists of token ids.
+            prompts: texts, conversations, or lists of token ids.
             params: how to continue all of them.
             chat: whether a text is a user's turn.
             streamed: whether pieces are wanted before the end.

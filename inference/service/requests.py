@@ -337,7 +337,7 @@ class TokenizeRequest(Body):
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool = Field(True, description="Put the token that begins a text before the prompt.")
-    add_generation_prompt: bool = Field(True, description="End messages where the assistant's answer begins.")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
 
     @model_validator(mode="after")
     def _is_one(self) -> TokenizeRequest:
