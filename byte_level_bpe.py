@@ -27,7 +27,16 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from command_line import UserError, option, parse_config, replacing, run_main
-from text.chat_template import DEFAULT_CHAT_TEMPLATE, ROLES, ChatTemplate, Message, check_messages
+from text.chat_template import (
+    CHATML_SPECIAL_TOKENS,
+    CHATML_TEMPLATE,
+    DEFAULT_CHAT_TEMPLATE,
+    ROLES,
+    TEMPLATES,
+    ChatTemplate,
+    Message,
+    check_messages,
+)
 from text.text_files import iter_documents
 from text.tokenizer_files import (
     KNOWN_FILES,
@@ -89,6 +98,15 @@ class ByteLevelBPETokenizer:
         self._special_tokens = [token.content for token in added if token.special]
         self._vocab_size = max(self.vocab.values()) + 1
         self._bytes_of_tokens: dict[int, bytes] | None = None  # made when it is first asked for
+
+    @classmethod
+    def with_template(cls, vocab_size: int, template: str) -> ByteLevelBPETokenizer:
+        """An untrained tokenizer with the "plain" template, or with "chatml", whose marks are special tokens."""
+        if template != "chatml":
+            return cls(vocab_size)
+        tokenizer = cls(vocab_size, CHATML_SPECIAL_TOKENS)
+        tokenizer.chat_template = CHATML_TEMPLATE
+        return tokenizer
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -414,6 +432,9 @@ class TokenizerTrainingConfig:
         4096, "how many tokens, the bytes and the special tokens included", at_least=BYTE_COUNT + len(SPECIAL_TOKENS)
     )
     min_frequency: int = option(2, "how often a pair must occur to become a token", at_least=1)
+    chat_template: str = option(
+        "plain", "how conversations are written; chatml: with marks that a user's text cannot hold", choices=TEMPLATES
+    )
     output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer")
 
     def validate(self) -> list[str]:
@@ -442,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train a tokenizer on text files and save it."""
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
     documents = _SampledDocuments(config.input or ["data/pretrain/train"])
-    tokenizer = ByteLevelBPETokenizer(config.vocab_size)
+    tokenizer = ByteLevelBPETokenizer.with_template(config.vocab_size, config.chat_template)
     tokenizer.train(documents, config.min_frequency, show_progress=sys.stderr.isatty())
     tokenizer.save(config.output_dir)
     byte_count = sum(len(text.encode(errors="surrogatepass")) for text in documents.sample)

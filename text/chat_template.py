@@ -48,6 +48,18 @@ DEFAULT_CHAT_TEMPLATE = """\
 """
 
 
+# Marks of turns that are special tokens, which no text of a user can write; the format of Qwen and many others
+CHATML_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+CHATML_SPECIAL_TOKENS = ("<s>", "<pad>", "<|im_end|>", "<unk>", "<|im_start|>")  # the third one ends texts and answers
+TEMPLATES = ("plain", "chatml")
+
 TOOLS_TEXT = """\
 # Tools
 

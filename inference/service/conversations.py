@@ -148,11 +148,11 @@ class CallParser:
             return []
         found: list[Spoken] = []
         while (begin := self._held.find(BEGIN)) >= 0 and (end := self._held.find(END, begin)) >= 0:
-            found += self._words(self._held[:begin].rstrip())
-            text = self._held[begin : end + len(END)]
-            found += self._call(text[len(BEGIN) : -len(END)]) or self._words(text)
-            self._held = self._held[end + len(END) :]
-        safe = begin if begin >= 0 else len(self._held) - self._undecided()
+            end += len(END)
+            words, text, self._held = self._held[:begin], self._held[begin:end], self._held[end:]
+            call = self._call(text[len(BEGIN) : -len(END)])
+            found += self._words(words + text) if call is None else [*self._words(words.rstrip()), *call]
+        safe = len(self._held[:begin].rstrip()) if begin >= 0 else len(self._held) - self._undecided()
         found += self._words(self._held[:safe])
         self._held = self._held[safe:]
         return found
