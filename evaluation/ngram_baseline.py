@@ -17,7 +17,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import option, parse_config, run_main
@@ -30,6 +29,7 @@ from evaluation.answer_report import (
     write_json,
 )
 from inference.request import Generation
+from progress import tracked
 from text.account import Account
 from text.chat_template import Message
 from text.conversation_data import RecordOptions, load_conversations, parse_columns
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         chats = [encode_conversation(tokenizer, messages, headings) for messages in conversations]
         model = NGramModel(config.order, tokenizer.vocab_size).fit([*documents, *chats])
         generations = []
-        for question in tqdm(questions, desc=f"{config.order}-gram, {form}", unit="question"):
+        for question in tracked(questions, f"{config.order}-gram, {form}", "question"):
             prompt_ids = encode_conversation(tokenizer, question.prompt, headings, is_prompt=True)
             ids = model.generate(prompt_ids, eos, config.max_gen_len)
             generations.append(Generation(tokenizer.decode(ids), ids[-1] == eos, ids))
