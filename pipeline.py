@@ -35,6 +35,7 @@ from evaluation.answer_report import parse_question
 from evaluation.report import write_report
 from pretrain_trainer import PretrainConfig
 from text.account import WARNED_SHARE, Account
+from text.chat_template import TEMPLATES
 from text.conversation_data import (
     RecordOptions,
     load_conversations,
@@ -104,6 +105,7 @@ class PipelineConfig(RecordOptions):
     max_seq_len: int = option(
         0, "context, in tokens; 0: the preset's, or a longer one if your records need it", at_least=0
     )
+    chat_template: str = option("plain", "how conversations are written, see byte_level_bpe.py", choices=TEMPLATES)
     num_threads: int = option(0, "CPU threads; 0 means one for each core", at_least=0)
     port: int = option(0, "port of the service while it is tried; 0 means any free one", at_least=0, at_most=65535)
     serve: bool = option(False, "leave the service running in the foreground at the end, on port 8000 or --port")
@@ -197,7 +199,8 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
         Stage(
             "tokenizer",
             "training the tokenizer",
-            ["byte_level_bpe.py", "--input", config.train_data, "--output_dir", str(tokenizer), *sizes["tokenizer"]],
+            ["byte_level_bpe.py", "--input", config.train_data, "--output_dir", str(tokenizer), *sizes["tokenizer"]]
+            + (["--chat_template", config.chat_template] if config.chat_template != "plain" else []),
             text,
             [tokenizer / "tokenizer.json"],
         ),
