@@ -32,6 +32,7 @@ from text.tokenizer_files import (
     KNOWN_FILES,
     SAVED_FILES,
     SPECIAL_ROLES,
+    SPECIAL_STRINGS,
     TokenizerParts,
     byte_pre_tokenizer,
     read_tokenizer_files,
@@ -51,12 +52,15 @@ class ByteLevelBPETokenizer:
         vocab_size: how many tokens training aims at, special tokens and the 256 bytes included.
         special_tokens: their ids are 0, 1, 2, …; the first four are the beginning of a text, padding, the end of a
             text, and unknown.
+        special_strings: what the strings of special tokens are in the documents of a corpus, see `encode_documents`.
 
     Raises:
         UserError: vocab_size leaves no room for the bytes, or the special tokens are unusable.
     """
 
-    def __init__(self, vocab_size: int = 4096, special_tokens: Sequence[str] = SPECIAL_TOKENS):
+    def __init__(
+        self, vocab_size: int = 4096, special_tokens: Sequence[str] = SPECIAL_TOKENS, special_strings: str = "text"
+    ):
         special_tokens = tuple(special_tokens)
         smallest = BYTE_COUNT + len(special_tokens)
         if vocab_size < smallest:
@@ -76,13 +80,21 @@ class ByteLevelBPETokenizer:
             single=[special_tokens[0], "$A"], special_tokens=[(special_tokens[0], 0)]
         )
         roles = dict(zip(SPECIAL_ROLES, special_tokens, strict=False))
-        self._adopt(TokenizerParts(engine, roles, adds_bos=True, chat_template=DEFAULT_CHAT_TEMPLATE))
+        self._adopt(
+            TokenizerParts(
+                engine, roles, adds_bos=True, chat_template=DEFAULT_CHAT_TEMPLATE, special_strings=special_strings
+            )
+        )
 
     def _adopt(self, parts: TokenizerParts) -> None:
         self._engine, self._roles, self._adds_bos = parts.engine, parts.roles, parts.adds_bos
         self._engine.encode_special_tokens = True  # its name misleads: their strings in a text are encoded as text
         self._engine.no_padding()
         self._engine.no_truncation()
+        self.special_strings = parts.special_strings
+        self._engine_of_documents = self._engine
+        if parts.special_strings == "special":  # an engine of its own: a switch would reach other threads' prompts
+            self._engine_of_documents = Tokenizer.from_str(self._engine.to_str())
         self._chat_template = ChatTemplate(parts.chat_template, parts.roles)
         added = self._engine.get_added_tokens_decoder().values()
         self._special_tokens = [token.content for token in added if token.special]
@@ -127,7 +139,10 @@ class ByteLevelBPETokenizer:
         engine.train_from_iterator(checked(), trainer)
         if character_count == 0:
             raise UserError("there is no text to train the tokenizer on; give at least one document")
-        self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, self.chat_template))
+        template, special_strings = self.chat_template, self.special_strings
+        self._adopt(
+            TokenizerParts(engine, self._roles, self._adds_bos, template, special_strings=special_strings)
+        )
 
     # -- text and ids --------------------------------------------------------------------------------------------------
 
@@ -154,7 +169,19 @@ class ByteLevelBPETokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
         """The ids of many texts, encoded in parallel; see `encode`."""
-        encodings = self._engine.encode_batch_fast(
+        return self._encode(self._engine, texts, add_special_tokens)
+
+    def encode_documents(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """The ids of documents of a corpus, as pretraining and its scores read them.
+
+        As `encode_batch`, unless `special_strings` is "special": then `<unk>`, `</s>` and the others, where they stand
+        in a document, are the special tokens, which is what some corpora mean by them (WikiText's rare words) and what
+        `transformers` reads. Prompts and conversations never are read so: a user's words are text.
+        """
+        return self._encode(self._engine_of_documents, texts, add_special_tokens)
+
+    def _encode(self, engine: Tokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        encodings = engine.encode_batch_fast(
             [_replace_lone_surrogates(text) for text in texts], add_special_tokens=False
         )
         prefix = [self.bos_token_id] if add_special_tokens and self._adds_bos else []
@@ -285,6 +312,8 @@ class ByteLevelBPETokenizer:
             "chat_template": self.chat_template,
             **self._roles,  # null for a role that no token plays, so that no loader assumes one
         }
+        if self.special_strings != "text":
+            config["special_strings"] = self.special_strings
         if self.bos_token_id is not None and not self._adds_bos:
             config["add_bos_token"] = False
         return {
@@ -397,6 +426,11 @@ class TokenizerTrainingConfig:
         4096, "how many tokens, the bytes and the special tokens included", at_least=BYTE_COUNT + len(SPECIAL_TOKENS)
     )
     min_frequency: int = option(2, "how often a pair must occur to become a token", at_least=1)
+    special_strings: str = option(
+        "text",
+        "what strings such as <unk> and </s> are in the documents of a corpus: text, or special tokens, as in WikiText",
+        choices=SPECIAL_STRINGS,
+    )
     output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer")
 
     def validate(self) -> list[str]:
@@ -425,11 +459,18 @@ def main(argv: list[str] | None = None) -> None:
     """Train a tokenizer on text files and save it."""
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
     documents = _SampledDocuments(config.input or ["data/pretrain/train"])
-    tokenizer = ByteLevelBPETokenizer(config.vocab_size)
+    tokenizer = ByteLevelBPETokenizer(config.vocab_size, special_strings=config.special_strings)
     tokenizer.train(documents, config.min_frequency, show_progress=sys.stderr.isatty())
     tokenizer.save(config.output_dir)
     byte_count = sum(len(text.encode(errors="surrogatepass")) for text in documents.sample)
-    token_count = sum(map(len, tokenizer.encode_batch(documents.sample)))
+    token_count = sum(map(len, tokenizer.encode_documents(documents.sample)))
+    special = [text for text in documents.sample if any(token in text for token in SPECIAL_TOKENS)]
+    if special and config.special_strings == "text":
+        share = len(special) / len(documents.sample)
+        print(
+            f"{share:.1%} of the documents of a sample hold the string of a special token, such as <unk>, which is "
+            "read as text; where the corpus means the token, add --special_strings special"
+        )
     print(
         f"tokenizer: {len(tokenizer)} tokens, {byte_count / token_count:.2f} bytes per token on a sample of the input, "
         f"saved in {config.output_dir}"

@@ -12,9 +12,14 @@ headings, where it holds the end of the question. The better of the two is the b
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 from tqdm import tqdm
@@ -150,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     eos = tokenizer.eos_token_id
     questions = load_questions(config.test_data_path, config.max_samples)
     conversations = load_conversations(config.sft_data_path)
-    texts = tokenizer.encode_batch(list(iter_documents(config.train_data_dir)), add_special_tokens=True)
+    texts = tokenizer.encode_documents(list(iter_documents(config.train_data_dir)), add_special_tokens=True)
     documents = [ids + [eos] for ids in texts]
 
     reports = {}

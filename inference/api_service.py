@@ -1,6 +1,7 @@
 """The generation service: one model behind HTTP.
 
     uvicorn inference.api_service:app --host 0.0.0.0 --port 8000
+    python inference/api_service.py                                   # the same
 
     curl -X POST http://localhost:8000/generate -H "Content-Type: application/json" \\
          -d '{"prefix": "解释什么是机器学习", "max_gen_len": 100, "top_k": 50, "temperature": 0.8}'
@@ -40,7 +41,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
+import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -48,7 +53,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from command_line import UserError, require_file
+from command_line import UserError, option, parse_config, require_file, run_main
 from gpt_model import GPTModel
 from inference.engine import Engine
 from inference.quantizer import load_any
@@ -409,3 +414,21 @@ async def health(request: Request) -> HealthResponse:
         waiting=statistics.waiting,
         uptime_seconds=round(time.monotonic() - service.started, 1),
     )
+
+
+@dataclass
+class ServerConfig:
+    """Where the service listens, when it is run as a file; everything else comes from environment variables."""
+
+    host: str = option("0.0.0.0", "address to listen at; 127.0.0.1: this machine alone")
+    port: int = option(8000, "port to listen at", at_least=1, at_most=65535)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve, as `uvicorn inference.api_service:app` does."""
+    config = parse_config(ServerConfig, argv, description="Serve a model over HTTP.")
+    uvicorn.run(app, host=config.host, port=config.port)
+
+
+if __name__ == "__main__":
+    run_main(main)

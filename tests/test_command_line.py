@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 
+import finetune
 from command_line import UserError, option, parse_config, replacing, require_file, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +164,45 @@ def test_the_help_of_every_script_can_be_printed(script, capsys):
             module.main([*(["--mode", mode] if mode else []), "--help"])
         assert exit_.value.code == 0
         assert "usage:" in capsys.readouterr().out
+
+
+RUN_AS_FILES = """
+import runpy, sys
+for file in sys.argv[1:]:
+    sys.path[0], sys.argv = file.rpartition("/")[0], [file, "--help"]  # what `python FILE --help` starts with
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("inference", "alignment", "evaluation")]:
+        del sys.modules[name]
+    try:
+        runpy.run_path(file, run_name="__main__")
+    except SystemExit as exit_:
+        assert exit_.code in (0, None), (file, exit_.code)
+"""
+
+
+def test_scripts_inside_folders_run_as_files(tmp_path):
+    """`python inference/quantizer.py` does what `python -m inference.quantizer` does, from any working folder."""
+    names = [path for folder in ("inference", "alignment", "evaluation") for path in (ROOT / folder).glob("*.py")]
+    names = sorted(str(path) for path in names if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"))
+    assert {"api_service", "kv_cache_infer", "load_test", "lora_export"} <= {Path(name).stem for name in names}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_AS_FILES, *names], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.lower().count("usage:") == len(names)
+
+
+def test_preferences_may_be_called_data(monkeypatch):
+    """`--data_path` names the data of every mode; twice is once too often."""
+    runs_of: list = []
+    modes = {mode: (config, runs_of.append, text) for mode, (config, _, text) in finetune.MODES.items()}
+    monkeypatch.setattr(finetune, "MODES", modes)
+    for mode in ("rlhf", "reward", "dpo", "kto"):
+        finetune.main(["--mode", mode, "--data_path=mine.json", "--val_data_path", "held_out.json"])
+        assert (runs_of[-1].pairwise_data, runs_of[-1].val_pairwise_data) == ("mine.json", "held_out.json")
+    finetune.main(["--mode", "sft", "--data_path", "mine.json"])
+    assert runs_of[-1].data_path == "mine.json"
+    with pytest.raises(UserError, match="--data_path and --pairwise_data are two names of one thing"):
+        finetune.main(["--mode", "dpo", "--data_path", "a.json", "--pairwise_data", "b.json"])
 
 
 # ------------------------------------------------------------------------------------------------------- exit statuses

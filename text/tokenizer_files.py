@@ -19,6 +19,7 @@ from text.chat_template import DEFAULT_CHAT_TEMPLATE
 # What `save` writes, in this order: while tokenizer.json is missing, the folder does not load.
 SAVED_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json")
 KNOWN_FILES = (*SAVED_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+SPECIAL_STRINGS = ("text", "special")  # what the strings of special tokens are in the documents of a corpus
 SPECIAL_ROLES = ("bos_token", "pad_token", "eos_token", "unk_token")
 
 # Qwen2's pattern: contractions, words, single digits, punctuation, line breaks, spaces.
@@ -37,12 +38,14 @@ class TokenizerParts:
         roles: the special token that plays each of `SPECIAL_ROLES`, or None.
         adds_bos: whether a text is encoded with `bos_token` before it.
         chat_template: a Jinja template.
+        special_strings: one of `SPECIAL_STRINGS`.
     """
 
     engine: Tokenizer
     roles: dict[str, str | None]
     adds_bos: bool
     chat_template: str
+    special_strings: str = "text"
 
 
 def byte_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -97,7 +100,10 @@ def _read(files: Mapping[str, str]) -> TokenizerParts:
     if not isinstance(template, str):
         raise UserError(f"its chat_template must be a Jinja text, not {template!r}")
     adds_bos = roles["bos_token"] is not None and config.get("add_bos_token") is not False
-    return TokenizerParts(engine, roles, adds_bos, template)
+    special_strings = config.get("special_strings", "text")
+    if special_strings not in SPECIAL_STRINGS:
+        raise UserError(f'its special_strings must be "text" or "special", not {special_strings!r}')
+    return TokenizerParts(engine, roles, adds_bos, template, special_strings=special_strings)
 
 
 def _parse_object(files: Mapping[str, str], name: str) -> dict:
