@@ -35,6 +35,7 @@ from text.tokenizer_files import (
     SPECIAL_STRINGS,
     TokenizerParts,
     byte_pre_tokenizer,
+    puts_first,
     read_tokenizer_files,
 )
 
@@ -80,14 +81,11 @@ class ByteLevelBPETokenizer:
             single=[special_tokens[0], "$A"], special_tokens=[(special_tokens[0], 0)]
         )
         roles = dict(zip(SPECIAL_ROLES, special_tokens, strict=False))
-        self._adopt(
-            TokenizerParts(
-                engine, roles, adds_bos=True, chat_template=DEFAULT_CHAT_TEMPLATE, special_strings=special_strings
-            )
-        )
+        self._adopt(TokenizerParts(engine, roles, True, DEFAULT_CHAT_TEMPLATE, special_strings=special_strings))
 
     def _adopt(self, parts: TokenizerParts) -> None:
         self._engine, self._roles, self._adds_bos = parts.engine, parts.roles, parts.adds_bos
+        self._generation = parts.generation
         self._engine.encode_special_tokens = True  # its name misleads: their strings in a text are encoded as text
         self._engine.no_padding()
         self._engine.no_truncation()
@@ -139,10 +137,8 @@ class ByteLevelBPETokenizer:
         engine.train_from_iterator(checked(), trainer)
         if character_count == 0:
             raise UserError("there is no text to train the tokenizer on; give at least one document")
-        template, special_strings = self.chat_template, self.special_strings
-        self._adopt(
-            TokenizerParts(engine, self._roles, self._adds_bos, template, special_strings=special_strings)
-        )
+        template, strings = self.chat_template, self.special_strings
+        self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, template, special_strings=strings))
 
     # -- text and ids --------------------------------------------------------------------------------------------------
 
@@ -184,7 +180,7 @@ class ByteLevelBPETokenizer:
         encodings = engine.encode_batch_fast(
             [_replace_lone_surrogates(text) for text in texts], add_special_tokens=False
         )
-        prefix = [self.bos_token_id] if add_special_tokens and self._adds_bos else []
+        prefix = self.prefix_ids if add_special_tokens else []
         return [prefix + encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -283,6 +279,31 @@ class ByteLevelBPETokenizer:
         return self._role_id("eos_token")
 
     @property
+    def prefix_ids(self) -> list[int]:
+        """What `encode` puts before a text: the id of `bos_token`, or nothing."""
+        return [self.bos_token_id] if self._adds_bos else []
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The ids of all tokens that end an answer: `eos_token_id`, and what else the model that came with this
+        tokenizer was trained to end with (`generation_config.json`)."""
+        named = self._generation.get("eos_token_id")
+        named = named if isinstance(named, list) else [named]
+        others = (i for i in named if isinstance(i, int) and 0 <= i < self.vocab_size)
+        return tuple(dict.fromkeys((self.eos_token_id, *others)))
+
+    @property
+    def generation_defaults(self) -> dict[str, float]:
+        """The sampling settings that the model's makers recommend (`generation_config.json`), by the names of
+        `SamplingParams`; empty where they say nothing."""
+        if self._generation.get("do_sample") is False:
+            return {"temperature": 0.0}
+        if not self._generation.get("do_sample"):
+            return {}
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return {name: self._generation[name] for name in names if self._generation.get(name) is not None}
+
+    @property
     def pad_token_id(self) -> int:
         """The id that fills up a batch; the end-of-text token where the tokenizer has none of its own (GPT-2)."""
         pad = self._role_id("pad_token")
@@ -314,9 +335,11 @@ class ByteLevelBPETokenizer:
         }
         if self.special_strings != "text":
             config["special_strings"] = self.special_strings
-        if self.bos_token_id is not None and not self._adds_bos:
-            config["add_bos_token"] = False
+        if self.bos_token_id is not None and self._adds_bos != puts_first(self._engine, self._roles["bos_token"]):
+            config["add_bos_token"] = self._adds_bos
+        more = {"generation_config.json": json.dumps(self._generation, indent=2) + "\n"} if self._generation else {}
         return {
+            **more,
             "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
             "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
             "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"]),
@@ -332,7 +355,7 @@ class ByteLevelBPETokenizer:
         directory, files = Path(directory), self.to_files()
         try:
             with contextlib.ExitStack() as moves:  # made when all is written, in the order of SAVED_FILES
-                for name in reversed(SAVED_FILES):
+                for name in (*reversed(SAVED_FILES), *(files.keys() - set(SAVED_FILES))):
                     file = moves.enter_context(replacing(directory / name))
                     file.write(files[name].encode())
                     file.flush()  # a full disk shows here

@@ -21,6 +21,7 @@ LAYERS = (
     ("evaluation",),
     ("alignment",),
     ("pretrain_trainer", "finetune", "evaluator", "ngram_baseline"),
+    ("exchange",),
     ("pipeline", "benchmarks", "data", "docs"),
 )
 
