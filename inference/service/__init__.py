@@ -1,0 +1,16 @@
+"""The HTTP surface of inference/api_service.py, part by part. In this order they can be read:
+
+settings        options and environment variables; which model is served, and why
+errors          the one shape of errors
+requests        what clients may ask
+rate_limit      how often each caller may ask
+bodies          from bytes to a checked request, at a bounded cost
+model_server    loading, asking and exchanging the model
+answers         whole answers and streamed ones
+openai_api      the routes under /v1
+metrics         /metrics
+documentation   /docs and /openapi.json
+logs            lines that cannot be forged
+gate            keys, rates, request ids, failures
+connections     connections with bounds; the server
+"""
