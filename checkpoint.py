@@ -12,6 +12,7 @@ A checkpoint is a dict that `torch.load(weights_only=True, mmap=True)` accepts:
     command, versions
     training_state  optimiser, random states, … ; only in the checkpoints that training continues from
     lora            with LoRA: its settings, where the base model is, and the fingerprint of its weights
+    data            after pretraining: records read, left out and why, cut, by data set; see text/account.py
     made_from       of quantized weights, the fingerprint of the original
     …               what a stage adds, such as "quantization"
 

@@ -13,6 +13,7 @@ function of the seed and n (`BatchOrder`), so a resumed run sees exactly the dat
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -20,6 +21,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from tqdm import tqdm
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import IGNORED_LABEL
+from text.account import REPEATED, Account
 from text.chat_template import Message
 from text.conversation_data import load_conversations
 from text.text_files import iter_documents, resolve_files
@@ -79,14 +82,6 @@ def in_validation_part(index: int, fraction: float) -> bool:
     Multiples of the golden ratio fill the unit interval evenly, whatever the number of documents.
     """
     return index * 618_034 % 1_000_000 < fraction * 1_000_000
-
-
-def set_validation_part_aside(records: Sequence[Any], fraction: float) -> tuple[list[Any], list[Any]]:
-    """Records cut into those to train on and those of the validation part; one of the two may come out empty."""
-    parts: tuple[list[Any], list[Any]] = ([], [])
-    for index, record in enumerate(records):
-        parts[in_validation_part(index, fraction)].append(record)
-    return parts
 
 
 def tokenize_to_shards(
@@ -260,36 +255,94 @@ class GPTPretrainDataset(Dataset):
         return count_labels(batch)
 
 
-class GPTSFTDataset(Dataset):
+class RecordData(Dataset):
+    """Samples made of records, with an account of what became of the records.
+
+    What fits is found first and a validation part set aside afterwards, so that the two are of the sizes asked for.
+
+    Args:
+        account: what reading the records has filled in so far; None starts a new one.
+        kind: what the records are called in a new account.
+        records: what the samples are made of.
+    """
+
+    parallel: tuple[str, ...] = ("samples",)  # names of the lists that hold something for each sample
+
+    def __init__(self, account: Account | None, kind: str, records: Sequence) -> None:
+        self.account = account or Account("the data", kind, read=len(records))
+
+    def __len__(self) -> int:
+        return len(getattr(self, self.parallel[0]))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+    @property
+    def n_dropped(self) -> int:
+        """How many records were left out."""
+        return self.account.n_left_out
+
+    def group(self, index: int) -> int:
+        """Samples of one group stay on one side of a split."""
+        return index
+
+    def split(self, fraction: float) -> tuple[RecordData, RecordData]:
+        """Two data sets of the samples to train on and of those held out; one of them may come out empty."""
+        inside = [in_validation_part(self.group(index), fraction) for index in range(len(self))]
+        train, val = (self._part([i for i, held in enumerate(inside) if held == side]) for side in (False, True))
+        self.account.held_out = len(val)
+        return train, val
+
+    def _part(self, indices: Sequence[int]) -> RecordData:
+        """Some of the samples, with the account of the whole."""
+        part = copy.copy(self)
+        for name in self.parallel:
+            values = getattr(self, name)
+            setattr(part, name, [values[index] for index in indices])
+        return part
+
+
+class GPTSFTDataset(RecordData):
     """Conversations as token ids, with labels on what the assistant says and on the `</s>` that ends it.
 
     A conversation that is longer than `max_seq_len` is cut at the end; one whose first answer lies beyond the cut
-    teaches nothing and is left out (`n_dropped` counts them).
+    teaches nothing and is left out.
+
+    Args:
+        account: see `RecordData`.
 
     Raises:
         UserError: a malformed record (which one, which field), or none that fits.
     """
 
     def __init__(
-        self, conversations: Sequence[Sequence[Message]], tokenizer: ByteLevelBPETokenizer, max_seq_len: int
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tokenizer: ByteLevelBPETokenizer,
+        max_seq_len: int,
+        account: Account | None = None,
     ) -> None:
+        super().__init__(account, "conversations", conversations)
         self.pad_token_id = tokenizer.pad_token_id
-        encoded = [tokenizer.encode_chat(conversation) for conversation in conversations]
-        cut = [(sample["input_ids"][:max_seq_len], sample["labels"][:max_seq_len]) for sample in encoded]
-        self.samples = [pair for pair in cut if any(label != IGNORED_LABEL for label in pair[1][1:])]
-        self.n_dropped = len(cut) - len(self.samples)
-        if not self.samples:
-            raise UserError(f"no conversation fits into {max_seq_len} tokens; raise --max_seq_len")
+        self.samples: list[tuple[list[int], list[int]]] = []
+        for conversation in conversations:
+            encoded = tokenizer.encode_chat(conversation)
+            ids, labels = encoded["input_ids"][:max_seq_len], encoded["labels"][:max_seq_len]
+            n_labels, n_kept = (sum(label != IGNORED_LABEL for label in row[1:]) for row in (encoded["labels"], labels))
+            self.account.answer_tokens += n_labels
+            self.account.answer_tokens_lost += n_labels - n_kept
+            if n_kept:
+                self.samples.append((ids, labels))
+                self.account.cut += n_kept < n_labels
+            elif n_labels:
+                self.account.leave_out(f"no answer within {max_seq_len} tokens")
+            else:
+                self.account.leave_out("no answer to learn from")
+        self.account.require(len(self))
 
     @property
     def lengths(self) -> list[int]:
         return [len(ids) for ids, _ in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
-        return self.samples[index]
 
     def collate(self, samples: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """{"input_ids", "labels"}: (B, longest) int64, padded on the right.
@@ -304,44 +357,63 @@ class GPTSFTDataset(Dataset):
         return count_labels(batch)
 
 
-class PreferenceDataset(Dataset):
+class PreferenceDataset(RecordData):
     """Preferences: a prompt with two or more answers, the best one first.
 
     All pairs of a better and a worse answer are compared, and those of one prompt share a weight of 1: so InstructGPT
     has it (arXiv:2203.02155, equation 1), because a ranking of nine would otherwise count as 36 questions.
-    Answers that do not fit into `max_seq_len` are left out, and with them preferences that keep fewer than two
-    (`n_dropped` counts these).
+    Answers that do not fit into `max_seq_len` are left out, and with them preferences that keep no pair.
 
     Args:
         preferences: as `conversation_data.parse_preference` gives them.
+        account: see `RecordData`.
 
     Raises:
         UserError: no preference fits.
     """
 
+    parallel = ("samples", "places")
+
     def __init__(
-        self, preferences: Sequence[dict[str, Any]], tokenizer: ByteLevelBPETokenizer, max_seq_len: int
+        self,
+        preferences: Sequence[dict[str, Any]],
+        tokenizer: ByteLevelBPETokenizer,
+        max_seq_len: int,
+        account: Account | None = None,
     ) -> None:
+        super().__init__(account, "preferences", preferences)
         self.pad_token_id = tokenizer.pad_token_id
         self.samples: list[dict[str, Any]] = []
-        for preference in preferences:
+        self.places: list[int] = []  # of the samples among the preferences
+        for place, preference in enumerate(preferences):
             encoded = [encode_answer(tokenizer, preference["prompt"], answer) for answer in preference["answers"]]
-            answers = [(ids, labels) for ids, labels in encoded if len(ids) <= max_seq_len]
-            if len(answers) >= 2:
-                self.samples.append({"answers": answers, "margin": preference["margin"]})
-        self.n_dropped = len(preferences) - len(self.samples)
-        if not self.samples:
-            raise UserError(f"no preference pair fits into {max_seq_len} tokens; raise --max_seq_len")
+            scores = preference.get("scores") or range(len(encoded), 0, -1)
+            fitting = [(answer, score) for answer, score in zip(encoded, scores, strict=True)
+                       if len(answer[0]) <= max_seq_len]  # fmt: skip
+            pairs = [(i, j) for i, j in combinations(range(len(fitting)), 2) if fitting[i][1] > fitting[j][1]]
+            answers = [answer for answer, _ in fitting] if pairs else []
+            n_tokens, n_kept = (
+                sum(label != IGNORED_LABEL for _, labels in some for label in labels) for some in (encoded, answers)
+            )
+            self.account.answer_tokens += n_tokens
+            self.account.answer_tokens_lost += n_tokens - n_kept if len(fitting) < len(encoded) else 0
+            if pairs:
+                self.samples.append({"answers": answers, "pairs": pairs, "margin": preference["margin"]})
+                self.places.append(place)
+                self.account.cut += len(answers) < len(encoded)
+            elif len(fitting) < len(encoded):
+                self.account.leave_out(f"longer than {max_seq_len} tokens")
+            else:
+                self.account.leave_out("all answers of the same score")
+        self.account.require(len(self))
 
     @property
     def lengths(self) -> list[int]:
         return [max(len(ids) for ids, _ in sample["answers"]) for sample in self.samples]
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"answers": [(ids, labels), …] with labels on the answer alone, best first; "margin": float}"""
+        """{"answers": [(ids, labels), …] with labels on the answer alone, best first; "pairs": [(better, worse), …],
+        places in "answers"; "margin": float}"""
         return self.samples[index]
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
@@ -356,12 +428,11 @@ class PreferenceDataset(Dataset):
         rows = pad_samples([answer for sample in samples for answer in sample["answers"]], self.pad_token_id)
         pairs, margins, weights, first = [], [], [], 0
         for sample in samples:
-            n_answers = len(sample["answers"])
-            compared = list(combinations(range(first, first + n_answers), 2))
+            compared = [(first + better, first + worse) for better, worse in sample["pairs"]]
             pairs += compared
             margins += [sample["margin"]] * len(compared)
             weights += [1 / len(compared)] * len(compared)
-            first += n_answers
+            first += len(sample["answers"])
         return {
             **{name: rows[name] for name in ("input_ids", "attention_mask")},
             "pairs": torch.tensor(pairs),
@@ -374,46 +445,87 @@ class PreferenceDataset(Dataset):
         return round(float(batch["weights"].sum()))
 
 
-class UnpairedDataset(Dataset):
+class UnpairedDataset(RecordData):
     """Answers that are good or bad, each beside an answer that was given to another prompt.
 
     The policy's divergence is estimated from prompts with others' answers (arXiv:2402.01306, section 4.1). Which answer
     stands beside a prompt is drawn once, so that the reference need be asked once only. Answers that do not fit into
-    `max_seq_len` are left out (`n_dropped` counts them), others' answers are cut there.
+    `max_seq_len` are left out, others' answers are cut there.
 
     Args:
-        records: as `conversation_data.parse_unpaired` gives them.
+        records: the answers of each record, as `conversation_data.parse_unpaired` gives them.
+        account: see `RecordData`.
 
     Raises:
-        UserError: no answer fits, or all are to the same prompt.
+        UserError: no answer fits.
     """
 
-    def __init__(self, records: Sequence[dict[str, Any]], tokenizer: ByteLevelBPETokenizer, max_seq_len: int) -> None:
-        self.pad_token_id = tokenizer.pad_token_id
-        encoded = [encode_answer(tokenizer, record["prompt"], record["answer"]) for record in records]
-        fitting = [index for index, (ids, _) in enumerate(encoded) if len(ids) <= max_seq_len]
-        self.n_dropped = len(records) - len(fitting)
-        if not fitting:
-            raise UserError(f"no answer fits into {max_seq_len} tokens; raise --max_seq_len")
+    parallel = ("fitting",)
+
+    def __init__(
+        self,
+        records: Sequence[Sequence[dict[str, Any]]],
+        tokenizer: ByteLevelBPETokenizer,
+        max_seq_len: int,
+        account: Account | None = None,
+    ) -> None:
+        super().__init__(account, "records", records)
+        self.tokenizer, self.max_seq_len, self.pad_token_id = tokenizer, max_seq_len, tokenizer.pad_token_id
+        self.fitting: list[dict[str, Any]] = []
+        n_groups = 0
+        for answers in records:
+            encoded = [(answer, encode_answer(tokenizer, answer["prompt"], answer["answer"])) for answer in answers]
+            fitting = [{**answer, "encoded": row, "group": n_groups} for answer, row in encoded
+                       if len(row[0]) <= max_seq_len]  # fmt: skip
+            n_tokens, n_kept = (
+                sum(label != IGNORED_LABEL for _, labels in rows for label in labels)
+                for rows in ([row for _, row in encoded], [answer["encoded"] for answer in fitting])
+            )
+            self.account.answer_tokens += n_tokens
+            self.account.answer_tokens_lost += n_tokens - n_kept
+            if fitting:
+                self.fitting += fitting
+                self.account.cut += len(fitting) < len(answers)
+                n_groups += 1
+            else:
+                self.account.leave_out(f"longer than {max_seq_len} tokens")
+        self.account.require(len(self))
+
+    def group(self, index: int) -> int:
+        """The answers of one record have their prompt in common."""
+        return self.fitting[index]["group"]
+
+    def _part(self, indices: Sequence[int]) -> UnpairedDataset:
+        part = super()._part(indices)
+        part.__dict__.pop("samples", None)  # others' answers are of the same part
+        return part
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """See `__getitem__`; made when first asked for.
+
+        Raises:
+            UserError: all answers are to the same prompt.
+        """
         generator = torch.Generator().manual_seed(0)
-        order = [fitting[index] for index in torch.randperm(len(fitting), generator=generator).tolist()]
-        self.samples: list[dict[str, Any]] = []
-        for place, index in enumerate(order):
-            prompt = records[index]["prompt"]
-            following = (records[other] for other in chain(order[place + 1 :], order[:place]))
-            other = next((record["answer"] for record in following if record["prompt"] != prompt), None)
+        order = [self.fitting[index] for index in torch.randperm(len(self), generator=generator).tolist()]
+        samples = []
+        for place, own in enumerate(order):
+            following = chain(order[place + 1 :], order[:place])
+            other = next((record["answer"] for record in following if record["prompt"] != own["prompt"]), None)
             if other is None:
-                raise UserError("all answers are to the same prompt; give answers to two different ones at least")
-            ids, labels = encode_answer(tokenizer, prompt, other)
-            answers = [encoded[index], (ids[:max_seq_len], labels[:max_seq_len])]
-            self.samples.append({"answers": answers, "good": records[index]["good"]})
+                raise UserError(
+                    f"all {len(self)} answers of {self.account.source}, or of its held-out part, are to the same "
+                    "prompt; give answers to two different ones at least, of which KTO compares one with the other's"
+                )
+            ids, labels = encode_answer(self.tokenizer, own["prompt"], other)
+            answers = [own["encoded"], (ids[: self.max_seq_len], labels[: self.max_seq_len])]
+            samples.append({"answers": answers, "good": own["good"]})
+        return samples
 
     @property
     def lengths(self) -> list[int]:
         return [len(sample["answers"][0][0]) for sample in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"answers": [(ids, labels) of the answer, (ids, labels) of another prompt's], "good": bool}"""
@@ -431,27 +543,37 @@ class UnpairedDataset(Dataset):
         return len(batch["good"])
 
 
-class GPTPPODataset(Dataset):
+class GPTPPODataset(RecordData):
     """Prompts for a policy to answer, each once.
+
+    Args:
+        account: see `RecordData`.
 
     Raises:
         UserError: no prompt leaves room for an answer.
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[Message]], tokenizer: ByteLevelBPETokenizer, max_prompt_len: int
+        self,
+        prompts: Sequence[Sequence[Message]],
+        tokenizer: ByteLevelBPETokenizer,
+        max_prompt_len: int,
+        account: Account | None = None,
     ) -> None:
+        super().__init__(account, "prompts", prompts)
         self.pad_token_id = tokenizer.pad_token_id
-        encoded = [tuple(tokenizer.encode_chat(prompt, add_generation_prompt=True)["input_ids"]) for prompt in prompts]
-        self.samples = list(dict.fromkeys(ids for ids in encoded if len(ids) <= max_prompt_len))
-        if not self.samples:
-            raise UserError(f"no prompt fits into {max_prompt_len} tokens; raise --max_seq_len or lower --max_gen_len")
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[int, ...]:
-        return self.samples[index]
+        first_place: dict[tuple[int, ...], int] = {}
+        for place, prompt in enumerate(prompts):
+            ids = tuple(tokenizer.encode_chat(prompt, add_generation_prompt=True)["input_ids"])
+            if len(ids) > max_prompt_len:
+                self.account.leave_out(f"longer than the {max_prompt_len} tokens that are left for a prompt")
+            elif ids in first_place:
+                self.account.leave_out(REPEATED)
+            else:
+                first_place[ids] = place
+        self.samples = list(first_place)
+        self.places = list(first_place.values())  # of the samples among the prompts
+        self.account.require(len(self))
 
     def collate(self, samples: Sequence[Sequence[int]]) -> Batch:
         """{"input_ids", "attention_mask"}: (B, longest) int64, padded on the left."""

@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from alignment.log_probabilities import LOGITS_AT_ONCE
-from alignment.stage import InstructionData, StageConfig, fit_context, held_out, run, start_of
+from alignment.stage import InstructionData, StageConfig, fit_context, load_parts, run, start_of
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model
 from command_line import UserError, option
 from data_loader import GPTPretrainDataset, GPTSFTDataset, tokenize_to_shards
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
+from text.account import Account
 from text.chat_template import Message
 from text.conversation_data import load_conversations
 from training import ranks
@@ -164,10 +165,12 @@ def teacher_answers(
     teacher: GPTModel,
     tokenizer: ByteLevelBPETokenizer,
     conversations: Sequence[Sequence[Message]],
+    account: Account,
 ) -> list[list[Message]]:
     """The conversations with the teacher's last answer in place of their own; without those that it did not end.
 
-    They are written to `teacher_answers.jsonl` in the output folder, from where a resumed run takes them.
+    They are written to `teacher_answers.jsonl` in the output folder, from where a resumed run takes them. The account
+    learns how many were not ended.
 
     Raises:
         UserError: the teacher ended no answer by itself.
@@ -198,13 +201,19 @@ def teacher_answers(
         path.write_text("".join(lines), encoding="utf-8")
         print(f"the teacher wrote {len(taught)} answers, see {path}", flush=True)
     ranks.barrier()
-    return load_conversations(path)
+    taught = load_conversations(path)
+    account.leave_out("the teacher did not end its answer", len(conversations) - len(taught))
+    return taught
 
 
 def load_data(
-    config: DistillationConfig, teacher: GPTModel, tokenizer: ByteLevelBPETokenizer
+    config: DistillationConfig, teacher: GPTModel, tokenizer: ByteLevelBPETokenizer, context: GPTConfig
 ) -> tuple[TrainingData, TrainingData]:
-    """Training and validation data: conversations, or windows of text."""
+    """Training and validation data: conversations, or windows of text.
+
+    Args:
+        context: of the model whose context is the limit, the student.
+    """
     if config.text_data:
         sources = [(config.text_data, "train"), (config.text_data, "val")]
         if config.val_data_path:
@@ -218,11 +227,13 @@ def load_data(
             data = [read(*source) for source in sources]
         ranks.barrier()  # the other ranks then find the shards on the disk
         return tuple(data if ranks.is_main() else [read(*source) for source in sources])
-    conversations = load_conversations(config.data_path)
-    if config.from_text:
-        conversations = teacher_answers(config, teacher, tokenizer, conversations)
-    parts = held_out(config, conversations, load_conversations)
-    return tuple(GPTSFTDataset(part, tokenizer, config.max_seq_len) for part in parts)
+
+    def make(conversations: list[list[Message]], account: Account) -> GPTSFTDataset:
+        if config.from_text and account.source == config.data_path:
+            conversations = teacher_answers(config, teacher, tokenizer, conversations, account)
+        return GPTSFTDataset(conversations, tokenizer, config.max_seq_len, account)
+
+    return load_parts(config, context, load_conversations, make, "conversations")
 
 
 def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[str, float]:
@@ -247,7 +258,7 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
     if teacher.config.max_seq_len < config.max_seq_len:
         limit = teacher.config.max_seq_len
         raise UserError(f"{config.teacher_model} reads at most {limit} tokens; use --max_seq_len {limit}")
-    data = load_data(config, teacher, tokenizer)
+    data = load_data(config, teacher, tokenizer, student.config)
     asked = teacher if config.alpha > 0 and not config.from_text else None
     model = DistillationModel(student, asked, config.alpha, config.temperature)
     lengths = getattr(data[0], "lengths", None)  # windows of text have none: they are all of one length

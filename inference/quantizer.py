@@ -20,7 +20,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,9 @@ from inference.engine import Engine
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
 from inference.kernels.linear_products import DTYPES, kind_of
 from inference.sampling import SamplingParams
-from text.conversation_data import load_conversations
-from text.text_files import iter_documents
+from text.account import Account
+from text.conversation_data import RecordOptions, load_conversations, parse_columns
+from text.text_files import holds_records, iter_documents
 
 HALF = ("fp16", "bf16")
 QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
@@ -226,14 +227,24 @@ def decode_speed(model: GPTModel, batch_size: int = 1, n_tokens: int = 64, secon
 
 
 def held_out_samples(
-    path: str | Path, tokenizer: ByteLevelBPETokenizer, max_seq_len: int, max_tokens: int
+    path: str | Path,
+    tokenizer: ByteLevelBPETokenizer,
+    max_seq_len: int,
+    max_tokens: int,
+    account: Account | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of about `max_tokens` held-out tokens, in samples of at most `max_seq_len`.
 
-    `.json` holds conversations, of which the answers are scored; everything else is text, a document a sample.
+    Of conversations the answers are scored; of text, all of it, a document a sample.
+
+    Args:
+        account, columns: see `conversation_data.load_records`.
     """
-    if Path(path).name.endswith((".json", ".json.gz")):
-        samples: Iterable = GPTSFTDataset(load_conversations(path), tokenizer, max_seq_len).samples
+    if holds_records(path):
+        account = account or Account(str(path), "conversations")
+        conversations = load_conversations(path, account, columns=columns)
+        samples: Iterable = GPTSFTDataset(conversations, tokenizer, max_seq_len, account).samples
     else:
         documents = (tokenizer.encode(text, max_seq_len)["input_ids"] for text in iter_documents(path))
         samples = ((ids, ids) for ids in documents)
@@ -262,7 +273,7 @@ def perplexity_and_choices(
 
 
 @dataclass
-class QuantizerConfig:
+class QuantizerConfig(RecordOptions):
     """The command line of the quantizer."""
 
     model_path: str = option("models/sft/sft_best.pth", "the checkpoint to quantize")
@@ -270,15 +281,16 @@ class QuantizerConfig:
     weights: str = option("int8", "the kind of weights; int8_dynamic rounds activations, too", choices=QUANTIZED)
     text: str | None = option(
         None,
-        "held-out text or conversations (.json); default data/sft/sft_test.json, for pretraining data/pretrain/val",
+        "held-out text or conversations; default data/sft/sft_test.json, for pretraining data/pretrain/val",
     )
     text_tokens: int = option(16384, "held-out tokens that are scored", at_least=2)
     num_threads: int = option(0, "CPU threads of the speed measurement; 0 means as many as torch takes", at_least=0)
 
     def validate(self) -> list[str]:
+        complaints = super().validate()
         output = Path(self.output_path or "x_int8.pth")
         same = output.resolve() == Path(self.model_path).resolve()
-        return [f"--output_path {output} is the model itself; choose another name"] if same else []
+        return complaints + [f"--output_path {output} is the model itself; choose another name"] * same
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -290,8 +302,10 @@ def main(argv: list[str] | None = None) -> None:
     plain, tokenizer, checkpoint = load_model(source)
     model = prepare_for_inference(plain)
     text = config.text or ("data/pretrain/val" if checkpoint["stage"] == "pretrain" else "data/sft/sft_test.json")
+    account = Account(text, "conversations", skips_bad_records=config.skip_bad_records)
+    columns = parse_columns(config.columns)
     try:
-        samples = held_out_samples(text, tokenizer, model.config.max_seq_len, config.text_tokens)
+        samples = held_out_samples(text, tokenizer, model.config.max_seq_len, config.text_tokens, account, columns)
     except UserError:
         if config.text:
             raise

@@ -9,10 +9,15 @@ from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
-from gpt_model import GPTModel
+from gpt_model import GPTConfig, GPTModel
 from inference.engine import Engine
 from inference.request import Generation, Prompt, RequestFailed, encode_prompt
 from inference.sampling import SamplingParams
+
+
+def longest_prompt(config: GPTConfig, max_gen_len: int) -> int:
+    """How many tokens of a prompt are read: what leaves room for `max_gen_len`, or for half the context."""
+    return config.max_seq_len - max(1, min(max_gen_len, config.max_seq_len // 2))
 
 
 def generate_texts(
@@ -45,8 +50,7 @@ def generate_texts(
         UserError: the model's output is not finite.
     """
     config = model.config
-    longest_prompt = config.max_seq_len - max(1, min(max_gen_len, config.max_seq_len // 2))
-    rows = [encode_prompt(tokenizer, prompt, chat)[-longest_prompt:] for prompt in prompts]
+    rows = [encode_prompt(tokenizer, prompt, chat)[-longest_prompt(config, max_gen_len) :] for prompt in prompts]
     generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist() if temperature else [0] * len(rows)
     top_k = min(top_k, config.vocab_size)

@@ -271,8 +271,8 @@ def test_links_lead_somewhere(readme):
 def test_formats_shown_are_the_formats_read():
     """Every record in the section on data formats is accepted by the readers of instructions and of preferences."""
     instructions, preferences = (json.loads(block) for block in blocks(ENGLISH, "json"))
-    assert [len(parse_conversation(record, "README")) for record in instructions] == [2, 2, 5, 2]
-    assert [len(parse_preference(record, "README")["answers"]) for record in preferences] == [2, 2, 3]
+    assert [len(parse_conversation(record, "README")) for record in instructions] == [2, 2, 5, 2, 2, 2]
+    assert [len(parse_preference(record, "README")["answers"]) for record in preferences] == [2, 2, 3, 2, 2, 2]
 
 
 def map_of(readme):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from command_line import UserError
-from text.text_files import iter_documents, iter_records, resolve_files
+from text.text_files import holds_records, iter_documents, iter_records, resolve_files
 
 DOCUMENTS = ["法国的首都是巴黎。", "The capital of France is Paris.", "  leading spaces and a tab\tinside  ", "🦊 café"]
 
@@ -220,3 +220,29 @@ def test_records_of_json_and_jsonl_are_the_same(name, tmp_path):
 def test_wrong_records_are_named(name, content, complaint, tmp_path):
     with pytest.raises(UserError, match=complaint):
         list(iter_records(write(tmp_path / name, content)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", "[]", True),
+        ("a.jsonl", '\n{"messages": []}\n', True),
+        ("a.jsonl.gz", '{"id": 1, "text": "hi"}\n', False),
+        ("a.txt", "[]", False),
+        ("a.txt.gz", "hi", False),
+        ("a.csv", "instruction,output\n", True),
+    ],
+)
+def test_records_are_told_from_documents(name, content, expected, tmp_path):
+    assert holds_records(write(tmp_path / name, content)) is expected
+
+
+def test_rows_of_a_table_are_records(tmp_path):
+    """Of a CSV file the first line names the fields; quotes hold line breaks, and true and false are no texts."""
+    path = write(tmp_path / "a.csv", '\ufeffprompt,completion,label\n"a\nb",c,True\n"d, e",f,false\n')
+    assert [record for _, record in iter_records(path)] == [
+        {"prompt": "a\nb", "completion": "c", "label": True},
+        {"prompt": "d, e", "completion": "f", "label": False},
+    ]
+    with pytest.raises(UserError, match="record 2 of .* has not as many fields as the first line"):
+        list(iter_records(write(tmp_path / "b.csv", "a,b\n1,2\n3\n")))

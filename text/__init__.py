@@ -1,5 +1,6 @@
 """From raw text to records, and what a tokenizer needs to know besides its vocabulary.
 
-In order: text_files (documents and records, from files and folders), conversation_data (all shapes of records → one),
+In order: text_files (documents and records, from files and folders), account (what of them was left out or cut),
+conversation_data (all shapes of records → one),
 chat_template (messages → the text of a prompt), tokenizer_files (tokenizer folders, ours and published ones).
 """

@@ -7,18 +7,19 @@ are read one at a time, so a corpus never has to fit into memory.
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import io
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from command_line import UserError
 
 TEXT_ENDINGS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
-RECORD_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+RECORD_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".parquet")
 
 
 def resolve_files(path: str | Path, endings: tuple[str, ...] = TEXT_ENDINGS) -> list[Path]:
@@ -84,12 +85,17 @@ def _text_of(record: object, where: str) -> str:
     return record["text"]
 
 
-def _documents_of_parquet(path: Path) -> Iterator[str]:
+def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"reading {path} needs pyarrow; `pip install pyarrow` and try again") from None
+    return pyarrow
+
+
+def _documents_of_parquet(path: Path) -> Iterator[str]:
+    pyarrow = _pyarrow(path)
     try:
         table = pyarrow.parquet.ParquetFile(path)
         names = table.schema_arrow.names
@@ -147,22 +153,79 @@ def iter_documents(path: str | Path) -> Iterator[str]:
             raise UserError(f"{file} holds no text; give a file with at least one line that is not blank")
 
 
+def _rows(path: Path) -> list[dict]:
+    """The rows of a `.parquet` or, with the names of columns in the first line, a `.csv`."""
+    if path.suffix == ".parquet":
+        pyarrow = _pyarrow(path)
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path} is not a sound parquet file ({error}); create it again") from None
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        try:
+            rows = list(csv.DictReader(stream, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path} is not a sound CSV file ({error}); create it again") from None
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise UserError(f"record {number} of {path} has not as many fields as the first line; mend it")
+        # There are no types in CSV
+        row |= {name: row[name].lower() == "true" for name in row if row[name].lower() in ("true", "false")}
+    return rows
+
+
+def holds_records(path: str | Path) -> bool:
+    """Whether the first file of a data path holds records (conversations, preferences) and no documents.
+
+    JSON, CSV and, where nothing is called "text" in it, JSONL and parquet do.
+    """
+    file = resolve_files(path, tuple(dict.fromkeys(TEXT_ENDINGS + RECORD_ENDINGS)))[0]
+    if file.suffix == ".parquet":
+        return "text" not in _pyarrow(file).parquet.ParquetFile(file).schema_arrow.names
+    if ".jsonl" not in file.suffixes:
+        return ".txt" not in file.suffixes
+    with _reading(file), _open_text(file) as stream:
+        line = next((line for line in stream if line.strip()), "{}")
+    first = parse_json(line, f"record 1 of {file}")
+    return not (isinstance(first, dict) and isinstance(first.get("text"), str))
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether a whole JSON value ends before the text does: many a .json file is published with an object a line."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg == "Extra data" and text.lstrip().startswith("{")
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _records_of_json(path: Path) -> list[tuple[str, object]]:
+    with _open_text(path) as stream:
+        text = stream.read()
+    if ".jsonl" in path.suffixes or _is_json_lines(text):
+        lines = ((f"record {number} of {path}", line) for number, line in enumerate(text.split("\n"), start=1))
+        return [(where, parse_json(line, where)) for where, line in lines if line.strip()]
+    content = parse_json(text, str(path))
+    if not isinstance(content, list):
+        raise UserError(f"{path} must hold a list of records like [{{…}}, {{…}}]")
+    return [(f"record {number} of {path}", record) for number, record in enumerate(content, start=1)]
+
+
 def iter_records(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """The records of JSON (one list) or JSONL (one object a line) files, each with a name for error messages.
+    """The records of JSON (one list, or one object a line as in JSONL), CSV or parquet files, each with a name for
+    error messages.
 
     Raises:
         UserError: no such file, invalid JSON, not UTF-8, or a record that is not an object.
     """
     for file in resolve_files(path, RECORD_ENDINGS):
-        with _reading(file), _open_text(file) as stream:
-            if ".jsonl" in file.suffixes:
-                lines = ((f"record {number} of {file}", line) for number, line in enumerate(stream, start=1))
-                records = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
+        with _reading(file):
+            if file.suffix in (".csv", ".parquet"):
+                records = [(f"record {number} of {file}", row) for number, row in enumerate(_rows(file), start=1)]
             else:
-                content = parse_json(stream.read(), str(file))
-                if not isinstance(content, list):
-                    raise UserError(f"{file} must hold a list of records like [{{…}}, {{…}}]")
-                records = [(f"record {number} of {file}", record) for number, record in enumerate(content, start=1)]
+                records = _records_of_json(file)
         if not records:
             raise UserError(f"{file} holds no record; give at least one")
         for where, record in records:

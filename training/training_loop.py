@@ -28,6 +28,7 @@ from data_loader import Batch, BatchOrder
 from gpt_model import GPTConfig
 from lora import lora_settings
 from machine import peak_flops, peak_memory_bytes, resolve_precision
+from text.account import Account
 from training import ranks
 from training.interruptions import StopSignal, advice_if_out_of_memory
 from training.optimization import Updater, build_optimizers, learning_rate_factor
@@ -82,6 +83,12 @@ class TrainingLoop:
         self.config, self.gpt_config, self.tokenizer, self.stage = config, gpt_config, tokenizer, stage
         self.train_data, self.val_data, self.device = train_data, val_data, device
         self.score = score
+        # What became of the records, by the data's name; data that is no records has no account
+        data_sets = {"data": train_data, "val_data": val_data}
+        accounts = {name: data.account for name, data in data_sets.items() if hasattr(data, "account")}
+        if accounts.get("val_data") is accounts.get("data"):
+            accounts.pop("val_data", None)
+        self.accounts: dict[str, Account] = accounts
         self.folder = Path(config.output_dir)
         self.best_path = self.folder / f"{stage}_best.pth"
         self.checkpoint_folder = self.folder / "checkpoints"
@@ -192,6 +199,9 @@ class TrainingLoop:
                         record |= {"tokens_per_second": rate, "mfu": rate * flops / peak}
                         record["skipped_steps"] = self.updater.skipped
                         record["memory_mib"] = peak_memory_bytes(self.device) / 2**20
+                        if self.step == 1:
+                            for name, account in self.accounts.items():
+                                record |= account.figures(f"{name}/")
                         log.log(self.step, record)
                         interval_start, tokens, skipped_seconds = time.perf_counter(), 0.0, 0.0
                     self.seconds = elapsed_before + time.perf_counter() - start
@@ -358,6 +368,7 @@ class TrainingLoop:
             metrics=self.best,
             training_state=training_state,
             lora=self.lora,
+            **({"data": {name: account.as_dict() for name, account in self.accounts.items()}} if self.accounts else {}),
         )
 
     def _run_identity(self) -> dict[str, Any]:
