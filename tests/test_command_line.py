@@ -166,31 +166,6 @@ def test_the_help_of_every_script_can_be_printed(script, capsys):
         assert "usage:" in capsys.readouterr().out
 
 
-RUN_AS_FILES = """
-import runpy, sys
-for file in sys.argv[1:]:
-    sys.path[0], sys.argv = file.rpartition("/")[0], [file, "--help"]  # what `python FILE --help` starts with
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("inference", "alignment", "evaluation")]:
-        del sys.modules[name]
-    try:
-        runpy.run_path(file, run_name="__main__")
-    except SystemExit as exit_:
-        assert exit_.code in (0, None), (file, exit_.code)
-"""
-
-
-def test_scripts_inside_folders_run_as_files(tmp_path):
-    """`python inference/quantizer.py` does what `python -m inference.quantizer` does, from any working folder."""
-    names = [path for folder in ("inference", "alignment", "evaluation") for path in (ROOT / folder).glob("*.py")]
-    names = sorted(str(path) for path in names if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"))
-    assert {"api_service", "kv_cache_infer", "load_test", "lora_export"} <= {Path(name).stem for name in names}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_AS_FILES, *names], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.lower().count("usage:") == len(names)
-
-
 def test_preferences_may_be_called_data(monkeypatch):
     """`--data_path` names the data of every mode; twice is once too often."""
     runs_of: list = []
