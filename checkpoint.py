@@ -185,6 +185,8 @@ def load_model(
         raise UserError(f"{path} is quantized ({content['quantization']}); give the checkpoint it was made from")
     if content["stage"] == "reward":
         raise UserError(f"{path} is a reward model, which writes no text; give a pretrained, sft or ppo checkpoint")
+    if content["stage"] == "translate":
+        raise UserError(f"{path} is an encoder–decoder; python -m inference.translate reads it")
     model = restore_model(content, path, base=base, load_base=load_base, mapped=mapped)
     if "lora" in content:  # what is returned is a plain model
         content |= {"made_from": weight_fingerprint(content), "model": model.state_dict()}

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -50,20 +50,23 @@ from inference.engine import Engine
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
 from inference.kernels.linear_products import DTYPES, kind_of
 from inference.sampling import SamplingParams
+from seq2seq_model import Seq2SeqConfig, Transformer
 from text.account import Account
 from text.conversation_data import RecordOptions, load_conversations, parse_columns
 from text.text_files import holds_records, iter_documents
+from transformer_components import Positions
 
 HALF = ("fp16", "bf16")
 QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
 MAX_PERPLEXITY_RISE = 0.005
 MIN_SPEEDUP = 1.05
+ModelClass = TypeVar("ModelClass", GPTModel, Transformer)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def prepare_for_inference(model: GPTModel, weights: str = "fp32") -> GPTModel:
+def prepare_for_inference(model: ModelClass, weights: str = "fp32") -> ModelClass:
     """A copy of a model for inference only, in eval mode; the model itself stays as it is.
 
     Args:
@@ -86,18 +89,20 @@ def prepare_for_inference(model: GPTModel, weights: str = "fp32") -> GPTModel:
             _require_finite(part.weight, name, "is damaged; use another checkpoint")
             memo[id(part)] = InferenceLinear.from_linear(part, weights)
             _require_finite(memo[id(part)].weight, name, f"is too large for {weights}; use another kind of weights")
-    head, embedding = memo[id(model.lm_head)], model.token_embedding
-    if embedding.weight is model.lm_head.weight:
-        table = head.weight, head.scale
-    elif DTYPES[weights] == torch.int8:
-        table = quantize_rows(embedding.weight)
-    else:
-        table = (embedding.weight.to(DTYPES[weights]),)
-    memo[id(embedding)] = InferenceEmbedding(*table)
+    head = memo[id(model.lm_head)]
+    for embedding in (part for part in model.modules() if type(part) is nn.Embedding):
+        if embedding.weight is model.lm_head.weight:
+            table = head.weight, head.scale
+        elif DTYPES[weights] == torch.int8:
+            table = quantize_rows(embedding.weight)
+        else:
+            table = (embedding.weight.to(DTYPES[weights]),)
+        memo[id(embedding)] = InferenceEmbedding(*table)
     prepared = copy.deepcopy(model, memo).eval().requires_grad_(False)
     if weights != "fp32":
-        for weight in prepared.position_embedding.parameters():
-            weight.data = weight.data.half()
+        for positions in (part for part in prepared.modules() if isinstance(part, Positions)):
+            for weight in positions.parameters():
+                weight.data = weight.data.half()
     return prepared
 
 
@@ -204,6 +209,33 @@ def load_any(
     return _quantized_model(content, path, device), tokenizer_of(content), content
 
 
+def load_translator(
+    path: str | Path, device: torch.device | str = "cpu", weights: str = "fp32"
+) -> tuple[Transformer, ByteLevelBPETokenizer, dict[str, Any]]:
+    """The encoder–decoder of a checkpoint, quantized or not, prepared for inference; its tokenizer; and the
+    checkpoint's dict.
+
+    Args:
+        weights: the kind of weights that a model in full precision gets.
+
+    Raises:
+        UserError: no such file, damaged, or another kind of model.
+    """
+    content = load_checkpoint(path)
+    if content["stage"] != "translate":
+        raise UserError(f"{path} is a {content['stage']} model, not an encoder–decoder; give one of seq2seq_trainer.py")
+    config, kind = Seq2SeqConfig(**content["config"]), content.get("quantization")
+    if kind:
+        with torch.device("meta"):  # shapes without memory
+            model = prepare_for_inference(Transformer.from_config(config), kind)
+        load_weights(model, content["model"], path, assign=True)
+    else:
+        model = Transformer.from_config(config)
+        load_weights(model, content["model"], path)
+        model = prepare_for_inference(model, weights)
+    return model.to(device), tokenizer_of(content), content
+
+
 # -- what it costs and what it brings ----------------------------------------------------------------------------------
 
 
@@ -299,6 +331,14 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
     kind, source = config.weights, Path(config.model_path)
     output = Path(config.output_path or source.with_name(f"{source.stem}_{kind}{source.suffix}"))
+    if load_checkpoint(source)["stage"] == "translate":
+        plain, _, checkpoint = load_translator(source)
+        quantized, *_ = load_translator(source, weights=kind)
+        save_quantized_model(quantized, output, checkpoint)
+        print_change("weights", "MiB", weight_bytes(plain) / 2**20, weight_bytes(quantized) / 2**20)
+        print_change("file", "MiB", source.stat().st_size / 2**20, output.stat().st_size / 2**20)
+        print(f'{kind} model {output}; try: python -m inference.translate --text "…" --model_path {output}')
+        return
     plain, tokenizer, checkpoint = load_model(source)
     model = prepare_for_inference(plain)
     text = config.text or ("data/pretrain/val" if checkpoint["stage"] == "pretrain" else "data/sft/sft_test.json")

@@ -13,14 +13,14 @@ LAYERS = (
     # sampling: arithmetic on logits, which `GPTModel.generate` uses
     ("command_line", "cpu_level", "machine", "inference.sampling"),
     ("text",),
-    ("byte_level_bpe", "transformer_components", "lora", "gpt_model"),
+    ("byte_level_bpe", "transformer_components", "lora", "gpt_model", "seq2seq_model"),
     ("data_loader", "checkpoint"),
     ("training",),
     ("inference.kernels",),
     ("inference",),
     ("evaluation",),
     ("alignment",),
-    ("pretrain_trainer", "finetune", "evaluator", "ngram_baseline"),
+    ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline"),
     ("exchange",),
     ("pipeline", "benchmarks", "data", "docs"),
 )

@@ -18,7 +18,7 @@ from command_line import UserError
 from lora import lora_layers
 from machine import autocast
 
-SCHEDULES = ("cosine", "wsd", "cosine_restarts", "constant")
+SCHEDULES = ("cosine", "wsd", "cosine_restarts", "constant", "noam")
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -34,6 +34,7 @@ def learning_rate_factor(
     wsd              warm-up, constant, and a linear decay over the last fifth (MiniCPM, arXiv:2404.06395)
     cosine_restarts  warm-up, then `restarts` equal half cosines
     constant         warm-up, then 1
+    noam             warm-up, then 1/√step, scaled so that the peak is 1 (arXiv:1706.03762, section 5.3)
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -41,6 +42,8 @@ def learning_rate_factor(
     progress = min(1.0, (step - warmup_steps) / length)  # 0 … 1
     if schedule == "constant":
         return 1.0
+    if schedule == "noam":
+        return math.sqrt(max(1, warmup_steps) / max(1, step + 1))
     if schedule == "wsd":
         return 1.0 - (1.0 - min_ratio) * max(0.0, (progress - 0.8) / 0.2)
     if schedule == "cosine_restarts":
