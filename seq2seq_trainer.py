@@ -63,7 +63,7 @@ class Seq2SeqTrainingConfig(TrainingConfig):
     batch_size: int = option(64, "pairs of one forward pass on one rank")
     lr: float = option(2e-3, "peak learning rate")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices", at_least=0)
-    epochs: float = option(8.0, "passes over the pairs, if --max_steps is 0")
+    epochs: float = option(4.0, "passes over the pairs, if --max_steps is 0")
     num_beams: int = option(4, "beams of the test's translations; 1 is greedy", at_least=1, at_most=64)
 
     def validate(self) -> list[str]:
