@@ -88,7 +88,10 @@ def open_folder(
         UserError: something is missing, damaged or unknown.
     """
     content = read_json(folder / "config.json", "a Hugging Face folder has it beside the weights")
-    config, architecture, notes = config_from(content, folder, max_seq_len, ignored)
+    try:
+        config, architecture, notes = config_from(content, folder, max_seq_len, ignored)
+    except (ValueError, TypeError, AttributeError) as error:  # something of another type than it should be
+        raise UserError(f"config.json in {folder} makes no model: {error}") from None
     tokenizer = read_tokenizer(Path(tokenizer_dir or folder), folder)
     check_tokenizer(tokenizer, config)
     config.pad_token_id = tokenizer.pad_token_id
@@ -156,6 +159,7 @@ def config_from(
 
     Raises:
         UserError: another architecture, or a field that is not known.
+        ValueError, TypeError, AttributeError: they make no model.
     """
     theirs = (content.get("architectures") or ["none"])[0]
     if theirs not in CLASSES:
@@ -197,10 +201,7 @@ def config_from(
             f"config.json in {folder} has sliding_window {window}: tokens see no further than that, which is not known "
             f"here; with --max_seq_len {window or 'WINDOW'} the window changes nothing, and the model can be taken in"
         )
-    try:
-        return GPTConfig(**{**fields, "pad_token_id": 0}), theirs, notes
-    except (ValueError, TypeError) as error:
-        raise UserError(f"config.json in {folder} makes no model: {error}") from None
+    return GPTConfig(**{**fields, "pad_token_id": 0}), theirs, notes
 
 
 def refuse_unknown_fields(content: dict[str, Any], folder: Path, sizes: set[str], ignored: tuple[str, ...]) -> None:

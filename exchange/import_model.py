@@ -3,9 +3,9 @@
     python -m exchange.import_model --from SmolLM2-135M-Instruct/ --output_path models/smollm2/smollm2.pth
 
 takes a Hugging Face folder, or a GGUF file, and writes a checkpoint with its tokenizer, chat template, end tokens and
-sampling defaults.
-Every stage and the service then take it like one that was trained here. Matrices keep their type: what is stored in 16
-bits stays so on the disk and, for generation, in memory; training computes with 32.
+sampling defaults. Every stage and the service then take it like one that was trained here. Matrices keep their type:
+what is stored in 16 bits stays so on the disk and, for generation, in memory; training computes with 32. Adapters of
+`peft` become adapters of ours (`--base_model`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from checkpoint import require_writable_folder, save_checkpoint
 from command_line import UserError, option, parse_config, run_main
 from exchange.gguf_files import open_gguf
 from exchange.hugging_face import open_folder
+from exchange.peft_adapters import import_adapters
 from exchange.sources import WEIGHTS, Source, bytes_in_memory, require_room, take_in
 
 
@@ -25,10 +26,11 @@ from exchange.sources import WEIGHTS, Source, bytes_in_memory, require_room, tak
 class ImportConfig:
     """The command line of `python -m exchange.import_model`."""
 
-    from_: str = option("", "a Hugging Face folder, or a GGUF file")
+    from_: str = option("", "a Hugging Face folder, a GGUF file, or a folder of peft's adapters")
     output_path: str = option("", "where to write the checkpoint, such as models/NAME/NAME.pth")
     weights: str = option("auto", "the type of the matrices; auto: as they come", choices=WEIGHTS)
     max_seq_len: int = option(0, "the context to take; 0: the model's own", at_least=0)
+    base_model: str = option("", "of adapters (LoRA, from peft), the checkpoint that they belong to")
     tokenizer_dir: str = option("", "where the tokenizer is, if it is not with the model")
     ignore_fields: list[str] = option(list, "fields of config.json that are known to change nothing")
 
@@ -58,11 +60,16 @@ def import_model(config: ImportConfig) -> Path:
     Raises:
         UserError: before any work, or with nothing written.
     """
-    source, output = open_source(config), Path(config.output_path)
-    kind = source.kind if config.weights == "auto" else config.weights
+    output = Path(config.output_path)
     if output.is_dir():
         raise UserError(f"--output_path {output} is a folder; give a file such as {output / 'model.pth'}")
     require_writable_folder(output.parent)
+    if (Path(config.from_) / "adapter_config.json").is_file():
+        if not config.base_model:
+            raise UserError("--base_model is missing; name the checkpoint that these adapters belong to")
+        return import_adapters(Path(config.from_), config.base_model, output)
+    source = open_source(config)
+    kind = source.kind if config.weights == "auto" else config.weights
     require_room(source, kind, output.parent)
     n_weights = sum(math.prod(shape) for shape in source.shapes.values())
     size = bytes_in_memory(source.shapes, kind)[0] / 2**20

@@ -277,6 +277,8 @@ def spoil(folder, kind):
         ('{"num_attention_heads": 3}', "makes no model: .* n_heads 3 must be a multiple of n_kv_heads 2"),
         ('{"rope_parameters": {"rope_type": "longrope"}}', "rope_scaling must be of the type .*'longrope'"),
         ('{"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}', "type llama3 lacks high_freq_factor, low_"),
+        ('{"rope_scaling": "long"}', "makes no model: "),
+        ('{"num_hidden_layers": "two"}', "makes no model: "),
         ('{"vocab_size": 300}', r"the tokenizer has \d+ tokens and the model 300"),
         ('{"architectures": ["MistralForCausalLM"], "sliding_window": 12}', "sliding_window 12: .* --max_seq_len 12"),
     ],
