@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -26,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from tqdm import tqdm
 
 from command_line import UserError, option, parse_config, replacing, run_main
+from progress import Progress, told_from_outside
 from text.bpe_training import TextSample, byte_of_character, learn_merges, written
 from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
 from text.fast_encoding import FastEncoder, fast_encoder, ids_of
@@ -126,7 +125,7 @@ class ByteLevelBPETokenizer:
             texts: documents, in any number.
             min_frequency: a merge must be made this often to give a token.
             sample_bytes: of more text than this, every second, fourth, … document is learned from; None: all.
-            show_progress: tell on standard error how far it is.
+            show_progress: say how far it is, see `progress.Progress`.
 
         Returns:
             How much was read, and how much of it was learned from.
@@ -139,15 +138,14 @@ class ByteLevelBPETokenizer:
         if min_frequency < 1:
             raise UserError(f"min_frequency is {min_frequency}; it must be at least 1")
         sample = TextSample(sample_bytes)
-        with tqdm(desc="reading", unit="B", unit_scale=True, disable=not show_progress) as progress:
+        with Progress("reading text", unit="B", shown=show_progress) as progress:
             for text in texts:
                 progress.update(sample.add(_replace_lone_surrogates(text)))
         if sample.n_bytes == 0:
             raise UserError("there is no text to train the tokenizer on; give at least one document")
-        if show_progress:
-            print(f"learning from {sample.size / 1e6:,.1f} MB …", file=sys.stderr, flush=True)
         n_merges = self._wanted_vocab_size - BYTE_COUNT - len(self._special_tokens)
-        merges = learn_merges(sample, n_merges, min_frequency) if n_merges else []
+        with told_from_outside(f"learning merges from {sample.size / 1e6:,.1f} MB", show_progress):
+            merges = learn_merges(sample, n_merges, min_frequency) if n_merges else []
         tokens = [written(left + right) for left, right in merges]
         content = json.loads(self._engine.to_str())
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -526,7 +524,7 @@ def main(argv: list[str] | None = None) -> None:
         documents,
         config.min_frequency,
         sample_bytes=config.sample_bytes or None,
-        show_progress=sys.stderr.isatty(),
+        show_progress=True,
     )
     tokenizer.save(config.output_dir)
     figures = examine(tokenizer, documents.sample)

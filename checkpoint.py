@@ -323,4 +323,6 @@ def require_same_model(
         listed = ", ".join(f"{name} {theirs.get(name)} there, {ours[name]} here" for name in differing)
         raise UserError(f"{path} is of another architecture ({listed}); use the same settings or another --output_dir")
     if content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with another tokenizer; use that one or another --output_dir")
+        same_ids = content["tokenizer"]["files"]["tokenizer.json"] == tokenizer.to_files()["tokenizer.json"]
+        what = "chat template" if same_ids else "tokenizer"
+        raise UserError(f"{path} was trained with another {what}; use that one or another --output_dir")

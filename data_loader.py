@@ -12,13 +12,12 @@ function of the seed and n (`BatchOrder`), so a resumed run sees exactly the dat
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from command_line import UserError
+from command_line import UserError, holding
 from gpt_model import IGNORED_LABEL
+from progress import Progress
 from text.account import REPEATED, Account
 from text.chat_template import Message
 from text.conversation_data import load_conversations
@@ -42,6 +41,7 @@ from text.text_files import iter_documents, resolve_files
 Batch = dict[str, torch.Tensor]
 
 SHARD_TOKENS = 50_000_000  # tokens a shard file
+FORSAKEN = 24 * 3600  # seconds without a change after which nobody is writing any more
 
 
 # ------------------------------------------------------------------------------------------------------ token shards
@@ -74,6 +74,28 @@ class TokenShards:
                 parts.append(array[low:high])
             offset += len(array)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def spread_documents(self, n: int, eos_token_id: int, search: int = 1 << 16) -> list[int]:
+        """Where up to `n` documents begin, evenly spread over the text; the first one is among them.
+
+        Args:
+            search: tokens behind each of the even places in which an end of a document is looked for.
+        """
+        starts = {0}
+        for place in (self.n_tokens * number // n for number in range(1, n)):
+            (ends,) = np.nonzero(self.slice(place - 1, min(place + search, self.n_tokens - 1)) == eos_token_id)
+            if len(ends):  # a document longer than that has no beginning here
+                starts.add(place + int(ends[0]))
+        return sorted(starts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a data loader's workers, where these are processes that start anew: mapped files go as their names."""
+        mapped = [(array.filename, array.dtype) if isinstance(array, np.memmap) else array for array in self.arrays]
+        return {**vars(self), "arrays": mapped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = [np.memmap(*entry, mode="r") if isinstance(entry, tuple) else entry for entry in state["arrays"]]
+        vars(self).update(state, arrays=arrays)
 
 
 def in_validation_part(index: int, fraction: float) -> bool:
@@ -110,7 +132,8 @@ def tokenize_to_shards(
     folder = Path(shard_dir) / f"{Path(path).name.split('.')[0]}-{part}-{digest}"
     try:
         if not _complete(folder):
-            with _alone_in(folder.parent):
+            with holding(folder.parent) as alone:  # which spares the others the work, where there are locks
+                _remove_leftovers(folder, alone)
                 if not _complete(folder):  # another process may have made it while this one waited
                     _make_shards(path, tokenizer, folder, identity)
     except OSError as error:
@@ -136,31 +159,29 @@ def _complete(folder: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process tokenizes into this folder; where the disk knows no locks, nobody waits."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def _remove_leftovers(folder: Path, alone: bool) -> None:
+    """Clear away what killed processes had written of this folder; unless this is `alone`, another may be writing."""
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        changes = [path.stat().st_mtime for path in (leftover, *leftover.iterdir())]
+        if alone or time.time() - max(changes) > FORSAKEN:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _make_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
-    """Write the shards beside their place and move the whole folder there."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    """Write the shards into a folder of this process's own, which is moved to its place when it is whole."""
+    temporary = folder.with_name(f".{folder.name}.{os.urandom(6).hex()}.tmp")
     try:
         temporary.mkdir()
         _write_shards(path, tokenizer, temporary, identity)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    except BaseException:
+        if not _complete(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # what a power cut left
+            try:
+                temporary.replace(folder)
+            except OSError:
+                if not _complete(folder):  # otherwise another process was first, with the same content
+                    raise
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
@@ -175,7 +196,7 @@ def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Pa
     shards: list[str] = []
     n_bytes = n_documents = in_shard = 0
     file = None
-    with tqdm(desc="tokenizing", unit="B", unit_scale=True, leave=False, disable=None) as progress:
+    with Progress("tokenizing", unit="B") as progress:
         while chunk := list(islice(documents, 2048)):
             ids: list[int] = []
             for document_ids in tokenizer.encode_documents(chunk):
@@ -678,10 +699,15 @@ def create_pretrain_dataloader(
     shuffle: bool = True,
     seed: int = 0,
     shard_dir: str | Path = "models/token_shards",
+    num_workers: int = 0,
 ) -> DataLoader:
-    """One epoch of pretraining batches as a PyTorch DataLoader; see `GPTPretrainDataset` for what a batch holds."""
+    """One epoch of pretraining batches as a PyTorch DataLoader; see `GPTPretrainDataset` for what a batch holds.
+
+    With `num_workers`, that many processes prepare batches; these are the same.
+    """
     dataset = GPTPretrainDataset(tokenize_to_shards(path, tokenizer, shard_dir), max_seq_len, str(path))
-    return _dataloader(dataset, batch_size, BatchOrder(len(dataset), batch_size, seed) if shuffle else None)
+    order = BatchOrder(len(dataset), batch_size, seed) if shuffle else None
+    return _dataloader(dataset, batch_size, order, num_workers)
 
 
 def create_sft_dataloader(
@@ -691,13 +717,19 @@ def create_sft_dataloader(
     max_seq_len: int = 512,
     shuffle: bool = True,
     seed: int = 0,
+    num_workers: int = 0,
 ) -> DataLoader:
-    """One epoch of instruction batches as a PyTorch DataLoader; see `GPTSFTDataset` for what a batch holds."""
+    """One epoch of instruction batches as a PyTorch DataLoader; see `GPTSFTDataset` for what a batch holds.
+
+    With `num_workers`, that many processes prepare batches; these are the same.
+    """
     dataset = GPTSFTDataset(load_conversations(path), tokenizer, max_seq_len)
     order = BatchOrder(len(dataset), batch_size, seed, dataset.lengths) if shuffle else None
-    return _dataloader(dataset, batch_size, order)
+    return _dataloader(dataset, batch_size, order, num_workers)
 
 
-def _dataloader(dataset: GPTPretrainDataset | GPTSFTDataset, batch_size: int, order: BatchOrder | None) -> DataLoader:
+def _dataloader(
+    dataset: GPTPretrainDataset | GPTSFTDataset, batch_size: int, order: BatchOrder | None, num_workers: int
+) -> DataLoader:
     sizes = {"batch_size": batch_size} if order is None else {"batch_sampler": order}
-    return DataLoader(dataset, collate_fn=dataset.collate, **sizes)
+    return DataLoader(dataset, collate_fn=dataset.collate, num_workers=num_workers, **sizes)

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from alignment.reward_model import RewardModel, compare, load_reward_model, preference_figures
 from byte_level_bpe import ByteLevelBPETokenizer
@@ -46,6 +45,7 @@ from inference.quantizer import load_any
 from inference.request import Prompt, encode_prompt
 from inference.text_generation import generate_texts, longest_prompt
 from machine import resolve_device
+from progress import Progress
 from text.account import Account
 from text.conversation_data import RecordOptions, load_records, parse_columns, parse_preference
 from text.text_files import iter_documents
@@ -116,7 +116,7 @@ class GPTEvaluator:
         nats, tokens, n_bytes = 0.0, 0, 0
         was_training = self.model.training
         self.model.eval()
-        progress = tqdm(desc="scoring", unit="document", disable=not show_progress)
+        progress = Progress("scoring", unit="document", shown=show_progress)
         stream = _Stream(self.model.config.max_seq_len)
         try:
             while chunk := list(islice(documents, 1024)):  # so that a corpus never has to fit into memory

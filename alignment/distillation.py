@@ -23,7 +23,7 @@ from alignment.log_probabilities import LOGITS_AT_ONCE
 from alignment.stage import InstructionData, StageConfig, fit_context, load_parts, run, start_of
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model
-from command_line import UserError, option
+from command_line import UserError, option, replacing
 from data_loader import GPTPretrainDataset, GPTSFTDataset, tokenize_to_shards
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
@@ -31,6 +31,7 @@ from text.account import Account
 from text.chat_template import Message
 from text.conversation_data import load_conversations
 from training import ranks
+from training.run_folder import set_earlier_run_aside
 from training.training_config import prepare_machine
 from training.training_loop import TrainingData, TrainingLoop
 
@@ -40,13 +41,17 @@ class DistillationConfig(InstructionData, StageConfig):
     """Settings of distillation."""
 
     start: ClassVar = ("teacher_model", "the teacher", "train it first")
-    teacher_model: str = option("models/sft/sft_best.pth", "the checkpoint to learn from")
-    student_model: str = option("", "the checkpoint that the student starts from; empty: a new model of these sizes:")
+    teacher_model: str = option("models/sft/sft_best.pth", "the checkpoint to learn from", reads="model")
+    student_model: str = option(
+        "", "the checkpoint that the student starts from; empty: a new model of these sizes:", reads="model"
+    )
     n_layers: int = option(0, "layers of a new student; 0 means half of the teacher's", at_least=0)
     d_model: int = option(0, "width of a new student; 0 means half of the teacher's", at_least=0)
     n_heads: int = option(0, "attention heads of a new student; 0 means half of the teacher's", at_least=0)
     n_kv_heads: int = option(0, "key/value heads of it; 0 means the teacher's proportion to --n_heads", at_least=0)
-    text_data: str = option("", "text to learn from instead: a file, a folder, or a name without its ending")
+    text_data: str = option(
+        "", "text to learn from instead: a file, a folder, or a name without its ending", reads="text"
+    )
     shard_dir: str = option("models/token_shards", "folder for tokenized --text_data, which is made once and reused")
     output_dir: str = "models/distill"
     optimizer: str = "muon"
@@ -102,7 +107,8 @@ class DistillationModel(nn.Module):
             input_ids, labels, attention_mask: (B, T), as `GPTModel.forward` takes them.
 
         Returns:
-            {"loss": (1 − α) CE + α T² KL, "cross_entropy": of the labels, "teacher_kl": KL(teacher ‖ student) at T}
+            {"loss": (1 − α) CE + α T² KL, "cross_entropy": of the labels, "teacher_kl": KL(teacher ‖ student) at T,
+            "token_accuracy": the share of labels that are the student's likeliest tokens}
 
             Soft targets have gradients that are smaller by 1/T², hence T² (arXiv:1503.02531, section 2).
         """
@@ -120,23 +126,27 @@ class DistillationModel(nn.Module):
             recompute_in_backward(self._losses_of_chunk, *chunk, use_reentrant=False)
             for chunk in zip(hidden.split(size), theirs.split(size), targets.split(size), strict=True)
         ]
-        cross_entropy, kl = (torch.stack(sums).sum() / max(1, len(targets)) for sums in zip(*parts, strict=True))
+        cross_entropy, kl, accuracy = (
+            torch.stack(sums).sum() / max(1, len(targets)) for sums in zip(*parts, strict=True)
+        )
         if self.teacher is None:
-            return {"loss": cross_entropy}
+            return {"loss": cross_entropy, "token_accuracy": accuracy}
         loss = (1 - self.alpha) * cross_entropy + self.alpha * self.temperature**2 * kl
-        return {"loss": loss, "cross_entropy": cross_entropy, "teacher_kl": kl}
+        return {"loss": loss, "cross_entropy": cross_entropy, "teacher_kl": kl, "token_accuracy": accuracy}
 
     def _losses_of_chunk(
         self, hidden: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of −log q(target) and of KL(p ‖ q) after the student's (N, D) and the teacher's (N, D') states."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums of −log q(target) and of KL(p ‖ q) after the student's (N, D) and the teacher's (N, D') states, and how
+        many targets were the likeliest."""
         logits = self.student.lm_head(hidden).float()  # (N, V)
         cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+        right = (logits.detach().argmax(dim=-1) == targets).sum()
         if self.teacher is None:
-            return cross_entropy, torch.zeros_like(cross_entropy)
+            return cross_entropy, torch.zeros_like(cross_entropy), right
         log_q = (logits / self.temperature).log_softmax(dim=-1)  # (N, V)
         log_p = (self.teacher.lm_head(theirs).float() / self.temperature).log_softmax(dim=-1)  # (N, V)
-        return cross_entropy, F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        return cross_entropy, F.kl_div(log_q, log_p, reduction="sum", log_target=True), right
 
 
 class DistillationLoop(TrainingLoop):
@@ -196,9 +206,10 @@ def teacher_answers(
             raise UserError(
                 f"{config.teacher_model} ended no answer by itself; raise --max_gen_len or take an sft model"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        set_earlier_run_aside(Path(config.output_dir), "distill", path.name)
         lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in taught]
-        path.write_text("".join(lines), encoding="utf-8")
+        with replacing(path, "free some space or choose another --output_dir") as file:
+            file.write("".join(lines).encode())
         print(f"the teacher wrote {len(taught)} answers, see {path}", flush=True)
     ranks.barrier()
     taught = load_conversations(path)
@@ -249,6 +260,8 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
     """
     config = config or DistillationConfig(**settings)
     path, device = start_of(config), prepare_machine(config)
+    if config.text_data:
+        config.data_path = ""  # not read
     teacher, tokenizer, _ = load_model(path, device)
     if config.student_model:
         student, student_tokenizer, _ = load_model(config.student_model)

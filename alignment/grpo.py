@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from alignment.reward_function import SAMPLE_REWARD, RewardFunction, call_reward, load_reward
+from alignment.reward_function import SAMPLE_REWARD, RewardFunction, call_reward, load_reward, parse_place
 from alignment.rollouts import (
     RolloutConfig,
     RolloutLoop,
@@ -46,6 +46,7 @@ from text.account import Account
 from text.chat_template import Message
 from text.conversation_data import load_tasks
 from training import ranks
+from training.run_identity import Inputs, content_fingerprint
 
 
 @dataclass
@@ -199,6 +200,11 @@ class GRPOLoop(RolloutLoop):
         super().__init__(config, model, "grpo", tokenizer, data, val_data, device, needs_reference=config.kl_coef > 0)
         if not self.needs_reference:
             self.shown = ("objective/scores", "objective/ended")
+
+    def inputs(self) -> Inputs:
+        """What the result depends on, the text of the reward function's file among it."""
+        path, name = parse_place(self.config.reward)
+        return {**super().inputs(), "reward": [self.config.reward, f"{content_fingerprint([path])} {name}"]}
 
     def judge(self, data: RecordDataset, answers: Batch) -> Batch:
         """ "scores" (B,), "old_log_probs" and, if there is a reference, "reference_log_probs" and "kl" (B, R)."""

@@ -73,7 +73,9 @@ LEAST_SPREAD = 1e-3
 class PPOConfig(PreferenceData, InstructionsMixedIn, RolloutConfig):
     """Settings of PPO. A step is one batch of fresh answers and the updates that are made with them."""
 
-    reward_model: str = option("", "a trained reward model; empty: train one in <output_dir>/reward first")
+    reward_model: str = option(
+        "", "a trained reward model; empty: train one in <output_dir>/reward first", reads="model"
+    )
     output_dir: str = "models/rlhf"
     ppo_epochs: int = option(2, "passes over the answers of a step", at_least=1)
     kl_coef: float = option(0.2, "β: the price of a nat of divergence from the SFT model", at_least=0)

@@ -156,6 +156,7 @@ class RolloutLoop(TrainingLoop):
     """
 
     shown = ("objective/scores", "objective/kl")
+    epoch_figures = ("objective/scores", "val_reward")
     published = "policy"
     best_by = "val_reward"  # what the best policy has most of
     group_size = 1  # answers to each prompt

@@ -21,7 +21,9 @@ class SFTConfig(InstructionData, LoRAOptions, StageConfig):
     """Settings of supervised fine-tuning."""
 
     start: ClassVar = ("pretrained_model", "the pretrained model", "run pretrain_trainer.py first")
-    pretrained_model: str = option("models/pretrain/pretrain_best.pth", "the checkpoint to start from")
+    pretrained_model: str = option(
+        "models/pretrain/pretrain_best.pth", "the checkpoint to start from", reads="model"
+    )
     output_dir: str = "models/sft"
     optimizer: str = "muon"
     lr: float = 1.5e-3

@@ -57,15 +57,21 @@ class InstructionData:
     """Options of the stages that learn from answers, or answer questions."""
 
     data: ClassVar[str] = "data_path"
-    data_path: str = option("data/sft/sft_data.json", "instruction data, see the README for its shapes")
-    val_data_path: str = option("", "held-out data of the same kind; empty: --val_fraction of the training data")
+    data_path: str = option(
+        "data/sft/sft_data.json", "instruction data, see the README for its shapes", reads="records"
+    )
+    val_data_path: str = option(
+        "", "held-out data of the same kind; empty: --val_fraction of the training data", reads="records"
+    )
 
 
 @dataclass
 class SFTStart:
     """The option of the stages that go on from SFT."""
 
-    sft_model: str = option("models/sft/sft_best.pth", "the checkpoint to start from, which is also the reference")
+    sft_model: str = option(
+        "models/sft/sft_best.pth", "the checkpoint to start from, which is also the reference", reads="model"
+    )
 
 
 @dataclass
@@ -73,15 +79,21 @@ class PreferenceData(SFTStart):
     """Options of the stages that learn from preferences."""
 
     data: ClassVar[str] = "pairwise_data"
-    pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data, see the README for its shapes")
-    val_pairwise_data: str = option("", "held-out preferences; empty: --val_fraction of the training data")
+    pairwise_data: str = option(
+        "data/sft/rlhf_pairwise.json", "preference data, see the README for its shapes", reads="records"
+    )
+    val_pairwise_data: str = option(
+        "", "held-out preferences; empty: --val_fraction of the training data", reads="records"
+    )
 
 
 @dataclass
 class InstructionsMixedIn:
     """Options of the stages that may keep learning from instruction data, too."""
 
-    sft_data: str = option("", "instruction data to keep learning from, so that nothing is forgotten; empty: none")
+    sft_data: str = option(
+        "", "instruction data to keep learning from, so that nothing is forgotten; empty: none", reads="records"
+    )
     sft_coef: float = option(1.0, "weight of the supervised loss on --sft_data", at_least=0)
 
 

@@ -22,7 +22,6 @@ if not __package__:  # run as a file: modules are imported from the repository's
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import option, parse_config, run_main
@@ -35,6 +34,7 @@ from evaluation.answer_report import (
     write_json,
 )
 from inference.request import Generation
+from progress import tracked
 from text.account import Account
 from text.chat_template import Message
 from text.conversation_data import RecordOptions, load_conversations, parse_columns
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         chats = [encode_conversation(tokenizer, messages, headings) for messages in conversations]
         model = NGramModel(config.order, tokenizer.vocab_size).fit([*documents, *chats])
         generations = []
-        for question in tqdm(questions, desc=f"{config.order}-gram, {form}", unit="question"):
+        for question in tracked(questions, f"{config.order}-gram, {form}", "question"):
             prompt_ids = encode_conversation(tokenizer, question.prompt, headings, is_prompt=True)
             ids = model.generate(prompt_ids, eos, config.max_gen_len)
             generations.append(Generation(tokenizer.decode(ids), ids[-1] == eos, ids))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Modules and folders, from the ground up. A file imports from its own layer and from those before it.
 LAYERS = (
     # sampling: arithmetic on logits, which `GPTModel.generate` uses
-    ("command_line", "cpu_level", "machine", "inference.sampling"),
+    ("progress", "command_line", "cpu_level", "machine", "inference.sampling"),
     ("text",),
     ("byte_level_bpe", "transformer_components", "lora", "gpt_model", "seq2seq_model"),
     ("data_loader", "checkpoint"),

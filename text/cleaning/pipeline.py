@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from command_line import UserError, option, replacing
+from progress import Progress
 from text.cleaning import duplicates, rules
 from text.cleaning.contamination import TestSets
 from text.cleaning.measure import measure
@@ -522,14 +522,14 @@ def run_cleaning(config: CleaningConfig) -> dict[str, Any]:
     left_out = LeftOut(f"{config.output}.left_out.jsonl")
 
     def missing() -> Iterator[tuple[Part, list[str]]]:
-        with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, disable=None) as bar:
+        with Progress("cleaning", sum(file.stat().st_size for file in files), "B") as progress:
             for number, file in enumerate(files):
-                bar.set_description(f"cleaning {file.name}")
+                progress.go_on_with(f"cleaning {file.name}")
                 for name, documents in documents_by_part(file, number, config, left_out):
                     parts.append(Part(folder, name))
                     if not parts[-1].is_there:
                         yield parts[-1], documents
-                bar.update(file.stat().st_size)
+                progress.update(file.stat().st_size)
 
     with contextlib.closing(in_order(_clean_part, missing(), workers, config)) as results:
         for _ in results:
