@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -29,7 +30,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from command_line import UserError, option, parse_config, replacing, run_main
 from progress import Progress, told_from_outside
 from text.bpe_training import TextSample, byte_of_character, learn_merges, written
-from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
+from text.chat_template import (
+    CHATML_SPECIAL_TOKENS,
+    CHATML_TEMPLATE,
+    DEFAULT_CHAT_TEMPLATE,
+    ROLES,
+    TEMPLATES,
+    ChatTemplate,
+    Message,
+    check_messages,
+)
 from text.fast_encoding import FastEncoder, fast_encoder, ids_of
 from text.text_files import iter_documents
 from text.tokenizer_files import (
@@ -106,6 +116,17 @@ class ByteLevelBPETokenizer:
         self._bytes_of_tokens: dict[int, bytes] | None = None  # made when it is first asked for
         self._encoder: FastEncoder | None = None
         self._encoder_is_known = False  # it, too, is made when something is to be encoded
+
+    @classmethod
+    def with_template(
+        cls, vocab_size: int, template: str, special_strings: str = "text"
+    ) -> ByteLevelBPETokenizer:
+        """An untrained tokenizer with the "plain" template, or with "chatml", whose marks are special tokens."""
+        if template != "chatml":
+            return cls(vocab_size, special_strings=special_strings)
+        tokenizer = cls(vocab_size, CHATML_SPECIAL_TOKENS, special_strings)
+        tokenizer.chat_template = CHATML_TEMPLATE
+        return tokenizer
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -258,10 +279,26 @@ class ByteLevelBPETokenizer:
         check_messages(messages)
         return self._chat_template.render(messages, add_generation_prompt)
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> dict[str, list[int]]:
+    @property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template takes tools, calls and results as they are; see `ChatTemplate.knows_tools`."""
+        return self._chat_template.knows_tools
+
+    @property
+    def template_marks(self) -> list[str]:
+        """The plain text with which a user would open a turn; see `ChatTemplate.marks`."""
+        return self._chat_template.marks(self._special_tokens)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, list[int]]:
         """The ids of a conversation and the labels to train on it.
 
-        Nothing is added to what the template renders. The ids of a prompt (`add_generation_prompt=True`) are an exact
+        Nothing is added to what the template renders. With a template that knows tools, `tools`, messages of the role
+        "tool" and `tool_calls` go into it as they are. The ids of a prompt (`add_generation_prompt=True`) are an exact
         prefix of the ids of the same conversation with its answer.
 
         Returns:
@@ -271,8 +308,8 @@ class ByteLevelBPETokenizer:
         Raises:
             UserError: a message is malformed, the template rejects the conversation, or it is not prefix-consistent.
         """
-        check_messages(messages)
-        segments = self._chat_template.segments(messages, self._special_tokens, add_generation_prompt)
+        check_messages(messages, (*ROLES, "tool") if self.template_knows_tools else ROLES)
+        segments = self._chat_template.segments(messages, self._special_tokens, add_generation_prompt, tools)
         plain = [text for segment in segments for text, is_special in segment.pieces if not is_special]
         plain_ids = iter(self.encode_batch(plain))
         input_ids: list[int] = []
@@ -483,6 +520,9 @@ class TokenizerTrainingConfig:
         4096, "how many tokens, the bytes and the special tokens included", at_least=BYTE_COUNT + len(SPECIAL_TOKENS)
     )
     min_frequency: int = option(2, "how often a pair must occur to become a token", at_least=1)
+    chat_template: str = option(
+        "plain", "how conversations are written; chatml: with marks that a user's text cannot hold", choices=TEMPLATES
+    )
     sample_bytes: int = option(
         SAMPLE_BYTES, "of more text than this, every second, fourth, … document is learned from; 0: all", at_least=0
     )
@@ -519,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train a tokenizer on text files and save it."""
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
     documents = _SampledDocuments(config.input or ["data/pretrain/train"])
-    tokenizer = ByteLevelBPETokenizer(config.vocab_size, special_strings=config.special_strings)
+    tokenizer = ByteLevelBPETokenizer.with_template(config.vocab_size, config.chat_template, config.special_strings)
     sample = tokenizer.train(
         documents,
         config.min_frequency,
