@@ -83,7 +83,7 @@ def test_a_long_corpus_is_cut_into_several_shards_that_read_as_one(corpus, token
 def test_a_large_vocabulary_has_room_in_the_shards(text_file, tokenizer, tmp_path, monkeypatch):
     """Ids beyond 65,535 need four bytes."""
     monkeypatch.setattr(ByteLevelBPETokenizer, "__len__", lambda self: 70_000)
-    monkeypatch.setattr(ByteLevelBPETokenizer, "encode_batch", lambda self, texts, **_: [[69_999] for _ in texts])
+    monkeypatch.setattr(ByteLevelBPETokenizer, "encode_documents", lambda self, texts, **_: [[69_999] for _ in texts])
     shards = tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
     assert all_tokens(shards)[:3] == [BOS, 69_999, EOS]
 
