@@ -254,7 +254,8 @@ def _write_shards(
             progress.update(size)
     if file is None:
         raise UserError(
-            f"{path} has no document in its {part} part; give more text, another --val_fraction, or --val_data_dir"
+            f"{path} has too few documents to set some aside: none is left for the {part} part; give more, another "
+            "--val_fraction, or validation text of its own"
         )
     file.close()
     manifest = {

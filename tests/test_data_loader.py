@@ -297,7 +297,7 @@ def test_a_text_too_small_to_be_divided_says_so(part, tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("a\n")
     fraction = 0.5 if part == "train" else 0.0
-    with pytest.raises(UserError, match=f"has no document in its {part} part; give more text, another --val_fraction"):
+    with pytest.raises(UserError, match=f"too few documents .*: none is left for the {part} part; give more"):
         tokenize_to_shards(path, tokenizer, tmp_path / "shards", part=part, val_fraction=fraction)
     assert shard_folders(tmp_path / "shards") == []
 

@@ -5,6 +5,8 @@ errors          the one shape of errors
 requests        what clients may ask
 rate_limit      how often each caller may ask
 bodies          from bytes to a checked request, at a bounded cost
+structured      answers of a given form
+conversations   messages and tools → prompt; answers → calls
 model_server    loading, asking and exchanging the model
 answers         whole answers and streamed ones
 openai_api      the routes under /v1
