@@ -1,5 +1,5 @@
-"""How good a model is: perplexity and bits per byte of text; exactness, BLEU and ROUGE of answers, skill by skill; and
-how often a reward model prefers the better answer.
+"""How good a model is: perplexity and bits per byte of text; exactness, BLEU and ROUGE of answers, skill by skill, and
+how likely it finds the reference answers; and how often a reward model prefers the better answer.
 
     python evaluator.py --model_path models/sft/sft_best.pth --test_data_path data/sft/sft_test.json --model_type sft
     python evaluator.py --model_path models/pretrain/pretrain_best.pth --test_data_path data/pretrain/val
@@ -28,6 +28,9 @@ from checkpoint import load_checkpoint
 from command_line import UserError, option, parse_config, run_main
 from data_loader import PreferenceDataset, pad_rows
 from evaluation.answer_report import (
+    Question,
+    References,
+    ReferenceScore,
     answers_summary,
     answers_table,
     check_writable,
@@ -45,6 +48,8 @@ from inference.text_generation import generate_texts
 from machine import resolve_device
 from text.conversation_data import parse_preference
 from text.text_files import iter_documents, iter_records
+
+Window = tuple[list[int], list[int]]  # inputs and targets, of equal length; a target −100 does not count
 
 
 class GPTEvaluator:
@@ -75,20 +80,27 @@ class GPTEvaluator:
         self,
         texts: str | Path | Iterable[str],
         *,
+        as_documents: bool = False,
         batch_size: int = 16,
         stride: int | None = None,
         show_progress: bool = False,
     ) -> dict[str, float]:
-        """Score every token of some texts exactly once, each text as a document of its own.
+        """Score every token of some texts exactly once.
 
-        The sums run over tokens, so no batch counts for more than its tokens. `<s>` opens each document and is not
-        scored. A document longer than the context is read in windows that advance by `stride` tokens, and only the
-        tokens that no earlier window has scored count: each is predicted from at least context − stride tokens.
+        As one stream, which is how pretraining reads text and measures `val_loss` and `val_bpb`: `<s>` text `</s>`
+        after one another, cut into windows of the context's length, each of which predicts all but its first.
+
+        With `as_documents`, each text by itself: `<s>` opens it and nothing closes it, so that neither is scored, and
+        no other text is seen. One longer than the context is read in windows that advance by `stride` tokens, and only
+        the tokens that no earlier window has scored count: each is predicted from at least context − stride tokens.
+
+        The two differ: in a stream, beginnings and ends of documents are predicted, too, and the text before a window
+        is not seen. The sums run over tokens, so no batch counts for more than its tokens.
 
         Args:
             texts: the texts; or the path of a text file, a folder or a name without its ending.
             batch_size: windows that are computed together; it changes nothing but speed and memory.
-            stride: 1 … context; None means half the context.
+            stride: of documents, 1 … context; None means half the context.
 
         Returns:
             {"loss": nats a token, "perplexity": e^loss, "bits_per_byte": of the UTF-8 text, "tokens", "bytes"}
@@ -104,17 +116,19 @@ class GPTEvaluator:
         was_training = self.model.training
         self.model.eval()
         progress = tqdm(desc="scoring", unit="document", disable=not show_progress)
+        stream = _Stream(self.model.config.max_seq_len)
         try:
             while chunk := list(islice(documents, 1024)):  # so that a corpus never has to fit into memory
-                windows = [
-                    window for ids in self.tokenizer.encode_batch(chunk) for window in self._windows(ids, stride)
-                ]
-                windows.sort(key=lambda window: len(window[0]))  # windows of similar length need little padding
-                for start in range(0, len(windows), batch_size):
-                    nats += self._sum_of_losses(windows[start : start + batch_size])
-                tokens += sum(target != IGNORED_LABEL for _, targets in windows for target in targets)
+                encoded = self.tokenizer.encode_batch(chunk)
+                if as_documents:
+                    windows = [window for ids in encoded for window in self._windows(ids, stride)]
+                else:
+                    windows = stream.windows_of(self._with_ends(ids) for ids in encoded if ids)
+                nats, tokens = nats + self._sum_of_losses(windows, batch_size), tokens + _n_targets(windows)
                 n_bytes += sum(len(text.encode("utf-8", "replace")) for text in chunk)
                 progress.update(len(chunk))
+            windows = stream.last_window()
+            nats, tokens = nats + self._sum_of_losses(windows, batch_size), tokens + _n_targets(windows)
         finally:
             progress.close()
             self.model.train(was_training)
@@ -131,8 +145,13 @@ class GPTEvaluator:
             "bytes": n_bytes,
         }
 
-    def _windows(self, ids: list[int], stride: int) -> Iterator[tuple[list[int], list[int]]]:
-        """Inputs and targets, of equal length, that score each id of a document once; a target −100 does not count."""
+    def _with_ends(self, ids: list[int]) -> list[int]:
+        """A document as it stands in a stream, see `data_loader.TokenShards`."""
+        start_token = self.tokenizer.bos_token_id
+        return [*([] if start_token is None else [start_token]), *ids, self.tokenizer.eos_token_id]
+
+    def _windows(self, ids: list[int], stride: int) -> Iterator[Window]:
+        """Windows that score each id of a document once."""
         start_token = self.tokenizer.bos_token_id
         inputs = [self.tokenizer.eos_token_id if start_token is None else start_token, *ids]
         scored = begin = 0
@@ -142,19 +161,58 @@ class GPTEvaluator:
             yield inputs[begin:end], [IGNORED_LABEL] * (scored - begin) + ids[scored:end]
             scored, begin = end, begin + stride
 
-    def _sum_of_losses(self, windows: Sequence[tuple[list[int], list[int]]]) -> float:
+    def _sum_of_losses(self, windows: Sequence[Window], batch_size: int) -> float:
         """Total −log p, in nats, of the targets of some windows."""
+        ordered = sorted(windows, key=lambda window: len(window[0]))  # windows of similar length need little padding
+        batches = (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
+        return sum(float(self._score_targets(batch)[0].sum()) for batch in batches)
+
+    def _score_targets(self, windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of every target of some windows: −log p in nats, whether it is the likeliest token, and the number of its
+        window; (N,) each, on the CPU, the first in double precision."""
         rows, labels = zip(*windows, strict=True)
         # Padding stands on the right, where a causal model cannot see it: it needs no mask
         inputs = pad_rows(rows, self.tokenizer.pad_token_id).to(self.model.device)  # (B, T)
         targets = pad_rows(labels, IGNORED_LABEL).to(self.model.device)  # (B, T)
         scored = targets != IGNORED_LABEL  # (B, T)
         hidden, targets = self.model.hidden_states(inputs)[scored], targets[scored]  # (N, D), (N,)
+        nats, hits = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
         # Logits are the largest tensor of all, so they are made for a thousand tokens at a time
-        return sum(
-            F.cross_entropy(self.model.lm_head(some).float(), their_targets, reduction="sum").item()
-            for some, their_targets in zip(hidden.split(1024), targets.split(1024), strict=True)
-        )
+        for some, their_targets in zip(hidden.split(1024), targets.split(1024), strict=True):
+            logits = self.model.lm_head(some).float()  # (N', V)
+            nats.append(F.cross_entropy(logits, their_targets, reduction="none").cpu())
+            hits.append((logits.argmax(dim=-1) == their_targets).cpu())
+        return torch.cat(nats).double(), torch.cat(hits), scored.nonzero()[:, 0].cpu()
+
+    @torch.no_grad()
+    def score_references(self, questions: Sequence[Question], batch_size: int = 16) -> list[ReferenceScore | None]:
+        """How likely the model finds each reference answer, the token that ends it included, after its question.
+
+        Returns:
+            a score for each question; None where question and answer together are longer than the context.
+        """
+        windows: list[Window] = []
+        for question in questions:
+            chat = self.tokenizer.encode_chat([*question.prompt, {"role": "assistant", "content": question.reference}])
+            ids, labels = chat["input_ids"], chat["labels"]
+            end = max(place for place, label in enumerate(labels) if label != IGNORED_LABEL) + 1
+            begin = end
+            while begin and labels[begin - 1] != IGNORED_LABEL:  # of several answers, the last
+                begin -= 1
+            windows.append((ids[: end - 1], [IGNORED_LABEL] * (begin - 1) + ids[begin:end]))
+        fitting = [n for n, (ids, _) in enumerate(windows) if len(ids) < self.model.config.max_seq_len]
+        fitting.sort(key=lambda number: len(windows[number][0]))
+        scores: list[ReferenceScore | None] = [None] * len(windows)
+        was_training = self.model.training
+        self.model.eval()
+        for start in range(0, len(fitting), batch_size):
+            numbers = fitting[start : start + batch_size]
+            nats, hits, rows = self._score_targets([windows[number] for number in numbers])
+            for row, number in enumerate(numbers):
+                own = rows == row
+                scores[number] = ReferenceScore(float(nats[own].sum()), int(hits[own].sum()), int(own.sum()))
+        self.model.train(was_training)
+        return scores
 
     def generate_predictions(
         self, instructions: Sequence[Prompt], max_gen_len: int = 64, *, chat: bool = True, **settings: Any
@@ -164,12 +222,12 @@ class GPTEvaluator:
         return [generation.text for generation in generate_texts(self.model, self.tokenizer, instructions, **settings)]
 
     @staticmethod
-    def compute_bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
+    def compute_bleu(predictions: Sequence[str], references: Sequence[References]) -> float:
         """See `corpus_bleu_score`."""
         return corpus_bleu_score(predictions, references)
 
     @staticmethod
-    def compute_rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    def compute_rouge(predictions: Sequence[str], references: Sequence[References]) -> dict[str, float]:
         """See `mean_rouge_scores`."""
         return mean_rouge_scores(predictions, references)
 
@@ -190,11 +248,18 @@ class GPTEvaluator:
             settings: those of `generate_texts`, for the continuations.
 
         Returns:
-            {"scores": see `compute_perplexity`, "predictions": [{"prompt", "reference", "prediction"}]}
+            {"scores": see `compute_perplexity`; of the text as one stream and, with "document_" before their names,
+            of each document by itself. "predictions": [{"prompt", "reference", "prediction"}]}
         """
-        scores = self.compute_perplexity(
-            islice(iter_documents(data_path), max_samples), batch_size=batch_size, show_progress=show_progress
-        )
+        scores = {}
+        for prefix in ("", "document_"):
+            of_text = self.compute_perplexity(
+                islice(iter_documents(data_path), max_samples),
+                as_documents=bool(prefix),
+                batch_size=batch_size,
+                show_progress=show_progress,
+            )
+            scores |= {prefix + name: value for name, value in of_text.items() if prefix + name != "document_bytes"}
         documents = list(islice(iter_documents(data_path), n_continuations))
         prompts = [text[: min(len(text) // 3, 40)].rstrip() or text[:1] for text in documents]
         continued = self.generate_predictions(prompts, **{"chat": False, **settings})
@@ -207,10 +272,10 @@ class GPTEvaluator:
         }
 
     def evaluate_sft(self, data_path: str | Path, *, max_samples: int | None = None, **settings: Any) -> dict[str, Any]:
-        """Answer the questions of an instruction file and grade the answers.
+        """Answer the questions of an instruction file, grade the answers, and score the reference answers.
 
         Where a record has an "answer", `answer_checker` grades with it; otherwise an answer is exact if it equals the
-        record's response but for white space.
+        record's response, or one of its "references", but for white space.
 
         Args:
             settings: those of `generate_texts`.
@@ -220,7 +285,40 @@ class GPTEvaluator:
         """
         questions = load_questions(data_path, max_samples)
         prompts = [question.prompt for question in questions]
-        return report_answers(questions, generate_texts(self.model, self.tokenizer, prompts, chat=True, **settings))
+        answers = generate_texts(self.model, self.tokenizer, prompts, chat=True, **settings)
+        return report_answers(questions, answers, self.score_references(questions))
+
+
+def _n_targets(windows: Sequence[Window]) -> int:
+    return sum(target != IGNORED_LABEL for _, targets in windows for target in targets)
+
+
+class _Stream:
+    """Cuts a stream of documents into the windows of `data_loader.GPTPretrainDataset`, without keeping the stream."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.ids, self.begin = length, [], 0  # a window of `length` ids begins at `begin`
+
+    def windows_of(self, documents: Iterable[list[int]]) -> list[Window]:
+        """All whole windows, once these documents have come."""
+        for ids in documents:
+            self.ids += ids
+        windows = []
+        while len(self.ids) - self.begin >= self.length:
+            window = self.ids[self.begin : self.begin + self.length]
+            windows.append((window[:-1], window[1:]))
+            self.begin += self.length - 1  # the last token of a window is the first of the next
+        unneeded = max(0, min(self.begin, len(self.ids) - self.length))  # the last window reaches back to be full
+        self.ids, self.begin = self.ids[unneeded:], self.begin - unneeded
+        return windows
+
+    def last_window(self) -> list[Window]:
+        """What is left at the end of the stream, if anything is."""
+        if len(self.ids) - self.begin < 2:
+            return []
+        start = max(0, len(self.ids) - self.length)
+        window, scored = self.ids[start:], self.begin - start
+        return [(window[:-1], [IGNORED_LABEL] * scored + window[scored + 1 :])]
 
 
 def evaluate_reward(
@@ -291,7 +389,8 @@ def text_summary(report: dict[str, Any]) -> str:
     scores = report["scores"]
     return (
         f"{scores['tokens']:,} tokens, loss {scores['loss']:.4f} nats a token, perplexity {scores['perplexity']:.2f}, "
-        f"{scores['bits_per_byte']:.4f} bits per byte"
+        f"{scores['bits_per_byte']:.4f} bits per byte (one stream, as val_bpb in training); each document by itself: "
+        f"perplexity {scores['document_perplexity']:.2f}, {scores['document_bits_per_byte']:.4f} bits per byte"
     )
 
 

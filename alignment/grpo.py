@@ -134,12 +134,17 @@ def group_advantages(scores: torch.Tensor, group_size: int, scale: str, batch_st
 
     group: (r − mean) / std of the group (arXiv:2402.03300, section 4.1.2); batch: / std of all scores
     (arXiv:2508.08221); none: r − mean (arXiv:2503.20783: dividing gives more weight to prompts that are nearly always,
-    or nearly never, answered well).
+    or nearly never, answered well). Where a group differs by rounding alone, all of its advantages are 0.
     """
     groups = scores.view(-1, group_size)  # (B / G, G)
-    centred = groups - groups.mean(dim=1, keepdim=True)
+    centred = (groups - groups.mean(dim=1, keepdim=True)) * ~alike(groups).unsqueeze(1)
     spread = {"group": groups.std(dim=1, keepdim=True) + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}[scale]
-    return (centred / spread).flatten()
+    return (centred / spread).flatten().float()
+
+
+def alike(groups: torch.Tensor) -> torch.Tensor:
+    """Which groups of scores (N, G) differ by rounding alone: (N,) bool."""
+    return groups.amax(dim=1) - groups.amin(dim=1) <= 1e-6 * groups.abs().amax(dim=1)
 
 
 class RecordDataset(GPTPPODataset):
@@ -195,7 +200,10 @@ class GRPOLoop(RolloutLoop):
         rows = zip(answers["input_ids"][:, -n_answer:], answers["answer_mask"], strict=True)
         responses = [self.tokenizer.decode(ids[wrote]) for ids, wrote in rows]
         prompts, records = ([values[index] for index in indices] for values in (data.questions, data.records))
-        return torch.tensor(call_reward(self.reward, prompts, responses, records), device=self.device)
+        # Python's numbers in full: in fp32, 16777217 would be as much as 16777216 (MPS has nothing wider)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        scores = call_reward(self.reward, prompts, responses, records)
+        return torch.tensor(scores, dtype=dtype, device=self.device)
 
     def before_first_step(self) -> None:
         """Say what the SFT model earns."""
@@ -207,9 +215,10 @@ class GRPOLoop(RolloutLoop):
         """The passes of updates over the groups of one step; returns its figures."""
         config = self.config
         rewards = rollout["scores"] - config.missing_eos_penalty * ~rollout["ended"]  # (B,)
-        spreads = rewards.view(-1, config.group_size).std(dim=1, unbiased=False)  # (B / G,)
+        groups = rewards.view(-1, config.group_size)  # (B / G, G)
         # Nothing can be learned from groups of equal answers
-        figures = self.figures_of(rollout, group_std=spreads, equal_groups=spreads == 0)
+        spreads = groups.std(dim=1, unbiased=False)
+        figures = self.figures_of(rollout, group_std=spreads, equal_groups=alike(groups))
         _, batch_std = self.moments(rewards)
         names = ("input_ids", "attention_mask", "answer_mask", "old_log_probs")
         batch = {name: rollout[name] for name in (*names, "reference_log_probs") if name in rollout}

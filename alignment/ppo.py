@@ -42,7 +42,15 @@ import torch
 import torch.nn as nn
 
 from alignment.reward_model import RewardModel, load_reward_model, train_reward_model
-from alignment.rollouts import RolloutConfig, RolloutLoop, answer_token_log_probs, kl_terms, masked_mean, policy_figures
+from alignment.rollouts import (
+    RolloutConfig,
+    RolloutLoop,
+    answer_token_log_probs,
+    kl_terms,
+    masked_mean,
+    policy_figures,
+    rounding_noise,
+)
 from alignment.stage import Instructions, InstructionsMixedIn, PreferenceData, load_instructions, open_stage, run
 from command_line import UserError, option
 from data_loader import Batch, GPTPPODataset, GPTSFTDataset
@@ -51,6 +59,11 @@ from lora import apply_lora
 from text.conversation_data import load_preferences
 from training import ranks
 from training.optimization import build_optimizers
+
+ANSWERS_TO_MEASURE = 64  # whose rewards give the SFT model's mean and spread: those of a few may be alike by chance
+# In standard deviations of the SFT model's rewards: advantages and returns that differ by less are alike, and dividing
+# by their spread would make noise large
+LEAST_SPREAD = 1e-3
 
 
 @dataclass
@@ -254,7 +267,7 @@ class PPOLoop(RolloutLoop):
         names = ("input_ids", "attention_mask", "answer_mask", "old_log_probs", "old_values")
         return {name: rollout[name] for name in names} | {
             "returns": advantages + values,  # before whitening: the critic predicts rewards, not their ranks
-            "advantages": (advantages - mean) / (std + 1e-8) * mask,
+            "advantages": (advantages - mean) / max(std, LEAST_SPREAD) * mask,
         }
 
     # ------------------------------------------------------------------------------------------------------- the step
@@ -262,10 +275,40 @@ class PPOLoop(RolloutLoop):
     def before_first_step(self) -> None:
         """Measure the SFT model's rewards, and show some of its answers."""
         rollouts = self.validation_rollouts()
-        mean, std = self.moments(torch.cat([rollout["scores"] for rollout in rollouts]))
+        mean, std = self.measured_rewards(torch.cat([rollout["scores"] for rollout in rollouts]))
         self.model.reward_mean.fill_(mean)
-        self.model.reward_std.fill_(std or 1.0)
-        self.show([{**rollout, "scores": (rollout["scores"] - mean) / (std or 1.0)} for rollout in rollouts])
+        self.model.reward_std.fill_(std)
+        self.show([{**rollout, "scores": (rollout["scores"] - mean) / std} for rollout in rollouts])
+
+    def measured_rewards(self, rewards: torch.Tensor) -> tuple[float, float]:
+        """Mean and standard deviation of the SFT model's rewards.
+
+        The mean is that of answers to held-out prompts, so that `val_reward` begins at 0. Where these are few, answers
+        to training prompts join them for the deviation, which is 1 where it cannot be measured.
+
+        Args:
+            rewards: of answers to this rank's held-out prompts.
+        """
+        level = self.mean(rewards)
+        missing = ANSWERS_TO_MEASURE - round(ranks.sum_over_ranks(float(len(rewards)), self.device))
+        if missing > 0:
+            generator = torch.Generator().manual_seed(self.config.seed + 2 + ranks.rank())
+            count = -(-missing // self.ranks)  # as many on every rank
+            indices = [(ranks.rank() + number * self.ranks) % len(self.train_data) for number in range(count)]
+            size = self.config.rollout_batch_size
+            parts = [indices[start : start + size] for start in range(0, count, size)]
+            rewards = torch.cat([rewards, *(self.rollout(self.train_data, p, generator)["scores"] for p in parts)])
+        mean, std = self.moments(rewards)
+        if std > rounding_noise(self.precision) * (mean * mean + std * std) ** 0.5:
+            return level, std
+        if ranks.is_main():
+            print(
+                f"warning: the reward model finds all of the SFT model's answers alike (rewards of {mean:.4g} ± "
+                f"{std:.1g}, which is rounding): rewards are not measured in standard deviations but taken as they "
+                "are; a reward model that cannot tell answers apart teaches nothing",
+                flush=True,
+            )
+        return level, 1.0
 
     def learn_from(self, rollout: Batch) -> dict[str, float]:
         """The passes of updates over the answers of one step; returns its figures."""
@@ -279,7 +322,8 @@ class PPOLoop(RolloutLoop):
         figures["objective/kl_coef"] = float(self.model.kl_coef)
         _, unexplained = self.moments((batch["returns"] - batch["old_values"])[mask])
         _, spread = self.moments(batch["returns"][mask])
-        figures["val/explained_variance"] = 1 - (unexplained / (spread + 1e-8)) ** 2  # 1: the critic foresees returns
+        if spread > LEAST_SPREAD:  # of returns that are all alike there is nothing to explain
+            figures["val/explained_variance"] = 1 - (unexplained / spread) ** 2  # 1: the critic foresees returns
         self.sft_batches = 0
         self.model.policy_weight = float(self.step >= config.critic_warmup_steps)
         figures |= self.update(batch, config.ppo_epochs)

@@ -104,6 +104,11 @@ def write_answers(
     }
 
 
+def rounding_noise(precision: torch.dtype) -> float:
+    """The spread, as a share of the values' size, below which values computed in this precision are the same."""
+    return 1e-2 if precision in (torch.bfloat16, torch.float16) else 1e-5
+
+
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The mean of x (B, R) over the tokens where the mask (B, R) is true."""
     return (x * mask).sum() / mask.sum().clamp(min=1)
@@ -222,16 +227,21 @@ class RolloutLoop(TrainingLoop):
         }
         if self.needs_reference:
             values["objective/kl"] = rollout["kl"].sum(dim=1)
-        means = {name: float(value.float().mean()) for name, value in values.items()}
-        return {name: ranks.sum_over_ranks(mean, self.device) / self.ranks for name, mean in means.items()}
+        return {name: self.mean(value) for name, value in values.items()}
+
+    def mean(self, x: torch.Tensor) -> float:
+        """The mean over the values of all ranks, in double precision."""
+        x = x.detach().cpu().double()
+        total, n = (ranks.sum_over_ranks(value, self.device) for value in (float(x.sum()), float(x.numel())))
+        return total / n
 
     def moments(self, x: torch.Tensor) -> tuple[float, float]:
-        """Mean and standard deviation over the values of all ranks."""
-        n, total, squares = (
-            ranks.sum_over_ranks(float(value), self.device) for value in (x.numel(), x.sum(), x.square().sum())
-        )
-        mean = total / n
-        return mean, max(squares / n - mean * mean, 0.0) ** 0.5
+        """Mean and standard deviation over the values of all ranks.
+
+        In two passes: E[x²] − E[x]² is rounding noise wherever the spread is small beside the mean.
+        """
+        mean = self.mean(x)
+        return mean, self.mean((x.detach().cpu().double() - mean).square()) ** 0.5
 
     # -------------------------------------------------------------------------------------------------------- updates
 
@@ -285,7 +295,7 @@ class RolloutLoop(TrainingLoop):
         figures = {"val_reward": (r["scores"] for r in rollouts), "val_ended": (r["ended"].float() for r in rollouts)}
         if self.needs_reference:
             figures["val_kl"] = (rollout["kl"].sum(dim=1) for rollout in rollouts)
-        return {name: self.moments(torch.cat(list(parts)))[0] for name, parts in figures.items()}
+        return {name: self.mean(torch.cat(list(parts))) for name, parts in figures.items()}
 
     def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
         """Whether an evaluation beats the best one so far."""

@@ -6,12 +6,13 @@ It grades texts, whoever wrote them: a neural model (evaluator.py) or n-grams (n
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 from rouge import Rouge
@@ -40,25 +41,39 @@ def segment(text: str) -> list[str]:
     return _SEGMENT.findall(text)
 
 
-def corpus_bleu_score(predictions: Sequence[str], references: Sequence[str]) -> float:
+References = str | Sequence[str]  # one right text, or several
+
+
+def _texts(references: References) -> Sequence[str]:
+    return [references] if isinstance(references, str) else references
+
+
+def corpus_bleu_score(predictions: Sequence[str], references: Sequence[References]) -> float:
     """BLEU of a corpus (Papineni et al., 2002), 0 … 1, over the segments of `segment`, by nltk.
 
+    Of several references, an n-gram may stand in any, and the length closest to the prediction's is the one compared.
     Up to 4-grams, or fewer where no reference is that long: "42" against "42" is 1. An n-gram order without a match
     counts as 0.1 matches (method 1 of Chen and Cherry, 2014).
     """
     require_same_length(predictions, references)
-    references, predictions = [segment(text) for text in references], [segment(text) for text in predictions]
-    order = max(1, min(4, max(map(len, references), default=0)))
+    right = [[segment(text) for text in _texts(texts)] for texts in references]
+    order = max(1, min(4, max((len(words) for texts in right for words in texts), default=0)))
     smoothing = SmoothingFunction().method1
-    return float(corpus_bleu([[reference] for reference in references], predictions, (1 / order,) * order, smoothing))
+    return float(corpus_bleu(right, [segment(text) for text in predictions], (1 / order,) * order, smoothing))
 
 
-def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
+def rouge_scores(prediction: str, reference: References) -> dict[str, float]:
     """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004), 0 … 1, over the segments of `segment`, by the library `rouge`.
 
     Repetitions count as often as the reference has them. Equal texts score 1, however short; an empty one scores 0
-    against a text. Only the first 300 segments of a text are compared.
+    against a text. Only the first 300 segments of a text are compared. Of several references the best one counts, for
+    each of the three by itself (section 2.1 of the paper).
     """
+    scores = [_rouge_of_one(prediction, text) for text in _texts(reference)]
+    return {name: max(score[name] for score in scores) for name in ROUGE_NAMES}
+
+
+def _rouge_of_one(prediction: str, reference: str) -> dict[str, float]:
     words, expected = segment(prediction)[:ROUGE_MAX_SEGMENTS], segment(reference)[:ROUGE_MAX_SEGMENTS]
     if words == expected or not words or not expected:
         return dict.fromkeys(ROUGE_NAMES, float(words == expected))
@@ -69,15 +84,15 @@ def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
     return {name: scores[name]["f"] for name in ROUGE_NAMES}
 
 
-def mean_rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def mean_rouge_scores(predictions: Sequence[str], references: Sequence[References]) -> dict[str, float]:
     """The means of `rouge_scores` over a corpus."""
     require_same_length(predictions, references)
     scores = [rouge_scores(*pair) for pair in zip(predictions, references, strict=True)]
     return {name: _mean([score[name] for score in scores]) for name in ROUGE_NAMES}
 
 
-def require_same_length(predictions: Sequence[str], references: Sequence[str]) -> None:
-    """Raise a `ValueError` unless there is one reference for each prediction."""
+def require_same_length(predictions: Sequence[str], references: Sequence[References]) -> None:
+    """Raise a `ValueError` unless each prediction has its reference, or references."""
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions cannot be compared with {len(references)} references")
 
@@ -93,6 +108,19 @@ class Question:
     reference: str
     fields: dict[str, Any]
 
+    @property
+    def references(self) -> list[str]:
+        """The right answer, and others that are as good: the record's field "references"."""
+        return [self.reference, *self.fields.get("references", [])]
+
+
+class ReferenceScore(NamedTuple):
+    """How likely a model finds a reference answer: −log p in nats, tokens that it held likeliest, tokens in all."""
+
+    nats: float
+    hits: int
+    tokens: int
+
 
 def load_questions(data_path: str | Path, max_samples: int | None = None) -> list[Question]:
     """The questions of an instruction file; with `max_samples`, at most that many, evenly spread over the file.
@@ -107,13 +135,17 @@ def load_questions(data_path: str | Path, max_samples: int | None = None) -> lis
             raise UserError(f"{where} holds an answer without a question; put the user's message before it")
         if not isinstance(record.get("answer", ""), str):
             raise UserError(f'{where}: the field "answer" is not a text; it must be a string')
+        references = record.get("references", [])
+        if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+            raise UserError(f'{where}: the field "references" must be a list of texts, other right answers')
         questions.append(Question(prompt, answer["content"], record))
     count = min(max_samples or len(questions), len(questions))
     return [questions[index * len(questions) // count] for index in range(count)]
 
 
-def grade(question: Question, generation: Generation) -> dict[str, Any]:
-    """One answer beside its question: whether it is right and, where the record has an "answer", well-mannered."""
+def grade(question: Question, generation: Generation, likelihood: ReferenceScore | None = None) -> dict[str, Any]:
+    """One answer beside its question: whether it is right and, where the record has an "answer", well-mannered; and
+    how likely the model finds the reference."""
     fields = question.fields
     graded = {
         "instruction": question.prompt[-1]["content"],
@@ -121,18 +153,21 @@ def grade(question: Question, generation: Generation) -> dict[str, Any]:
         "prediction": generation.text,
         "ended": generation.ended,
         "tokens": len(generation.token_ids) - generation.ended,  # </s> is not part of the answer
-        **rouge_scores(generation.text, question.reference),
-        **{name: fields[name] for name in ("answer", "skill", "language", "held_out") if name in fields},
+        **rouge_scores(generation.text, question.references),
+        **{name: fields[name] for name in ("references", "answer", "skill", "language", "held_out") if name in fields},
     }
+    if likelihood is not None:
+        graded |= {f"reference_{name}": value for name, value in likelihood._asdict().items()}
     if "answer" not in fields:
-        return {**graded, "exact": generation.text.split() == question.reference.split()}
+        return {**graded, "exact": any(generation.text.split() == text.split() for text in question.references)}
     check = check_answer(generation.text, fields["answer"], ended=generation.ended)
     return {**graded, **asdict(check), "preferred": check.preferred}
 
 
 def score_answers(graded: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Scores of a group of graded answers: shares (0 … 1), BLEU, ROUGE, and the mean length in tokens."""
-    predictions, references = [row["prediction"] for row in graded], [row["reference"] for row in graded]
+    predictions = [row["prediction"] for row in graded]
+    references = [[row["reference"], *row.get("references", [])] for row in graded]
     names = ("exact", "preferred", "complete", "polite", "repetitive", "rude", "ended")
     flags = {name: [row[name] for row in graded if name in row] for name in names}
     return {
@@ -140,13 +175,38 @@ def score_answers(graded: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         **{name: _mean(values) for name, values in flags.items() if values},
         "bleu": corpus_bleu_score(predictions, references),
         **{name: _mean([row[name] for row in graded]) for name in ROUGE_NAMES},
+        **_likelihood_of_references(graded),
         "mean_tokens": _mean([row["tokens"] for row in graded]),
     }
 
 
-def report_answers(questions: Sequence[Question], generations: Sequence[Generation]) -> dict[str, Any]:
-    """Grade all answers: "scores" of all, "by_skill", "by_language", "by_held_out", and each of the "predictions"."""
-    graded = [grade(*pair) for pair in zip(questions, generations, strict=True)]
+def _likelihood_of_references(graded: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Perplexity of the reference answers and the share of their tokens that the model held likeliest, over tokens."""
+    scored = [row for row in graded if row.get("reference_tokens")]
+    if not scored:
+        return {}
+    nats, hits, tokens = (sum(row[f"reference_{name}"] for row in scored) for name in ReferenceScore._fields)
+    return {
+        "reference_perplexity": math.exp(min(nats / tokens, 700.0)),
+        "token_accuracy": hits / tokens,
+        "references_scored": len(scored),
+    }
+
+
+def report_answers(
+    questions: Sequence[Question],
+    generations: Sequence[Generation],
+    likelihoods: Sequence[ReferenceScore | None] | None = None,
+) -> dict[str, Any]:
+    """Grade all answers: "scores" of all, "by_skill", "by_language", "by_held_out", and each of the "predictions".
+
+    Raises:
+        UserError: there is no question.
+    """
+    if not questions:
+        raise UserError("the test data has no question; scores of nothing would only look like scores")
+    likelihoods = likelihoods or [None] * len(questions)
+    graded = [grade(*three) for three in zip(questions, generations, likelihoods, strict=True)]
 
     def scores_by(key: Callable[[Mapping[str, Any]], str]) -> dict[str, dict[str, float]]:
         groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -186,7 +246,8 @@ def answers_table(report: Mapping[str, Any]) -> str:
         return f"{100 * scores[name]:.1f}" if scores and name in scores else "–"
 
     crossed, languages = report.get("by_skill_and_language", {}), list(report.get("by_language", {}))
-    shares = [name for name in ("preferred", "ended", "bleu", "rouge-l") if name in report["scores"]]
+    shares = ("preferred", "ended", "bleu", *ROUGE_NAMES, "token_accuracy")
+    shares = [name for name in shares if name in report["scores"]]
 
     def row(label: str, scores: Mapping[str, float], by_language: Mapping[str, Mapping[str, float]]) -> list[str]:
         return [
@@ -205,16 +266,26 @@ def answers_table(report: Mapping[str, Any]) -> str:
     rows.append(row("all", report["scores"], report.get("by_language", {})))
     rows += [row(f"held out: {kind}", scores, {}) for kind, scores in report.get("by_held_out", {}).items()]
     headings = ["skill", "count", *(f"exact {language} %" for language in languages), "exact %"]
-    return format_table([*headings, *(f"{name} %" for name in shares), "tokens"], rows)
+    headings += [f"{'next token' if name == 'token_accuracy' else name} %" for name in shares]
+    return format_table([*headings, "tokens"], rows)
 
 
 def answers_summary(report: Mapping[str, Any]) -> str:
     """The main scores of answers in one line."""
     scores = report["scores"]
     preferred = f", preferred {scores['preferred']:.1%}" if "preferred" in scores else ""
+    likelihood = ""
+    if "reference_perplexity" in scores:
+        unscored = scores["count"] - scores["references_scored"]
+        left_out = f" ({unscored} of them longer than the context, left out)" if unscored else ""
+        likelihood = (
+            f"; reference answers{left_out}: perplexity {scores['reference_perplexity']:.3f}, next token right "
+            f"{scores['token_accuracy']:.1%}"
+        )
+    rouge = ", ".join(f"{name.upper()} {scores[name]:.3f}" for name in ROUGE_NAMES)
     return (
-        f"{scores['count']} questions, exact {scores['exact']:.1%}{preferred}, BLEU {scores['bleu']:.3f}, "
-        f"ROUGE-L {scores['rouge-l']:.3f}, {scores['mean_tokens']:.1f} tokens an answer, {scores['ended']:.1%} ended"
+        f"{scores['count']} questions, exact {scores['exact']:.1%}{preferred}, BLEU {scores['bleu']:.3f}, {rouge}, "
+        f"{scores['mean_tokens']:.1f} tokens an answer, {scores['ended']:.1%} ended{likelihood}"
     )
 
 

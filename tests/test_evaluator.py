@@ -11,7 +11,8 @@ from alignment.reward_model import RewardModel
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import save_checkpoint
 from command_line import UserError
-from evaluation.answer_report import Question, grade, load_questions, report_answers, segment
+from data_loader import GPTPretrainDataset, tokenize_to_shards
+from evaluation.answer_report import Question, answers_summary, grade, load_questions, report_answers, segment
 from evaluator import GPTEvaluator, evaluate_reward
 from gpt_model import GPTConfig, GPTModel
 from inference.request import Generation
@@ -55,7 +56,7 @@ def test_perplexity_is_the_mean_over_tokens_by_hand(model, tokenizer):
     """Texts weigh by their tokens, not by batches or documents; bits per byte divide by the UTF-8 bytes."""
     nats = [value for text in TEXTS for value in nats_by_hand(model, tokenizer, text)]
     n_bytes = sum(len(text.encode()) for text in TEXTS)
-    scores = GPTEvaluator(model, tokenizer).compute_perplexity(TEXTS, batch_size=2)
+    scores = GPTEvaluator(model, tokenizer).compute_perplexity(TEXTS, as_documents=True, batch_size=2)
     assert scores["tokens"] == len(nats)
     assert scores["bytes"] == n_bytes
     assert scores["loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
@@ -67,7 +68,7 @@ def test_bits_per_byte_of_a_uniform_model(tokenizer):
     """A model that gives all 300 tokens the same chance needs log2(300) bits for each token, here a byte each."""
     model = GPTModel(vocab_size=300, d_model=32, n_layers=1, n_heads=2, max_seq_len=64)
     torch.nn.init.zeros_(model.token_embedding.weight)
-    scores = GPTEvaluator(model, tokenizer).compute_perplexity(["hello 你好"])
+    scores = GPTEvaluator(model, tokenizer).compute_perplexity(["hello 你好"], as_documents=True)
     assert scores["perplexity"] == pytest.approx(300, rel=1e-4)
     assert scores["bits_per_byte"] == pytest.approx(math.log2(300), rel=1e-5)
     assert scores["tokens"] == scores["bytes"] == 12
@@ -78,8 +79,32 @@ def test_perplexity_does_not_depend_on_the_batch_size(model, tokenizer, batch_si
     """Other texts of the batch, and the padding they bring, change nothing."""
     evaluator = GPTEvaluator(model, tokenizer)
     texts = [*TEXTS, "x" * 150]
-    expected = evaluator.compute_perplexity(texts, batch_size=2)
-    assert evaluator.compute_perplexity(texts, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+    for as_documents in (False, True):
+        expected, scores = (
+            evaluator.compute_perplexity(texts, as_documents=as_documents, batch_size=size) for size in (2, batch_size)
+        )
+        assert scores == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("copies", [1, 4, 6, 9])
+def test_a_stream_is_scored_as_in_pretraining(model, tokenizer, tmp_path, copies):
+    """`loss` and `bits_per_byte` are the trainer's `val_loss` and `val_bpb`, for texts shorter and longer than windows
+    (by the data set and the loss that pretraining uses)."""
+    texts = TEXTS * copies
+    (tmp_path / "val.txt").write_text("\n".join(texts), encoding="utf-8")
+    shards = tokenize_to_shards(tmp_path / "val.txt", tokenizer, tmp_path)
+    data = GPTPretrainDataset(shards, 64)
+    nats = n_tokens = 0
+    model.eval()
+    with torch.no_grad():
+        for index in range(len(data)):
+            batch = data.collate([data[index]])
+            nats += model(**batch)["loss"].item() * data.count(batch)
+            n_tokens += data.count(batch)
+    scores = GPTEvaluator(model, tokenizer).compute_perplexity(tmp_path / "val", batch_size=2)
+    assert scores["tokens"] == n_tokens == shards.n_tokens - 1
+    assert scores["loss"] == pytest.approx(nats / n_tokens, rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / shards.n_bytes, rel=1e-5)
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 200])
@@ -87,7 +112,9 @@ def test_perplexity_does_not_depend_on_the_batch_size(model, tokenizer, batch_si
 def test_a_document_longer_than_the_context_is_scored_once_a_token(model, tokenizer, length, stride):
     """Each window scores what no earlier one has scored, as far back as the context reaches."""
     text = "".join(chr(97 + index * index % 23) for index in range(length))
-    scores = GPTEvaluator(model, tokenizer).compute_perplexity([text], stride=stride, batch_size=4)
+    scores = GPTEvaluator(model, tokenizer).compute_perplexity(
+        [text], as_documents=True, stride=stride, batch_size=4
+    )
     assert scores["tokens"] == length
 
     ids = tokenizer.encode(text)["input_ids"]
@@ -156,6 +183,16 @@ def test_chinese_that_overlaps_by_characters_scores_between_zero_and_one():
 def test_repetition_earns_no_rouge():
     """Counts are clipped as in the paper: of "水水水水" one character matches, precision 1/4, recall 1."""
     assert GPTEvaluator.compute_rouge(["水水水水"], ["水"])["rouge-1"] == pytest.approx(0.4)
+
+
+def test_of_several_references_the_best_one_counts():
+    """Any of them may match: BLEU takes n-grams of all (by hand with one that matches whole), ROUGE the best."""
+    references = [["It is Rome.", "The capital is Paris.", "Paris."]]
+    assert GPTEvaluator.compute_bleu(["The capital is Paris."], references) == pytest.approx(1.0)
+    best = {"rouge-1": 1, "rouge-2": 1, "rouge-l": 1}
+    assert GPTEvaluator.compute_rouge(["Paris."], references) == pytest.approx(best)
+    alone = GPTEvaluator.compute_bleu(["The city is Paris."], ["It is Rome."])
+    assert GPTEvaluator.compute_bleu(["The city is Paris."], references) > alone
 
 
 def test_empty_answers_score_zero_and_count():
@@ -261,6 +298,47 @@ def test_records_without_an_answer_are_compared_with_their_response():
     assert "preferred" not in report_answers([question("a", "b")], [Generation("b", True, [9, 2])])["scores"]
 
 
+def test_references_are_scored_token_by_token(model, tokenizer):
+    """Perplexity and next-token accuracy of reference answers, `</s>` included (by a forward pass for each)."""
+    asked = [
+        question("a?", "bc"),
+        Question([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"},
+                  {"role": "user", "content": "b"}], "d", {}),
+        question("long", "x" * 80),
+    ]  # fmt: skip
+    scores = GPTEvaluator(model, tokenizer).score_references(asked, batch_size=2)
+    assert scores[2] is None
+    model.eval()
+    for one, score in zip(asked[:2], scores[:2], strict=True):
+        prompt = tokenizer.encode_chat(one.prompt, add_generation_prompt=True)["input_ids"]
+        answer = [*tokenizer.encode(one.reference, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        nats = hits = 0
+        for end in range(len(answer)):
+            with torch.no_grad():
+                log_p = model(torch.tensor([prompt + answer[:end]]))["logits"][0, -1].log_softmax(-1)
+            nats, hits = nats - log_p[answer[end]].item(), hits + int(log_p.argmax() == answer[end])
+        assert score == (pytest.approx(nats, rel=1e-4), hits, len(answer))
+    report = report_answers(asked, [Generation("bc", True, [9, 9, 2])] * 3, scores)
+    nats, tokens = scores[0].nats + scores[1].nats, scores[0].tokens + scores[1].tokens
+    assert report["scores"]["reference_perplexity"] == pytest.approx(math.exp(nats / tokens))
+    assert report["scores"]["references_scored"] == 2
+    assert "1 of them longer than the context, left out" in answers_summary(report)
+
+
+def test_several_right_answers_in_a_record(tmp_path):
+    """Any of "references" is exact; what is no list of texts is named, and no question is no score."""
+    record = {"instruction": "Capital?", "response": "Paris.", "references": ["It is Paris."]}
+    (tmp_path / "test.json").write_text(json.dumps([record]), encoding="utf-8")
+    asked = load_questions(tmp_path / "test.json")
+    report = report_answers(asked, [Generation("It is Paris.", True, [9, 2])])
+    assert report["scores"]["exact"] == report["scores"]["bleu"] == report["scores"]["rouge-l"] == 1
+    (tmp_path / "test.json").write_text(json.dumps([{**record, "references": "It is Paris."}]), encoding="utf-8")
+    with pytest.raises(UserError, match='"references" must be a list of texts'):
+        load_questions(tmp_path / "test.json")
+    with pytest.raises(UserError, match="no question"):
+        report_answers([], [])
+
+
 def test_questions_come_in_all_three_shapes(tmp_path):
     """The last answer is what is asked for; all that comes before it is the prompt."""
     records = [
@@ -345,14 +423,15 @@ def test_command_line_scores_answers_and_writes_a_report(checkpoint, tmp_path, c
     evaluator.main(["--model_path", checkpoint("sft"), "--test_data_path", str(tmp_path / "test.json")])
     output = capsys.readouterr().out
     assert output.splitlines()[0].startswith("skill")
-    assert "5 questions, exact" in output.splitlines()[-1]
+    for words in ("5 questions, exact", "ROUGE-1 ", "ROUGE-2 ", "ROUGE-L ", "perplexity ", "next token right "):
+        assert words in output.splitlines()[-1]
     report = json.loads((tmp_path / "sft_best_eval.json").read_text(encoding="utf-8"))
     assert report["stage"] == "sft"
     assert report["by_skill"]["addition"]["count"] == len(report["predictions"]) == 5
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_command_line_scores_text_for_a_pretrained_checkpoint(checkpoint, tmp_path, capsys):
+def test_command_line_scores_text_for_a_pretrained_checkpoint(checkpoint, model, tokenizer, tmp_path, capsys):
     """The checkpoint's stage decides; the report holds perplexity and a few continuations."""
     (tmp_path / "val.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     path, output_path = checkpoint("pretrain"), tmp_path / "scores.json"
@@ -361,7 +440,11 @@ def test_command_line_scores_text_for_a_pretrained_checkpoint(checkpoint, tmp_pa
     assert report["model_type"] == "pretrain"
     assert report["scores"]["bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert len(report["predictions"]) == len(TEXTS)
-    assert "bits per byte" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "bits per byte (one stream, as val_bpb in training); each document by itself: perplexity " in output
+    as_documents = GPTEvaluator(model, tokenizer).compute_perplexity(TEXTS, as_documents=True)
+    assert report["scores"]["document_loss"] == pytest.approx(as_documents["loss"], rel=1e-5)
+    assert report["scores"]["document_loss"] != pytest.approx(report["scores"]["loss"], rel=1e-3)
 
 
 def test_command_line_scores_preferences_for_a_reward_checkpoint(checkpoint, tmp_path, capsys):

@@ -41,6 +41,17 @@ def test_advantages_compare_an_answer_with_its_group():
         assert advantages == pytest.approx(values, abs=1e-3), scale
 
 
+def test_scores_that_differ_by_rounding_are_equal(tmp_path, tokenizer):
+    """A group whose large scores differ in the last bit teaches nothing; scores keep Python's precision."""
+    scores = torch.tensor([1e6, 1e6 + 0.0625, 1e6, 1e6, 1.0, 2.0, 3.0, 4.0])
+    advantages = group_advantages(scores, 4, "group")
+    assert advantages[:4].tolist() == [0.0] * 4
+    assert advantages[7] > 1
+    loop = make_loop("grpo", tmp_path, tokenizer, lambda prompts, responses, records: [1e9 + len(r) for r in responses])
+    rollout = fixed_rollout(loop)
+    assert len(set((rollout["scores"] - 1e9).tolist())) > 2
+
+
 def test_the_penalty_for_a_missing_end_counts_within_the_group(tmp_path, tokenizer):
     """Two answers of the same score, of which one was cut off: the other one is the better."""
     loop = make_loop("grpo", tmp_path, tokenizer, missing_eos_penalty=2.0, group_size=2, advantage_scale="none")

@@ -9,6 +9,7 @@ import torch
 from policy_loops import COMMON, PROMPTS, make_loop
 
 import finetune
+from alignment import ppo
 from alignment.ppo import PPOConfig, adapted_kl_coef, answer_values, generalized_advantages, rlhf_ppo
 from alignment.reward_model import RewardModel
 from alignment.rollouts import answer_token_log_probs
@@ -16,7 +17,7 @@ from alignment.stage import Instructions
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError, complaints_about
-from data_loader import GPTSFTDataset
+from data_loader import GPTPPODataset, GPTSFTDataset
 from gpt_model import GPTConfig, GPTModel
 from training.run_log import read_metrics
 
@@ -172,6 +173,41 @@ def test_explained_variance_says_how_much_the_critic_foresaw(tmp_path, tokenizer
         assert figures["val/explained_variance"] == pytest.approx(1 - (1 - share) ** 2, abs=1e-4)
 
 
+def test_one_held_out_prompt_still_measures_the_spread_of_rewards(tmp_path, tokenizer):
+    """Answers to training prompts join those to few held-out ones: no score is thousands of deviations away."""
+    loop = make_loop("ppo", tmp_path, tokenizer)
+    loop.val_data = GPTPPODataset([[{"role": "user", "content": "a"}]], tokenizer, 42)
+    many = torch.cat([rollout_of(loop)["scores"] for _ in range(8)])
+    loop.before_first_step()
+    assert loop.model.reward_std.item() == pytest.approx(many.std().item(), rel=0.5)
+    assert rollout_of(loop)["scores"].abs().max() < 6
+
+
+def test_a_reward_model_that_finds_all_answers_alike_is_named(tmp_path, tokenizer, capsys):
+    """Rounding is not taken for a spread: rewards stay what they are, and a sentence says so."""
+
+    class FindsAllAlike(LikesSmallNumbers):
+        def rewards(self, input_ids, attention_mask):
+            return 100 + 1e-5 * super().rewards(input_ids, attention_mask)
+
+    loop = make_loop("ppo", tmp_path, tokenizer, FindsAllAlike)
+    loop.before_first_step()
+    assert loop.model.reward_std.item() == 1.0
+    assert "finds all of the SFT model's answers alike" in capsys.readouterr().out
+    assert rollout_of(loop)["scores"].abs().max() < 1e-3
+
+
+def test_advantages_that_are_alike_do_not_become_large(tmp_path, tokenizer):
+    """Whitening does not blow up what is rounding, and returns that are all alike leave nothing to explain."""
+    loop = make_loop("ppo", tmp_path, tokenizer, gae_lambda=1.0, kl_coef=0.0, missing_eos_penalty=0.0)
+    rollout = rollout_of(loop)
+    rollout = {**rollout, "scores": torch.full((8,), 3.0), "old_values": torch.zeros_like(rollout["old_values"])}
+    rollout["scores"][0] += 1e-6
+    assert loop.estimate_advantages(rollout)["advantages"].abs().max() < 0.01
+    loop.update = lambda batch, n_epochs: {}
+    assert "val/explained_variance" not in loop.learn_from(rollout)
+
+
 # -- β -----------------------------------------------------------------------------------------------------------------
 
 
@@ -234,8 +270,9 @@ def test_training_moves_policy_and_critic_and_leaves_reference_and_reward_model(
     assert changed == {"policy": True, "critic": True, "reference": False, "reward": False}
 
 
-def test_rewards_are_measured_in_standard_deviations_of_the_sft_models(tmp_path, tokenizer):
+def test_rewards_are_measured_in_standard_deviations_of_the_sft_models(tmp_path, tokenizer, monkeypatch):
     """`val_reward` begins at 0 with spread 1; a reward model of another scale would give the same."""
+    monkeypatch.setattr(ppo, "ANSWERS_TO_MEASURE", len(PROMPTS))  # as many as there are held-out prompts
     loop = make_loop("ppo", tmp_path, tokenizer)
     loop.before_first_step()
     rewards = torch.cat([rollout["scores"] for rollout in loop.validation_rollouts()])

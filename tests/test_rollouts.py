@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import statistics
 
 import pytest
 import torch
@@ -30,6 +31,20 @@ def batch_of(loop):
     loop.update = lambda batch, n_epochs: batches.append(batch) or {}
     loop.learn_from(fixed_rollout(loop))
     return batches[0]
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_moments_of_values_that_lie_close_together(tmp_path, tokenizer):
+    """A spread far smaller than the mean is measured, and that of one value is none (by Python's statistics)."""
+    loop = make_loop("ppo", tmp_path, tokenizer)
+    values = (1000 + torch.randn(50, generator=torch.Generator().manual_seed(0)) * 1e-3).tolist()
+    x = torch.tensor(values)
+    mean, std = loop.moments(x)
+    assert mean == pytest.approx(statistics.fmean(x.tolist()), rel=1e-12)
+    assert std == pytest.approx(statistics.pstdev(x.tolist()), rel=1e-9)
+    assert loop.moments(torch.tensor([7.123456])) == (pytest.approx(7.123456), 0.0)
 
 
 # -- answers and divergence --------------------------------------------------------------------------------------------
