@@ -17,13 +17,15 @@ KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
 
 
 class Browser:
-    """One tab. What the page reports (errors, refused loads, requests to other hosts) is in `complaints` and `hosts`."""
+    """One tab. What the page reports (errors, refused loads, hosts asked) is in `complaints` and `hosts`."""
 
     def __init__(self, profile: Path) -> None:
         root = ["--no-sandbox"] if os.geteuid() == 0 else []  # which Chromium's sandbox does not work for
         options = ["--headless=new", "--disable-gpu", "--remote-debugging-port=0", "--remote-allow-origins=*"]
         options += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}", *root]
-        self.process = subprocess.Popen([CHROMIUM, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [CHROMIUM, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         port_file = profile / "DevToolsActivePort"
         self._until(lambda: port_file.is_file() and "\n" in port_file.read_text(), "Chromium did not start")
         port = port_file.read_text().split()[0]
@@ -93,10 +95,11 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """Click the middle of an element, as a mouse does."""
-        box = self.wait_for(f"(e => e && (b => ({{x: b.x + b.width / 2, y: b.y + b.height / 2}}))"
-                            f"(e.getBoundingClientRect()))(document.querySelector({json.dumps(selector)}))")  # fmt: skip
+        self.wait_for(f"document.querySelector({json.dumps(selector)})")
+        box = self.evaluate(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
+        middle = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **box)
+            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **middle)
 
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
@@ -104,7 +107,9 @@ class Browser:
     def press(self, key: str, **more: object) -> None:
         code, text = KEYS[key]
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text, **more)
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text, **more
+            )
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
