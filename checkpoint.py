@@ -173,6 +173,7 @@ def load_model(
         UserError: as `load_checkpoint` and `restore_model`; or it is not a language model in full precision.
     """
     content = load_checkpoint(path)
+    require_tokenizer(content, path)
     if content.get("quantization"):
         raise UserError(f"{path} is quantized ({content['quantization']}); give the checkpoint it was made from")
     if content["stage"] == "reward":
@@ -263,6 +264,13 @@ def config_of(content: dict[str, Any], path: str | Path) -> GPTConfig:
             f"{path} needs a newer version of this project (unknown settings: {', '.join(sorted(unknown))})"
         )
     return GPTConfig(**content["config"])
+
+
+def require_tokenizer(content: dict[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint that brings no tokenizer, or not a whole one."""
+    files = (content.get("tokenizer") or {}).get("files") if isinstance(content.get("tokenizer"), dict) else None
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{path} holds no tokenizer; train or quantize it anew")
 
 
 def tokenizer_of(content: dict[str, Any]) -> ByteLevelBPETokenizer:

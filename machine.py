@@ -27,6 +27,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):  # such as meta, which has no numbers
+            raise RuntimeError(f"nothing is computed on {device.type}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {name!r} is not available here; use --device cpu or auto") from error

@@ -319,7 +319,7 @@ def running_service(model: Path, port: int, log_path: Path) -> Iterator[str]:
                 if process.poll() is not None or time.time() > deadline:
                     raise UserError(f"the service did not start; {log_path} says why")
                 try:
-                    with urllib.request.urlopen(f"{address}/health", timeout=5):
+                    with urllib.request.urlopen(f"{address}/ready", timeout=5):
                         break
                 except (urllib.error.URLError, OSError):
                     time.sleep(0.2)

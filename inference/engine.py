@@ -117,7 +117,7 @@ class Engine:
         params: SamplingParams | None = None,
         chat: bool = False,
         deadline_s: float | None = None,
-        on_piece: Callable[[str | None], None] | None = None,
+        on_piece: Callable[[str | None], None] | Sequence[Callable[[str | None], None]] | None = None,
     ) -> Request:
         """Put a request into the line.
 
@@ -127,7 +127,7 @@ class Engine:
             chat: put the prompt into the chat template, so that it is answered and not continued.
             deadline_s: seconds from now after which the request ends with what it has.
             on_piece: called with each piece of text, and with None after the last, in place of `Request.stream`; it
-                runs in the thread that computes and must return at once.
+                runs in the thread that computes and must return at once. With n > 1, one for all or `n` of them.
 
         Raises:
             UserError: a prompt or parameters with which nothing can be computed.
@@ -191,17 +191,18 @@ class Engine:
         ids: list[int],
         params: SamplingParams,
         deadline_s: float | None,
-        on_piece: Callable[[str | None], None] | None,
+        on_piece: Callable[[str | None], None] | Sequence[Callable[[str | None], None]] | None,
         streamed: bool,
     ) -> list[Request]:
         """The `n` requests of one prompt."""
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        listeners = on_piece if isinstance(on_piece, Sequence) else [on_piece] * params.n
         samples = []
-        for index in range(params.n):
+        for index, listener in enumerate(listeners):
             # Without a listener and stop strings, the text is decoded once, at the end
             follows = self.tokenizer is not None and (streamed or params.stop)
             text = TextStream(self.tokenizer, params.stop) if follows else None
-            samples.append(Request(self, ids, params, index, deadline, text, on_piece))
+            samples.append(Request(self, ids, params, index, deadline, text, listener))
         for request in samples:
             request.samples = samples
             self._slide(request)
@@ -211,8 +212,7 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise RequestFailed("the engine is closed")
-            room = self.max_waiting + self.max_running - len(self.running) - len(self.waiting)
-            if bounded and len(requests) > room:
+            if bounded and len(requests) > self.room:
                 self._statistics.rejected += len(requests)
                 raise QueueFull(f"{len(self.waiting)} requests wait already; try again later")
             for request in requests:
@@ -232,6 +232,21 @@ class Engine:
     def started(self) -> bool:
         """Whether a thread of the engine's own computes."""
         return self._thread is not None
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's thread has ended because of a mistake in it: nothing can be computed any more."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    @property
+    def closed(self) -> bool:
+        """Whether no request is taken any more."""
+        return self._closed
+
+    @property
+    def room(self) -> int:
+        """How many more requests the line takes."""
+        return self.max_waiting + self.max_running - len(self.running) - len(self.waiting)
 
     def start(self) -> None:
         """Compute in a thread of the engine's own from now on."""
@@ -332,6 +347,10 @@ class Engine:
             del self.waiting[request]
             request.sequence = self.cache.open(request.context)
             self._statistics.tokens_reused += request.sequence.length
+            self._statistics.tokens_looked_up += len(request.context)
+            if request.admitted is None:
+                request.admitted = time.monotonic()
+                self._statistics.queued.add(request.admitted - request.submitted)
             self.running.append(request)
         self.running.sort(key=lambda request: request.arrival)  # one that was preempted takes its old place
 
@@ -499,7 +518,11 @@ class Engine:
         self._release(request)
         with self._changed:
             self.waiting.pop(request, None)
-        self._statistics.finished[reason] += 1
+        statistics = self._statistics
+        statistics.finished[reason] += 1
+        statistics.whole_request.add(time.monotonic() - request.submitted)
+        statistics.prompt_tokens.add(len(request.prompt_ids))
+        statistics.answer_tokens.add(len(request.token_ids))
         request.finish(reason, self.tokenizer, failure)
 
     # -- from outside --------------------------------------------------------------------------------------------------

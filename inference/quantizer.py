@@ -36,6 +36,7 @@ from checkpoint import (
     load_checkpoint,
     load_model,
     load_weights,
+    require_tokenizer,
     tokenizer_of,
     weight_fingerprint,
 )
@@ -51,6 +52,7 @@ from text.text_files import iter_documents
 
 QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
 MAX_PERPLEXITY_RISE = 0.005
+MIN_SPEEDUP = 1.05
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -183,8 +185,7 @@ def load_any(
         model, tokenizer, content = load_model(path, device, base, load_any)
         beside_quantized = quantization_of(model) is not None
         return model if beside_quantized else prepare_for_inference(model), tokenizer, content
-    if "tokenizer" not in content:
-        raise UserError(f"{path} holds no tokenizer; quantize the model again with python -m inference.quantizer")
+    require_tokenizer(content, path)
     return _quantized_model(content, path, device), tokenizer_of(content), content
 
 
@@ -303,8 +304,13 @@ def main(argv: list[str] | None = None) -> None:
             print(f"warning: perplexity rises by more than {MAX_PERPLEXITY_RISE:.1%}; consider --weights fp16 or bf16")
     else:
         print(f"perplexity not measured: there is no {text}; give held-out text with --text")
-    if new_speed < 1.05 * speed:
+    rise = after / before - 1 if samples else None
+    is_faster, is_as_good = new_speed >= MIN_SPEEDUP * speed, rise is None or rise <= MAX_PERPLEXITY_RISE
+    if not is_faster:
         print(f"warning: {kind} brings a smaller file here and no speed; full precision decodes as fast")
+    # For the service, which chooses between the two
+    found = {"pays": is_faster and is_as_good, "speedup": new_speed / speed, "perplexity_rise": rise}
+    atomic_save({**load_checkpoint(output), "quantizer": found}, output)
     print(f"{kind} model {output}")
 
 

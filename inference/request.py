@@ -15,7 +15,7 @@ from command_line import UserError
 from gpt_model import GPTConfig
 from inference.cache_blocks import CachedSequence
 from inference.sampling import SamplingParams, TokenLogProb, TokenSampler
-from inference.text_stream import TextStream
+from inference.text_stream import TextStream, whole_characters
 from text.chat_template import Message
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class Generation:
     """What a model wrote after one prompt.
 
     Attributes:
-        text: the answer, without special tokens, up to the stop string if there was one.
+        text: the answer, without special tokens, up to the stop string if there was one. Where it ends inside a
+            character, that character is left out.
         ended: whether the answer is complete: the model ended it with `</s>`, or a stop token or string was found.
         token_ids: the ids it produced, the closing `</s>` included when it ended.
         finish_reason: "stop" (it ended), "length" (`max_gen_len` or the context's end), "cancelled" or "deadline".
@@ -146,6 +147,7 @@ class Request:
         self.sampler = TokenSampler(params, prompt_ids, index)
         self.text = text
         self.submitted = self.last_token = time.monotonic()
+        self.admitted: float | None = None  # when it was first computed
 
     @property
     def finished(self) -> bool:
@@ -214,7 +216,7 @@ class Request:
                 self.emit(rest)
             text = self.text.text
         else:
-            text = tokenizer.decode(self.text_ids) if tokenizer is not None and self.token_ids else ""
+            text = "" if tokenizer is None else whole_characters(tokenizer, self.text_ids)
         log_probs = None if self.params.logprobs is None else self.log_probs
         self.generation = Generation(text, reason == "stop", self.token_ids, reason, log_probs)
         self._error = error
@@ -224,5 +226,5 @@ class Request:
     @property
     def text_ids(self) -> list[int]:
         """The tokens that make the text: a stop token does not show."""
-        stopped = self.token_ids[-1] in self.params.stop_token_ids
+        stopped = self.token_ids and self.token_ids[-1] in self.params.stop_token_ids
         return self.token_ids[:-1] if stopped else self.token_ids

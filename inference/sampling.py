@@ -25,6 +25,7 @@ import torch
 
 GREEDY_BELOW = 1e-5  # dividing logits by less may overflow, and the likeliest token wins in any case
 NUCLEUS_CANDIDATES = 1024  # the nucleus is sought among this many before the whole vocabulary is sorted
+REPETITION_PENALTIES = (0.01, 100)  # lowest and highest: beyond them a logit may overflow
 OVERFLOWS = ("error", "slide")
 
 
@@ -86,7 +87,7 @@ class SamplingParams:
             ("top_k", 0, vocab_size, True),
             ("top_p", 0, 1, False),
             ("min_p", 0, 1, False),
-            ("repetition_penalty", 0, unlimited, False),
+            ("repetition_penalty", *REPETITION_PENALTIES, False),
             ("presence_penalty", -unlimited, unlimited, False),
             ("frequency_penalty", -unlimited, unlimited, False),
             ("seed", -unlimited, unlimited, True),
@@ -105,7 +106,7 @@ class SamplingParams:
                 beyond = ", the size of the vocabulary" if known_size and name in ("top_k", "logprobs") else ""
                 found.append(f"{name} must be {kind}{limits}{beyond}, not {value!r}")
         if not found:
-            found += [f"{name} must be above 0" for name in ("top_p", "repetition_penalty") if getattr(self, name) == 0]
+            found += ["top_p must be above 0"] * (self.top_p == 0)
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             found.append(f"stop must be a tuple of strings of at least one character, not {self.stop!r}")
         for name in ("logit_bias", "banned_tokens", "stop_token_ids"):
@@ -114,8 +115,9 @@ class SamplingParams:
                 found.append(f"{name} has {outside[0]!r}, which is no token id of a vocabulary of {vocab_size}")
         if not all(_is_number(bias) and bias < unlimited for bias in self.logit_bias.values()):
             found.append("logit_bias must map token ids to numbers; minus infinity bans a token")
-        if len(set(self.banned_tokens)) == vocab_size:
-            found.append("banned_tokens holds the whole vocabulary: leave at least one token")
+        banned = {*self.banned_tokens, *(token for token, bias in self.logit_bias.items() if bias == -unlimited)}
+        if len(banned) == vocab_size:
+            found.append("banned_tokens and logit_bias ban the whole vocabulary: leave at least one token")
         if self.overflow not in OVERFLOWS:
             found.append(f"overflow must be one of {', '.join(OVERFLOWS)}, not {self.overflow!r}")
         return found

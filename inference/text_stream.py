@@ -11,10 +11,10 @@ from byte_level_bpe import ByteLevelBPETokenizer
 class TextStream:
     """Turns the tokens of one answer into pieces of text, each safe to show at once.
 
-    A character whose bytes are spread over several tokens is held back until it is whole; bytes that are no UTF-8
-    become U+FFFD, as in `tokenizer.decode`. Text that could be the beginning of a stop string is held back until it
-    is decided. The pieces together are the whole text up to the first place where a stop string begins, wherever the
-    boundaries of the tokens lie.
+    A character whose bytes are spread over several tokens is held back until it is whole, and left out if the answer
+    ends before that; other bytes that are no UTF-8 become U+FFFD, as in `tokenizer.decode`. Text that could be the
+    beginning of a stop string is held back until it is decided. The pieces together are the whole text up to the first
+    place where a stop string begins, wherever the boundaries of the tokens lie.
 
     Args:
         tokenizer: special tokens of it add nothing to the text.
@@ -39,7 +39,7 @@ class TextStream:
 
     def flush(self) -> str:
         """The rest of the text, after the last token."""
-        return self._release(self._characters.decode(b"", final=True), final=True)
+        return self._release("", final=True)
 
     def _release(self, characters: str, final: bool) -> str:
         if self.stopped:
@@ -63,3 +63,9 @@ class TextStream:
             if any(text.startswith(self._held[start:]) and text != self._held[start:] for text in self.stop):
                 return start
         return len(self._held)
+
+
+def whole_characters(tokenizer: ByteLevelBPETokenizer, token_ids: Sequence[int]) -> str:
+    """What a `TextStream` without stop strings makes of these tokens."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return decoder.decode(b"".join(map(tokenizer.token_bytes, token_ids)))

@@ -107,7 +107,7 @@ LEAVES = {
     "torchrun": ["models/two_ranks/pretrain_best.pth"],
 }
 SAYS = {
-    "curl http://localhost:8000/health": '"status":"ok"',
+    "curl http://localhost:8000/health": '"status":"healthy"',
     "curl -X POST": '"generated_text"',
     "python pretrain_trainer.py --preset small --output_dir models/small --resume": "step 2 of 3",
 }
@@ -194,7 +194,7 @@ class Reader:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.service.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://localhost:{self.port}/health", timeout=5) as reply:
+                with urllib.request.urlopen(f"http://localhost:{self.port}/ready", timeout=5) as reply:
                     return reply.read().decode()
             except OSError:
                 time.sleep(0.1)

@@ -332,7 +332,7 @@ def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(params, value):
         (dict(top_p=0), "top_p must be above 0"),
         (dict(top_p=1.1), "top_p must be a number from 0 to 1, not 1.1"),
         (dict(min_p=-1), "min_p must be a number from 0 to 1, not -1"),
-        (dict(repetition_penalty=0), "repetition_penalty must be above 0"),
+        (dict(repetition_penalty=1e-40), "repetition_penalty must be a number from 0.01 to 100"),
         (dict(presence_penalty=math.nan), "presence_penalty must be a number, not nan"),
         (dict(logit_bias={50: 1.0}), "logit_bias has 50, which is no token id of a vocabulary of 50"),
         (dict(logit_bias={5: math.inf}), "logit_bias must map token ids to numbers"),

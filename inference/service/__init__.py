@@ -1,5 +1,19 @@
-"""The parts of the HTTP service.
+"""The HTTP surface of inference/api_service.py, part by part. In this order they can be read:
 
-Filters of what goes in and comes out: folding (what a text says, however it is written), then filters. The chat page:
-static_page serves the files in page/.
+settings        options and environment variables; which model is served, and why
+errors          the one shape of errors
+requests        what clients may ask
+folding         what a text says, however it is written
+filters         forbidden phrases in questions and answers
+rate_limit      how often each caller may ask
+bodies          from bytes to a checked request, at a bounded cost
+model_server    loading, asking and exchanging the model
+answers         whole answers and streamed ones
+openai_api      the routes under /v1
+metrics         /metrics
+documentation   /docs and /openapi.json
+static_page     the chat page, whose files are in page/
+logs            lines that cannot be forged
+gate            keys, rates, request ids, failures
+connections     connections with bounds; the server
 """

@@ -39,7 +39,7 @@ CONTEXT = 32  # characters that have left already, which a pattern may look back
 
 Classifier = Callable[[str], str | None]  # the forbidden label of a text, or None
 
-logger = logging.getLogger("uvicorn.error")
+logger = logging.getLogger("service")
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,11 @@ class Filters:
         """What people are told when something is blocked."""
         return self.rules.message
 
+    @property
+    def n_entries(self) -> int:
+        """How many phrases, patterns and exceptions there are."""
+        return len(self.rules.phrases) + len(self.rules.patterns) + self.rules.n_exceptions
+
     def _look(self) -> dict[Path, tuple[int, int]]:
         """The files, each with its time and size."""
         for path in self.paths:
@@ -237,9 +242,9 @@ class Filters:
             finding = Finding(label, "classifier")
         return finding
 
-    def stream(self) -> Guard:
-        """A guard for one answer."""
-        return Guard(self.rules)
+    def stream(self) -> Guard | WholeGuard:
+        """A guard for one answer; with a classifier nothing leaves before the end, as it judges whole texts."""
+        return WholeGuard(self) if self.classifier else Guard(self.rules)
 
 
 class Guard:
@@ -312,6 +317,24 @@ class Guard:
         return any(
             _is_prefix(self._rules.exception_skeletons, skeleton) for _, begun, _ in self._begun for skeleton in begun
         )
+
+
+class WholeGuard:
+    """As `Guard`, for filters that can judge a whole answer only."""
+
+    def __init__(self, filters: Filters) -> None:
+        self._filters, self._text = filters, ""
+        self.finding: Finding | None = None
+
+    def feed(self, piece: str) -> str:
+        """Take more of the answer; nothing may leave yet."""
+        self._text += piece
+        return ""
+
+    def finish(self) -> str:
+        """All of it, or nothing."""
+        self.finding = self._filters.check(self._text)
+        return "" if self.finding else self._text
 
 
 def _is_prefix(skeletons: list[str], beginning: str) -> bool:
