@@ -22,9 +22,9 @@ from inference.request import Generation, QueueFull, Request, RequestFailed, enc
 from inference.sampling import SamplingParams
 from inference.service.errors import ApiError, unavailable
 from inference.service.filters import Filters, Finding
-from inference.service.text_classifier import load_filter_classifier
 from inference.service.rate_limit import RateLimit
 from inference.service.settings import ServiceSettings, end_process
+from inference.service.text_classifier import load_filter_classifier
 
 logger = logging.getLogger("service")
 

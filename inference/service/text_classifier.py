@@ -1,4 +1,4 @@
-"""A classifier of texts: a GPT whose vocabulary head is replaced by one number a label (alignment/classify.py trains it)."""
+"""A classifier of texts: a GPT with one number a label in place of its vocabulary (alignment/classify.py trains it)."""
 
 from __future__ import annotations
 
