@@ -182,7 +182,8 @@ def test_settings_reach_the_service_and_the_page(page, server):
     for name, value in (("language", "zh"), ("theme", "dark"), ("seed", "7"), ("system", "Be brief.")):
         page.evaluate(f"document.querySelector('[name={name}]').value = {json.dumps(value)}")
         for event in ("input", "change"):
-            page.evaluate(f"document.querySelector('[name={name}]').dispatchEvent(new Event('{event}', {{bubbles: true}}))")
+            fire = f"dispatchEvent(new Event('{event}', {{bubbles: true}}))"
+            page.evaluate(f"document.querySelector('[name={name}]').{fire}")
     page.press("Escape")
     assert page.evaluate("document.getElementById('new').textContent") == "新对话"
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
