@@ -74,11 +74,10 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def page(browser, server):
     """The page with nothing kept, in English, greedy and with short answers."""
-    browser.open(f"{server.url}/")
+    browser.open(f"{server.url}/icon.svg")  # the same origin, without the page, which keeps what it has when it is left
     settings = {"language": "en", "temperature": 0, "max_tokens": 60}
     browser.evaluate(f"localStorage.clear(); localStorage.setItem('chat.settings', '{json.dumps(settings)}')")
-    browser.evaluate("history.replaceState(null, '', '/')")
-    browser.reload()
+    browser.open(f"{server.url}/")
     browser.wait_for("document.getElementById('model').textContent === 'sft_best'")
     browser.complaints.clear()
     yield browser
@@ -95,12 +94,21 @@ def ask(page, text=QUESTION):
     page.press("Enter")
 
 
+def choose(page, name, value):
+    """Change a setting."""
+    field = f"document.querySelector('[name={name}]')"
+    page.evaluate(f"{field}.value = {json.dumps(value)}")
+    for event in ("input", "change"):
+        page.evaluate(f"{field}.dispatchEvent(new Event('{event}', {{bubbles: true}}))")
+
+
 def articles(page):
     return page.evaluate("[...document.querySelectorAll('article .body')].map(body => body.textContent)")
 
 
 def test_an_answer_is_shown_while_it_is_written(page):
     """Typed, sent with Enter, grown piece by piece; at the end, how fast that was."""
+    choose(page, "max_tokens", "800")
     page.evaluate("""(() => {
         window.lengths = new Set();
         const look = () => window.lengths.add(document.querySelector('article.assistant .body')?.textContent.length);
@@ -110,14 +118,13 @@ def test_an_answer_is_shown_while_it_is_written(page):
     page.wait_for(DONE)
     assert page.evaluate("window.lengths.size") > 3
     figures = page.evaluate("document.querySelector('article.assistant .quiet').textContent")
-    assert figures.startswith("60 tokens · ") and "tokens/s · first after" in figures
+    assert figures.startswith("800 tokens · ") and "tokens/s · first after" in figures
     assert "limit" in page.evaluate("document.querySelector('article.assistant .note').textContent")
 
 
 def test_nothing_in_an_answer_runs(page):
     """Markdown becomes elements; HTML stays text, and a link that would run something is none."""
-    page.evaluate("document.getElementById('settings').querySelector('[name=max_tokens]').value = ''")
-    page.evaluate("document.querySelector('[name=max_tokens]').dispatchEvent(new Event('input', {bubbles: true}))")
+    choose(page, "max_tokens", "")
     ask(page)
     page.wait_for("document.querySelector('article.assistant li')")
     page.click("#send")
@@ -131,8 +138,7 @@ def test_nothing_in_an_answer_runs(page):
 
 
 def test_stop_ends_the_answer_here_and_in_the_service(page, server):
-    page.evaluate("document.querySelector('[name=max_tokens]').value = ''")
-    page.evaluate("document.querySelector('[name=max_tokens]').dispatchEvent(new Event('input', {bubbles: true}))")
+    choose(page, "max_tokens", "")
     ask(page)
     page.wait_for("document.querySelector('article.assistant .body').textContent.length > 20")
     page.press("Escape")
@@ -180,10 +186,7 @@ def test_settings_reach_the_service_and_the_page(page, server):
     """Language and appearance change at once; the seed and the rest go with the next question."""
     page.click("#open-settings")
     for name, value in (("language", "zh"), ("theme", "dark"), ("seed", "7"), ("system", "Be brief.")):
-        page.evaluate(f"document.querySelector('[name={name}]').value = {json.dumps(value)}")
-        for event in ("input", "change"):
-            fire = f"dispatchEvent(new Event('{event}', {{bubbles: true}}))"
-            page.evaluate(f"document.querySelector('[name={name}]').{fire}")
+        choose(page, name, value)
     page.press("Escape")
     assert page.evaluate("document.getElementById('new').textContent") == "新对话"
     assert page.evaluate("document.documentElement.lang") == "zh-CN"

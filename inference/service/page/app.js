@@ -31,7 +31,6 @@ function open(conversation, { focus = true } = {}) {
 const create = () => ({ id: crypto.randomUUID?.() ?? String(Date.now()), title: "", messages: [] });
 
 function keep() {
-  if (current && current.messages.length && !conversations.includes(current)) conversations.unshift(current);
   if (!store.saveConversations(conversations)) toast(words().notKept);
 }
 
