@@ -8,8 +8,8 @@ text, whatever the script.
 
     python byte_level_bpe.py --input data/pretrain/train.txt --vocab_size 4096 --output_dir models/bpe_tokenizer
 
-The work is done by the Rust library `tokenizers`; the saved folder loads in `transformers` as well. Folders of GPT-2
-and of Qwen load here.
+The work is done by Rust: `rustbpe` trains, `gigatoken` encodes, `tokenizers` does the rest and stands in where the
+others cannot. The saved folder loads in `transformers` as well. Folders of GPT-2 and of Qwen load here.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ import contextlib
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from command_line import UserError, option, parse_config, replacing, run_main
+from progress import Progress, told_from_outside
+from text.bpe_training import TextSample, byte_of_character, learn_merges, written
 from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
+from text.fast_encoding import FastEncoder, fast_encoder, ids_of
 from text.text_files import iter_documents
 from text.tokenizer_files import (
     KNOWN_FILES,
@@ -36,9 +40,11 @@ from text.tokenizer_files import (
     byte_pre_tokenizer,
     read_tokenizer_files,
 )
+from text.tokenizer_report import examine, write_report
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # in the order of SPECIAL_ROLES
 BYTE_COUNT = 256
+SAMPLE_BYTES = 30_000_000  # of text to learn from: more changes hardly a token, and takes memory and time
 IGNORED_LABEL = -100  # positions with this label count for nothing in the loss
 
 
@@ -88,18 +94,31 @@ class ByteLevelBPETokenizer:
         self._special_tokens = [token.content for token in added if token.special]
         self._vocab_size = max(self.vocab.values()) + 1
         self._bytes_of_tokens: dict[int, bytes] | None = None  # made when it is first asked for
+        self._encoder: FastEncoder | None = None
+        self._encoder_is_known = False  # it, too, is made when something is to be encoded
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def train(self, texts: Iterable[str], min_frequency: int = 2, *, show_progress: bool = False) -> None:
+    def train(
+        self,
+        texts: Iterable[str],
+        min_frequency: int = 2,
+        *,
+        sample_bytes: int | None = SAMPLE_BYTES,
+        show_progress: bool = False,
+    ) -> TextSample:
         """Learn merges from texts, which are read once, one after another.
 
         Fewer than `vocab_size` tokens come out when the texts are too small to yield more.
 
         Args:
             texts: documents, in any number.
-            min_frequency: a pair must occur this often to become a token.
-            show_progress: draw progress bars on standard error.
+            min_frequency: a merge must be made this often to give a token.
+            sample_bytes: of more text than this, every second, fourth, … document is learned from; None: all.
+            show_progress: say how far it is, see `progress.Progress`.
+
+        Returns:
+            How much was read, and how much of it was learned from.
 
         Raises:
             UserError: min_frequency below 1, no text at all, or a tokenizer that was loaded: its ids are in use.
@@ -108,26 +127,24 @@ class ByteLevelBPETokenizer:
             raise UserError("a loaded tokenizer cannot be trained again; make a new one and train that")
         if min_frequency < 1:
             raise UserError(f"min_frequency is {min_frequency}; it must be at least 1")
-        character_count = 0
-
-        def checked() -> Iterator[str]:
-            nonlocal character_count
+        sample = TextSample(sample_bytes)
+        with Progress("reading text", unit="B", shown=show_progress) as progress:
             for text in texts:
-                character_count += len(text)
-                yield _replace_lone_surrogates(text)
-
-        engine = Tokenizer.from_str(self._engine.to_str())
-        trainer = trainers.BpeTrainer(
-            vocab_size=self._wanted_vocab_size,
-            min_frequency=min_frequency,
-            special_tokens=self._special_tokens,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # or bytes unseen in training would vanish
-            show_progress=show_progress,
-        )
-        engine.train_from_iterator(checked(), trainer)
-        if character_count == 0:
+                progress.update(sample.add(_replace_lone_surrogates(text)))
+        if sample.n_bytes == 0:
             raise UserError("there is no text to train the tokenizer on; give at least one document")
+        n_merges = self._wanted_vocab_size - BYTE_COUNT - len(self._special_tokens)
+        with told_from_outside(f"learning merges from {sample.size / 1e6:,.1f} MB", show_progress):
+            merges = learn_merges(sample, n_merges, min_frequency) if n_merges else []
+        tokens = [written(left + right) for left, right in merges]
+        content = json.loads(self._engine.to_str())
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        names = dict.fromkeys((*self._special_tokens, *alphabet, *tokens))  # two merges can give the same token
+        content["model"]["vocab"] = {token: index for index, token in enumerate(names)}
+        content["model"]["merges"] = [[written(left), written(right)] for left, right in merges]
+        engine = Tokenizer.from_str(json.dumps(content))
         self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, self.chat_template))
+        return sample
 
     # -- text and ids --------------------------------------------------------------------------------------------------
 
@@ -149,16 +166,39 @@ class ByteLevelBPETokenizer:
         """
         if max_seq_len is not None and max_seq_len < 1:
             raise UserError(f"max_seq_len is {max_seq_len}; it must be at least 1")
-        input_ids = self.encode_batch([text], add_special_tokens)[0][:max_seq_len]
+        text = _replace_lone_surrogates(text)
+        encoder = self._fast_encoder()
+        input_ids = encoder.encode(text) if encoder else ids_of(self._engine, [text])[0]
+        if add_special_tokens and self._adds_bos:
+            input_ids.insert(0, self.bos_token_id)
+        input_ids = input_ids[:max_seq_len]
         return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids)}
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
         """The ids of many texts, encoded in parallel; see `encode`."""
-        encodings = self._engine.encode_batch_fast(
-            [_replace_lone_surrogates(text) for text in texts], add_special_tokens=False
-        )
-        prefix = [self.bos_token_id] if add_special_tokens and self._adds_bos else []
-        return [prefix + encoding.ids for encoding in encodings]
+        texts, encoder = [_replace_lone_surrogates(text) for text in texts], self._fast_encoder()
+        ids = encoder.encode_batch(texts) if encoder else ids_of(self._engine, texts)
+        if not (add_special_tokens and self._adds_bos):
+            return ids
+        return [[self.bos_token_id, *one] for one in ids]
+
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of many texts as arrays, without special tokens; the fastest way to encode much.
+
+        Returns:
+            All ids, one text after another, (M,) uint32; where each text begins and the last one ends, (N + 1,) int64.
+        """
+        texts, encoder = [_replace_lone_surrogates(text) for text in texts], self._fast_encoder()
+        if encoder and texts:
+            return encoder.encode_arrays(texts)
+        ids = ids_of(self._engine, texts)
+        borders = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(ids), np.uint32, borders[-1]), borders
+
+    def _fast_encoder(self) -> FastEncoder | None:
+        if not self._encoder_is_known:
+            self._encoder, self._encoder_is_known = fast_encoder(self._engine), True
+        return self._encoder
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids (a list, an array or a 1-D tensor). Bytes that are not UTF-8 become U+FFFD."""
@@ -360,15 +400,7 @@ def _check_special_tokens(special_tokens: tuple[str, ...]) -> None:
             raise UserError(f"the special token {token!r} could arise from ordinary text; write it like '<{token}>'")
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in tokens: printable ones for themselves, the others in order from U+0100."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    printable = [character for character in characters if ord(character) < BYTE_COUNT]
-    others = sorted(set(range(BYTE_COUNT)) - set(map(ord, printable)))
-    return {**{c: ord(c) for c in printable}, **dict(zip(characters[len(printable) :], others, strict=True))}
-
-
-BYTE_OF_CHARACTER = _byte_alphabet()
+BYTE_OF_CHARACTER = byte_of_character()
 
 
 def _bytes_of_token(token: str) -> bytes:
@@ -397,7 +429,10 @@ class TokenizerTrainingConfig:
         4096, "how many tokens, the bytes and the special tokens included", at_least=BYTE_COUNT + len(SPECIAL_TOKENS)
     )
     min_frequency: int = option(2, "how often a pair must occur to become a token", at_least=1)
-    output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer")
+    sample_bytes: int = option(
+        SAMPLE_BYTES, "of more text than this, every second, fourth, … document is learned from; 0: all", at_least=0
+    )
+    output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer and a report on it")
 
     def validate(self) -> list[str]:
         return [f"--output_dir {self.output_dir} is a file; name a folder"] if Path(self.output_dir).is_file() else []
@@ -426,13 +461,25 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
     documents = _SampledDocuments(config.input or ["data/pretrain/train"])
     tokenizer = ByteLevelBPETokenizer(config.vocab_size)
-    tokenizer.train(documents, config.min_frequency, show_progress=sys.stderr.isatty())
+    sample = tokenizer.train(
+        documents,
+        config.min_frequency,
+        sample_bytes=config.sample_bytes or None,
+        show_progress=True,
+    )
     tokenizer.save(config.output_dir)
-    byte_count = sum(len(text.encode(errors="surrogatepass")) for text in documents.sample)
-    token_count = sum(map(len, tokenizer.encode_batch(documents.sample)))
+    figures = examine(tokenizer, documents.sample)
+    write_report(figures, Path(config.output_dir))
+    if sample.step > 1:
+        print(
+            f"learned from one in {sample.step} of {sample.n_texts:,} texts, {sample.size / 1e6:.1f} of "
+            f"{sample.n_bytes / 1e6:.1f} MB (--sample_bytes {config.sample_bytes})"
+        )
+    scripts = ", ".join(f"{name} {value:.2f}" for name, value in figures["bytes_per_token"].items() if name != "all")
     print(
-        f"tokenizer: {len(tokenizer)} tokens, {byte_count / token_count:.2f} bytes per token on a sample of the input, "
-        f"saved in {config.output_dir}"
+        f"tokenizer: {len(tokenizer)} tokens, {figures['bytes_per_token']['all']:.2f} bytes per token on a sample of "
+        f"the input{f' ({scripts})' if scripts else ''}, {figures['unused']:.1%} of the tokens unused there, saved in "
+        f"{config.output_dir} with report.json and report.png"
     )
 
 

@@ -12,6 +12,7 @@ A checkpoint is a dict that `torch.load(weights_only=True, mmap=True)` accepts:
     command, versions
     training_state  optimiser, random states, … ; only in the checkpoints that training continues from
     lora            with LoRA: its settings, where the base model is, and the fingerprint of its weights
+    data            after pretraining: records read, left out and why, cut, by data set; see text/account.py
     made_from       of quantized weights, the fingerprint of the original
     …               what a stage adds, such as "quantization"
 
@@ -178,6 +179,8 @@ def load_model(
         raise UserError(f"{path} is quantized ({content['quantization']}); give the checkpoint it was made from")
     if content["stage"] == "reward":
         raise UserError(f"{path} is a reward model, which writes no text; give a pretrained, sft or ppo checkpoint")
+    if content["stage"] == "translate":
+        raise UserError(f"{path} is an encoder–decoder; python -m inference.translate reads it")
     model = restore_model(content, path, base=base, load_base=load_base)
     if "lora" in content:  # what is returned is a plain model
         content |= {"made_from": weight_fingerprint(content), "model": model.state_dict()}
@@ -306,4 +309,6 @@ def require_same_model(
         listed = ", ".join(f"{name} {theirs.get(name)} there, {ours[name]} here" for name in differing)
         raise UserError(f"{path} is of another architecture ({listed}); use the same settings or another --output_dir")
     if content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with another tokenizer; use that one or another --output_dir")
+        same_ids = content["tokenizer"]["files"]["tokenizer.json"] == tokenizer.to_files()["tokenizer.json"]
+        what = "chat template" if same_ids else "tokenizer"
+        raise UserError(f"{path} was trained with another {what}; use that one or another --output_dir")

@@ -28,6 +28,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
+from progress import listening
+
 Config = TypeVar("Config")
 
 
@@ -47,15 +49,18 @@ BOUNDS = {  # of a number: how it is compared, and how that is said
 }
 
 
-def option(default: Any, help: str, *, choices: Collection[str] | None = None, **bounds: float) -> Any:
+def option(
+    default: Any, help: str, *, choices: Collection[str] | None = None, reads: str = "", **bounds: float
+) -> Any:
     """A dataclass field with a default, a sentence of help and, where it applies, the values that are allowed.
 
     `default` may also be the word `list` for a field that takes several values and is empty by default. A number may
-    have bounds, by the names in `BOUNDS`; it is then never infinite or NaN.
+    have bounds, by the names in `BOUNDS`; it is then never infinite or NaN. What the result of a run depends on is
+    marked by `reads`: a path, if it is not empty, of a "model" (a checkpoint), "records" or "text".
     """
     if bounds.keys() - BOUNDS.keys():
         raise TypeError(f"option() takes the bounds {', '.join(BOUNDS)}, not {', '.join(bounds)}")
-    metadata = {"help": help, "choices": choices, "bounds": bounds}
+    metadata = {"help": help, "choices": choices, "reads": reads, "bounds": bounds}
     if default is list:
         return dataclasses.field(default_factory=list, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -86,11 +91,17 @@ def _value_type(annotation: Any) -> tuple[Callable[[str], Any], bool]:
 
 def _said_of(config_class: type, name: str) -> dict[str, Any]:
     """What `option` said of a field: help, choices and bounds, each from the nearest class that says it."""
-    said = {"choices": None, "bounds": {}}
+    said = {"choices": None, "reads": "", "bounds": {}}
     for base in reversed(config_class.__mro__):
         if field := vars(base).get("__dataclass_fields__", {}).get(name):
             said |= {key: value for key, value in field.metadata.items() if value}
     return said
+
+
+def inputs_of(config: Any) -> dict[str, str]:
+    """{name: kind} of the options that name something to read, and do; see `option`."""
+    kinds = {field.name: _said_of(type(config), field.name)["reads"] for field in dataclasses.fields(config)}
+    return {name: kind for name, kind in kinds.items() if kind and getattr(config, name)}
 
 
 def _range(bounds: dict[str, float]) -> str:
@@ -169,18 +180,20 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and turn its end into an exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+    status = 0
+    with listening():
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+        except Interrupted as interruption:
+            print(interruption, file=sys.stderr)
+            status = 130
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            status = 130
+    sys.exit(status)
 
 
 def require_file(path: str | Path, what: str, remedy: str = "check the path") -> Path:
@@ -190,6 +203,40 @@ def require_file(path: str | Path, what: str, remedy: str = "check the path") ->
         found = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise UserError(f"{what} {path} {found}; {remedy}")
     return path
+
+
+@contextlib.contextmanager
+def holding(folder: str | Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a folder, which is made where it is missing; until the end of the context or of the process.
+
+    Args:
+        wait: for another process that holds it.
+
+    Yields:
+        whether this process holds it; not where the system (Windows) or the disk knows no such locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            raise
+        except OSError:  # a disk without locks
+            held = False
+        yield held
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -217,7 +264,10 @@ def replacing(path: str | Path, remedy: str = "") -> Iterator[BinaryIO]:
         if remedy and isinstance(error, OSError):
             raise UserError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the move itself must reach the disk, too
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)  # the move itself must reach the disk, too
+    except PermissionError:  # Windows opens no folder
+        return
     try:
         os.fsync(folder)
     finally:

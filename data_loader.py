@@ -12,14 +12,15 @@ function of the seed and n (`BatchOrder`), so a resumed run sees exactly the dat
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import copy
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from command_line import UserError
+from command_line import UserError, holding
 from gpt_model import IGNORED_LABEL
+from progress import Progress
+from text.account import REPEATED, Account
 from text.chat_template import Message
 from text.conversation_data import load_conversations
 from text.text_files import iter_documents, resolve_files
@@ -39,6 +41,7 @@ from text.text_files import iter_documents, resolve_files
 Batch = dict[str, torch.Tensor]
 
 SHARD_TOKENS = 50_000_000  # tokens a shard file
+FORSAKEN = 24 * 3600  # seconds without a change after which nobody is writing any more
 
 
 # ------------------------------------------------------------------------------------------------------ token shards
@@ -72,6 +75,28 @@ class TokenShards:
             offset += len(array)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def spread_documents(self, n: int, eos_token_id: int, search: int = 1 << 16) -> list[int]:
+        """Where up to `n` documents begin, evenly spread over the text; the first one is among them.
+
+        Args:
+            search: tokens behind each of the even places in which an end of a document is looked for.
+        """
+        starts = {0}
+        for place in (self.n_tokens * number // n for number in range(1, n)):
+            (ends,) = np.nonzero(self.slice(place - 1, min(place + search, self.n_tokens - 1)) == eos_token_id)
+            if len(ends):  # a document longer than that has no beginning here
+                starts.add(place + int(ends[0]))
+        return sorted(starts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a data loader's workers, where these are processes that start anew: mapped files go as their names."""
+        mapped = [(array.filename, array.dtype) if isinstance(array, np.memmap) else array for array in self.arrays]
+        return {**vars(self), "arrays": mapped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = [np.memmap(*entry, mode="r") if isinstance(entry, tuple) else entry for entry in state["arrays"]]
+        vars(self).update(state, arrays=arrays)
+
 
 def in_validation_part(index: int, fraction: float) -> bool:
     """Whether document number `index` (from 0) is set aside for validation: evenly spread, the same in every run.
@@ -79,14 +104,6 @@ def in_validation_part(index: int, fraction: float) -> bool:
     Multiples of the golden ratio fill the unit interval evenly, whatever the number of documents.
     """
     return index * 618_034 % 1_000_000 < fraction * 1_000_000
-
-
-def set_validation_part_aside(records: Sequence[Any], fraction: float) -> tuple[list[Any], list[Any]]:
-    """Records cut into those to train on and those of the validation part; one of the two may come out empty."""
-    parts: tuple[list[Any], list[Any]] = ([], [])
-    for index, record in enumerate(records):
-        parts[in_validation_part(index, fraction)].append(record)
-    return parts
 
 
 def tokenize_to_shards(
@@ -115,7 +132,8 @@ def tokenize_to_shards(
     folder = Path(shard_dir) / f"{Path(path).name.split('.')[0]}-{part}-{digest}"
     try:
         if not _complete(folder):
-            with _alone_in(folder.parent):
+            with holding(folder.parent) as alone:  # which spares the others the work, where there are locks
+                _remove_leftovers(folder, alone)
                 if not _complete(folder):  # another process may have made it while this one waited
                     _make_shards(path, tokenizer, folder, identity)
     except OSError as error:
@@ -141,31 +159,29 @@ def _complete(folder: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process tokenizes into this folder; where the disk knows no locks, nobody waits."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def _remove_leftovers(folder: Path, alone: bool) -> None:
+    """Clear away what killed processes had written of this folder; unless this is `alone`, another may be writing."""
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        changes = [path.stat().st_mtime for path in (leftover, *leftover.iterdir())]
+        if alone or time.time() - max(changes) > FORSAKEN:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _make_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
-    """Write the shards beside their place and move the whole folder there."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    """Write the shards into a folder of this process's own, which is moved to its place when it is whole."""
+    temporary = folder.with_name(f".{folder.name}.{os.urandom(6).hex()}.tmp")
     try:
         temporary.mkdir()
         _write_shards(path, tokenizer, temporary, identity)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    except BaseException:
+        if not _complete(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # what a power cut left
+            try:
+                temporary.replace(folder)
+            except OSError:
+                if not _complete(folder):  # otherwise another process was first, with the same content
+                    raise
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
@@ -180,7 +196,7 @@ def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Pa
     shards: list[str] = []
     n_bytes = n_documents = in_shard = 0
     file = None
-    with tqdm(desc="tokenizing", unit="B", unit_scale=True, leave=False, disable=None) as progress:
+    with Progress("tokenizing", unit="B") as progress:
         while chunk := list(islice(documents, 2048)):
             ids: list[int] = []
             for document_ids in tokenizer.encode_batch(chunk, add_special_tokens=False):
@@ -260,36 +276,94 @@ class GPTPretrainDataset(Dataset):
         return count_labels(batch)
 
 
-class GPTSFTDataset(Dataset):
+class RecordData(Dataset):
+    """Samples made of records, with an account of what became of the records.
+
+    What fits is found first and a validation part set aside afterwards, so that the two are of the sizes asked for.
+
+    Args:
+        account: what reading the records has filled in so far; None starts a new one.
+        kind: what the records are called in a new account.
+        records: what the samples are made of.
+    """
+
+    parallel: tuple[str, ...] = ("samples",)  # names of the lists that hold something for each sample
+
+    def __init__(self, account: Account | None, kind: str, records: Sequence) -> None:
+        self.account = account or Account("the data", kind, read=len(records))
+
+    def __len__(self) -> int:
+        return len(getattr(self, self.parallel[0]))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+    @property
+    def n_dropped(self) -> int:
+        """How many records were left out."""
+        return self.account.n_left_out
+
+    def group(self, index: int) -> int:
+        """Samples of one group stay on one side of a split."""
+        return index
+
+    def split(self, fraction: float) -> tuple[RecordData, RecordData]:
+        """Two data sets of the samples to train on and of those held out; one of them may come out empty."""
+        inside = [in_validation_part(self.group(index), fraction) for index in range(len(self))]
+        train, val = (self._part([i for i, held in enumerate(inside) if held == side]) for side in (False, True))
+        self.account.held_out = len(val)
+        return train, val
+
+    def _part(self, indices: Sequence[int]) -> RecordData:
+        """Some of the samples, with the account of the whole."""
+        part = copy.copy(self)
+        for name in self.parallel:
+            values = getattr(self, name)
+            setattr(part, name, [values[index] for index in indices])
+        return part
+
+
+class GPTSFTDataset(RecordData):
     """Conversations as token ids, with labels on what the assistant says and on the `</s>` that ends it.
 
     A conversation that is longer than `max_seq_len` is cut at the end; one whose first answer lies beyond the cut
-    teaches nothing and is left out (`n_dropped` counts them).
+    teaches nothing and is left out.
+
+    Args:
+        account: see `RecordData`.
 
     Raises:
         UserError: a malformed record (which one, which field), or none that fits.
     """
 
     def __init__(
-        self, conversations: Sequence[Sequence[Message]], tokenizer: ByteLevelBPETokenizer, max_seq_len: int
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tokenizer: ByteLevelBPETokenizer,
+        max_seq_len: int,
+        account: Account | None = None,
     ) -> None:
+        super().__init__(account, "conversations", conversations)
         self.pad_token_id = tokenizer.pad_token_id
-        encoded = [tokenizer.encode_chat(conversation) for conversation in conversations]
-        cut = [(sample["input_ids"][:max_seq_len], sample["labels"][:max_seq_len]) for sample in encoded]
-        self.samples = [pair for pair in cut if any(label != IGNORED_LABEL for label in pair[1][1:])]
-        self.n_dropped = len(cut) - len(self.samples)
-        if not self.samples:
-            raise UserError(f"no conversation fits into {max_seq_len} tokens; raise --max_seq_len")
+        self.samples: list[tuple[list[int], list[int]]] = []
+        for conversation in conversations:
+            encoded = tokenizer.encode_chat(conversation)
+            ids, labels = encoded["input_ids"][:max_seq_len], encoded["labels"][:max_seq_len]
+            n_labels, n_kept = (sum(label != IGNORED_LABEL for label in row[1:]) for row in (encoded["labels"], labels))
+            self.account.answer_tokens += n_labels
+            self.account.answer_tokens_lost += n_labels - n_kept
+            if n_kept:
+                self.samples.append((ids, labels))
+                self.account.cut += n_kept < n_labels
+            elif n_labels:
+                self.account.leave_out(f"no answer within {max_seq_len} tokens")
+            else:
+                self.account.leave_out("no answer to learn from")
+        self.account.require(len(self))
 
     @property
     def lengths(self) -> list[int]:
         return [len(ids) for ids, _ in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
-        return self.samples[index]
 
     def collate(self, samples: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """{"input_ids", "labels"}: (B, longest) int64, padded on the right.
@@ -304,44 +378,63 @@ class GPTSFTDataset(Dataset):
         return count_labels(batch)
 
 
-class PreferenceDataset(Dataset):
+class PreferenceDataset(RecordData):
     """Preferences: a prompt with two or more answers, the best one first.
 
     All pairs of a better and a worse answer are compared, and those of one prompt share a weight of 1: so InstructGPT
     has it (arXiv:2203.02155, equation 1), because a ranking of nine would otherwise count as 36 questions.
-    Answers that do not fit into `max_seq_len` are left out, and with them preferences that keep fewer than two
-    (`n_dropped` counts these).
+    Answers that do not fit into `max_seq_len` are left out, and with them preferences that keep no pair.
 
     Args:
         preferences: as `conversation_data.parse_preference` gives them.
+        account: see `RecordData`.
 
     Raises:
         UserError: no preference fits.
     """
 
+    parallel = ("samples", "places")
+
     def __init__(
-        self, preferences: Sequence[dict[str, Any]], tokenizer: ByteLevelBPETokenizer, max_seq_len: int
+        self,
+        preferences: Sequence[dict[str, Any]],
+        tokenizer: ByteLevelBPETokenizer,
+        max_seq_len: int,
+        account: Account | None = None,
     ) -> None:
+        super().__init__(account, "preferences", preferences)
         self.pad_token_id = tokenizer.pad_token_id
         self.samples: list[dict[str, Any]] = []
-        for preference in preferences:
+        self.places: list[int] = []  # of the samples among the preferences
+        for place, preference in enumerate(preferences):
             encoded = [encode_answer(tokenizer, preference["prompt"], answer) for answer in preference["answers"]]
-            answers = [(ids, labels) for ids, labels in encoded if len(ids) <= max_seq_len]
-            if len(answers) >= 2:
-                self.samples.append({"answers": answers, "margin": preference["margin"]})
-        self.n_dropped = len(preferences) - len(self.samples)
-        if not self.samples:
-            raise UserError(f"no preference pair fits into {max_seq_len} tokens; raise --max_seq_len")
+            scores = preference.get("scores") or range(len(encoded), 0, -1)
+            fitting = [(answer, score) for answer, score in zip(encoded, scores, strict=True)
+                       if len(answer[0]) <= max_seq_len]  # fmt: skip
+            pairs = [(i, j) for i, j in combinations(range(len(fitting)), 2) if fitting[i][1] > fitting[j][1]]
+            answers = [answer for answer, _ in fitting] if pairs else []
+            n_tokens, n_kept = (
+                sum(label != IGNORED_LABEL for _, labels in some for label in labels) for some in (encoded, answers)
+            )
+            self.account.answer_tokens += n_tokens
+            self.account.answer_tokens_lost += n_tokens - n_kept if len(fitting) < len(encoded) else 0
+            if pairs:
+                self.samples.append({"answers": answers, "pairs": pairs, "margin": preference["margin"]})
+                self.places.append(place)
+                self.account.cut += len(answers) < len(encoded)
+            elif len(fitting) < len(encoded):
+                self.account.leave_out(f"longer than {max_seq_len} tokens")
+            else:
+                self.account.leave_out("all answers of the same score")
+        self.account.require(len(self))
 
     @property
     def lengths(self) -> list[int]:
         return [max(len(ids) for ids, _ in sample["answers"]) for sample in self.samples]
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"answers": [(ids, labels), …] with labels on the answer alone, best first; "margin": float}"""
+        """{"answers": [(ids, labels), …] with labels on the answer alone, best first; "pairs": [(better, worse), …],
+        places in "answers"; "margin": float}"""
         return self.samples[index]
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
@@ -356,12 +449,11 @@ class PreferenceDataset(Dataset):
         rows = pad_samples([answer for sample in samples for answer in sample["answers"]], self.pad_token_id)
         pairs, margins, weights, first = [], [], [], 0
         for sample in samples:
-            n_answers = len(sample["answers"])
-            compared = list(combinations(range(first, first + n_answers), 2))
+            compared = [(first + better, first + worse) for better, worse in sample["pairs"]]
             pairs += compared
             margins += [sample["margin"]] * len(compared)
             weights += [1 / len(compared)] * len(compared)
-            first += n_answers
+            first += len(sample["answers"])
         return {
             **{name: rows[name] for name in ("input_ids", "attention_mask")},
             "pairs": torch.tensor(pairs),
@@ -374,46 +466,87 @@ class PreferenceDataset(Dataset):
         return round(float(batch["weights"].sum()))
 
 
-class UnpairedDataset(Dataset):
+class UnpairedDataset(RecordData):
     """Answers that are good or bad, each beside an answer that was given to another prompt.
 
     The policy's divergence is estimated from prompts with others' answers (arXiv:2402.01306, section 4.1). Which answer
     stands beside a prompt is drawn once, so that the reference need be asked once only. Answers that do not fit into
-    `max_seq_len` are left out (`n_dropped` counts them), others' answers are cut there.
+    `max_seq_len` are left out, others' answers are cut there.
 
     Args:
-        records: as `conversation_data.parse_unpaired` gives them.
+        records: the answers of each record, as `conversation_data.parse_unpaired` gives them.
+        account: see `RecordData`.
 
     Raises:
-        UserError: no answer fits, or all are to the same prompt.
+        UserError: no answer fits.
     """
 
-    def __init__(self, records: Sequence[dict[str, Any]], tokenizer: ByteLevelBPETokenizer, max_seq_len: int) -> None:
-        self.pad_token_id = tokenizer.pad_token_id
-        encoded = [encode_answer(tokenizer, record["prompt"], record["answer"]) for record in records]
-        fitting = [index for index, (ids, _) in enumerate(encoded) if len(ids) <= max_seq_len]
-        self.n_dropped = len(records) - len(fitting)
-        if not fitting:
-            raise UserError(f"no answer fits into {max_seq_len} tokens; raise --max_seq_len")
+    parallel = ("fitting",)
+
+    def __init__(
+        self,
+        records: Sequence[Sequence[dict[str, Any]]],
+        tokenizer: ByteLevelBPETokenizer,
+        max_seq_len: int,
+        account: Account | None = None,
+    ) -> None:
+        super().__init__(account, "records", records)
+        self.tokenizer, self.max_seq_len, self.pad_token_id = tokenizer, max_seq_len, tokenizer.pad_token_id
+        self.fitting: list[dict[str, Any]] = []
+        n_groups = 0
+        for answers in records:
+            encoded = [(answer, encode_answer(tokenizer, answer["prompt"], answer["answer"])) for answer in answers]
+            fitting = [{**answer, "encoded": row, "group": n_groups} for answer, row in encoded
+                       if len(row[0]) <= max_seq_len]  # fmt: skip
+            n_tokens, n_kept = (
+                sum(label != IGNORED_LABEL for _, labels in rows for label in labels)
+                for rows in ([row for _, row in encoded], [answer["encoded"] for answer in fitting])
+            )
+            self.account.answer_tokens += n_tokens
+            self.account.answer_tokens_lost += n_tokens - n_kept
+            if fitting:
+                self.fitting += fitting
+                self.account.cut += len(fitting) < len(answers)
+                n_groups += 1
+            else:
+                self.account.leave_out(f"longer than {max_seq_len} tokens")
+        self.account.require(len(self))
+
+    def group(self, index: int) -> int:
+        """The answers of one record have their prompt in common."""
+        return self.fitting[index]["group"]
+
+    def _part(self, indices: Sequence[int]) -> UnpairedDataset:
+        part = super()._part(indices)
+        part.__dict__.pop("samples", None)  # others' answers are of the same part
+        return part
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """See `__getitem__`; made when first asked for.
+
+        Raises:
+            UserError: all answers are to the same prompt.
+        """
         generator = torch.Generator().manual_seed(0)
-        order = [fitting[index] for index in torch.randperm(len(fitting), generator=generator).tolist()]
-        self.samples: list[dict[str, Any]] = []
-        for place, index in enumerate(order):
-            prompt = records[index]["prompt"]
-            following = (records[other] for other in chain(order[place + 1 :], order[:place]))
-            other = next((record["answer"] for record in following if record["prompt"] != prompt), None)
+        order = [self.fitting[index] for index in torch.randperm(len(self), generator=generator).tolist()]
+        samples = []
+        for place, own in enumerate(order):
+            following = chain(order[place + 1 :], order[:place])
+            other = next((record["answer"] for record in following if record["prompt"] != own["prompt"]), None)
             if other is None:
-                raise UserError("all answers are to the same prompt; give answers to two different ones at least")
-            ids, labels = encode_answer(tokenizer, prompt, other)
-            answers = [encoded[index], (ids[:max_seq_len], labels[:max_seq_len])]
-            self.samples.append({"answers": answers, "good": records[index]["good"]})
+                raise UserError(
+                    f"all {len(self)} answers of {self.account.source}, or of its held-out part, are to the same "
+                    "prompt; give answers to two different ones at least, of which KTO compares one with the other's"
+                )
+            ids, labels = encode_answer(self.tokenizer, own["prompt"], other)
+            answers = [own["encoded"], (ids[: self.max_seq_len], labels[: self.max_seq_len])]
+            samples.append({"answers": answers, "good": own["good"]})
+        return samples
 
     @property
     def lengths(self) -> list[int]:
         return [len(sample["answers"][0][0]) for sample in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"answers": [(ids, labels) of the answer, (ids, labels) of another prompt's], "good": bool}"""
@@ -431,27 +564,37 @@ class UnpairedDataset(Dataset):
         return len(batch["good"])
 
 
-class GPTPPODataset(Dataset):
+class GPTPPODataset(RecordData):
     """Prompts for a policy to answer, each once.
+
+    Args:
+        account: see `RecordData`.
 
     Raises:
         UserError: no prompt leaves room for an answer.
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[Message]], tokenizer: ByteLevelBPETokenizer, max_prompt_len: int
+        self,
+        prompts: Sequence[Sequence[Message]],
+        tokenizer: ByteLevelBPETokenizer,
+        max_prompt_len: int,
+        account: Account | None = None,
     ) -> None:
+        super().__init__(account, "prompts", prompts)
         self.pad_token_id = tokenizer.pad_token_id
-        encoded = [tuple(tokenizer.encode_chat(prompt, add_generation_prompt=True)["input_ids"]) for prompt in prompts]
-        self.samples = list(dict.fromkeys(ids for ids in encoded if len(ids) <= max_prompt_len))
-        if not self.samples:
-            raise UserError(f"no prompt fits into {max_prompt_len} tokens; raise --max_seq_len or lower --max_gen_len")
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[int, ...]:
-        return self.samples[index]
+        first_place: dict[tuple[int, ...], int] = {}
+        for place, prompt in enumerate(prompts):
+            ids = tuple(tokenizer.encode_chat(prompt, add_generation_prompt=True)["input_ids"])
+            if len(ids) > max_prompt_len:
+                self.account.leave_out(f"longer than the {max_prompt_len} tokens that are left for a prompt")
+            elif ids in first_place:
+                self.account.leave_out(REPEATED)
+            else:
+                first_place[ids] = place
+        self.samples = list(first_place)
+        self.places = list(first_place.values())  # of the samples among the prompts
+        self.account.require(len(self))
 
     def collate(self, samples: Sequence[Sequence[int]]) -> Batch:
         """{"input_ids", "attention_mask"}: (B, longest) int64, padded on the left."""
@@ -556,10 +699,15 @@ def create_pretrain_dataloader(
     shuffle: bool = True,
     seed: int = 0,
     shard_dir: str | Path = "models/token_shards",
+    num_workers: int = 0,
 ) -> DataLoader:
-    """One epoch of pretraining batches as a PyTorch DataLoader; see `GPTPretrainDataset` for what a batch holds."""
+    """One epoch of pretraining batches as a PyTorch DataLoader; see `GPTPretrainDataset` for what a batch holds.
+
+    With `num_workers`, that many processes prepare batches; these are the same.
+    """
     dataset = GPTPretrainDataset(tokenize_to_shards(path, tokenizer, shard_dir), max_seq_len, str(path))
-    return _dataloader(dataset, batch_size, BatchOrder(len(dataset), batch_size, seed) if shuffle else None)
+    order = BatchOrder(len(dataset), batch_size, seed) if shuffle else None
+    return _dataloader(dataset, batch_size, order, num_workers)
 
 
 def create_sft_dataloader(
@@ -569,13 +717,19 @@ def create_sft_dataloader(
     max_seq_len: int = 512,
     shuffle: bool = True,
     seed: int = 0,
+    num_workers: int = 0,
 ) -> DataLoader:
-    """One epoch of instruction batches as a PyTorch DataLoader; see `GPTSFTDataset` for what a batch holds."""
+    """One epoch of instruction batches as a PyTorch DataLoader; see `GPTSFTDataset` for what a batch holds.
+
+    With `num_workers`, that many processes prepare batches; these are the same.
+    """
     dataset = GPTSFTDataset(load_conversations(path), tokenizer, max_seq_len)
     order = BatchOrder(len(dataset), batch_size, seed, dataset.lengths) if shuffle else None
-    return _dataloader(dataset, batch_size, order)
+    return _dataloader(dataset, batch_size, order, num_workers)
 
 
-def _dataloader(dataset: GPTPretrainDataset | GPTSFTDataset, batch_size: int, order: BatchOrder | None) -> DataLoader:
+def _dataloader(
+    dataset: GPTPretrainDataset | GPTSFTDataset, batch_size: int, order: BatchOrder | None, num_workers: int
+) -> DataLoader:
     sizes = {"batch_size": batch_size} if order is None else {"batch_sampler": order}
-    return DataLoader(dataset, collate_fn=dataset.collate, **sizes)
+    return DataLoader(dataset, collate_fn=dataset.collate, num_workers=num_workers, **sizes)

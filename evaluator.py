@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from alignment.reward_model import RewardModel, compare, load_reward_model, preference_figures
 from byte_level_bpe import ByteLevelBPETokenizer
@@ -43,11 +42,13 @@ from evaluation.answer_report import (
 )
 from gpt_model import IGNORED_LABEL, GPTModel
 from inference.quantizer import load_any
-from inference.request import Prompt
-from inference.text_generation import generate_texts
+from inference.request import Prompt, encode_prompt
+from inference.text_generation import generate_texts, longest_prompt
 from machine import resolve_device
-from text.conversation_data import parse_preference
-from text.text_files import iter_documents, iter_records
+from progress import Progress
+from text.account import Account
+from text.conversation_data import RecordOptions, load_records, parse_columns, parse_preference
+from text.text_files import iter_documents
 
 Window = tuple[list[int], list[int]]  # inputs and targets, of equal length; a target −100 does not count
 
@@ -115,7 +116,7 @@ class GPTEvaluator:
         nats, tokens, n_bytes = 0.0, 0, 0
         was_training = self.model.training
         self.model.eval()
-        progress = tqdm(desc="scoring", unit="document", disable=not show_progress)
+        progress = Progress("scoring", unit="document", shown=show_progress)
         stream = _Stream(self.model.config.max_seq_len)
         try:
             while chunk := list(islice(documents, 1024)):  # so that a corpus never has to fit into memory
@@ -271,21 +272,36 @@ class GPTEvaluator:
             ],
         }
 
-    def evaluate_sft(self, data_path: str | Path, *, max_samples: int | None = None, **settings: Any) -> dict[str, Any]:
+    def evaluate_sft(
+        self,
+        data_path: str | Path,
+        *,
+        max_samples: int | None = None,
+        max_gen_len: int = 64,
+        account: Account | None = None,
+        columns: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
         """Answer the questions of an instruction file, grade the answers, and score the reference answers.
 
-        Where a record has an "answer", `answer_checker` grades with it; otherwise an answer is exact if it equals the
-        record's response, or one of its "references", but for white space.
+        Where a record has an "answer" besides its response, `answer_checker` grades with it; otherwise an answer is
+        exact if it equals the record's response, or one of its "references", but for white space.
 
         Args:
+            account: learns what became of the records, and how many questions are too long to be read whole.
+            columns: fields of other names, see `conversation_data.parse_columns`.
             settings: those of `generate_texts`.
 
         Returns:
             see `report_answers`.
         """
-        questions = load_questions(data_path, max_samples)
+        questions = load_questions(data_path, max_samples, account, columns)
         prompts = [question.prompt for question in questions]
-        answers = generate_texts(self.model, self.tokenizer, prompts, chat=True, **settings)
+        if account is not None:
+            room = longest_prompt(self.model.config, max_gen_len)
+            account.cut += sum(len(encode_prompt(self.tokenizer, prompt, True)) > room for prompt in prompts)
+        settings = {"max_gen_len": max_gen_len, "chat": True, **settings}
+        answers = generate_texts(self.model, self.tokenizer, prompts, **settings)
         return report_answers(questions, answers, self.score_references(questions))
 
 
@@ -328,22 +344,30 @@ def evaluate_reward(
     *,
     max_samples: int | None = None,
     batch_size: int = 64,
+    account: Account | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """How often a reward model prefers the better of two answers, by the "defect" of the worse one.
 
     Answers that do not fit into the model's context are left out.
 
+    Args:
+        account, columns: see `GPTEvaluator.evaluate_sft`.
+
     Returns:
         {"scores": {"count", "loss", "accuracy", "margin", "calibration_error"}, see `preference_figures`, "by_defect":
         the same for each defect, if records name one}
     """
-    groups: dict[str, list[dict]] = {}
-    for where, record in islice(iter_records(data_path), max_samples):
-        groups.setdefault(str(record.get("defect")), []).append(parse_preference(record, where))
-    compared = {}
-    for defect in sorted(groups):
-        data = PreferenceDataset(groups[defect], tokenizer, model.config.max_seq_len)
-        compared[defect] = compare(model, data, range(len(data)), batch_size)
+
+    def parse(record: dict, where: str) -> tuple[str, dict]:
+        return str(record.get("defect")), parse_preference(record, where)
+
+    loaded = load_records(data_path, parse, account, columns)[:max_samples]
+    data = PreferenceDataset([preference for _, preference in loaded], tokenizer, model.config.max_seq_len, account)
+    groups: dict[str, list[int]] = {}
+    for index, place in enumerate(data.places):
+        groups.setdefault(loaded[place][0], []).append(index)
+    compared = {defect: compare(model, data, groups[defect], batch_size) for defect in sorted(groups)}
 
     def figures(margins: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
         return {"count": round(float(weights.sum())), **preference_figures(margins, weights)}
@@ -365,7 +389,7 @@ TEST_DATA = {  # by what is scored
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(RecordOptions):
     """Settings of one evaluation."""
 
     model_path: str = option("models/sft/sft_best.pth", "the checkpoint, in full precision or INT8")
@@ -421,15 +445,19 @@ def main(argv: list[str] | None = None) -> None:
 
     started = time.perf_counter()
     sizes = {"max_samples": config.max_samples, "batch_size": config.batch_size}
+    kind = {"sft": "questions", "reward": "preferences"}.get(model_type, "documents")
+    advice = "the model's context was fixed in pretraining: lower --max_gen_len, or give shorter records"
+    account = Account(str(data_path), kind, advice, config.skip_bad_records)
+    records = {"account": account, "columns": parse_columns(config.columns)}
     if model_type == "reward":
-        report = evaluate_reward(*load_reward_model(model_path, device), data_path, **sizes)
+        report = evaluate_reward(*load_reward_model(model_path, device), data_path, **sizes, **records)
         table, summary = reward_table(report), reward_summary(report)
     else:
         model, tokenizer, _ = load_any(model_path, device)
         evaluator = GPTEvaluator(model, tokenizer)
         sampling = {name: getattr(config, name) for name in ("max_gen_len", "temperature", "top_k", "seed")}
         if model_type == "sft":
-            report = evaluator.evaluate_sft(data_path, **sizes, **sampling, show_progress=True)
+            report = evaluator.evaluate_sft(data_path, **sizes, **sampling, **records, show_progress=True)
             table, summary = answers_table(report), answers_summary(report)
         else:
             report = evaluator.evaluate_pretrained(data_path, **sizes, **sampling, show_progress=True)
@@ -442,10 +470,13 @@ def main(argv: list[str] | None = None) -> None:
         "model_type": model_type,
         "test_data_path": str(data_path),
         "temperature": config.temperature,
+        **({"data": account.as_dict()} if account.read else {}),
         "seconds": round(time.perf_counter() - started, 2),
     }
     write_json({**about, **report}, output_path)
     print(table, end="\n" if table else "")
+    if account.read:
+        print(*account.sentences(), sep="\n")
     print(f"{model_path} on {data_path}: {summary}; written to {output_path}")
 
 

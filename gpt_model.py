@@ -155,10 +155,14 @@ class GPTModel(Part):
             cache: see `hidden_states`.
 
         Returns:
-            {"logits": (B, T, V), "loss": scalar in nats a token, or None without labels}
+            {"logits": (B, T, V), "loss": scalar in nats a token, or None without labels}; in eval mode, with labels,
+            also "token_accuracy", the share of them that the likeliest tokens are
         """
         logits = self.lm_head(self.hidden_states(input_ids, attention_mask, cache))  # (B, T, V)
-        return {"logits": logits, "loss": None if labels is None else next_token_loss(logits, labels)}
+        output = {"logits": logits, "loss": None if labels is None else next_token_loss(logits, labels)}
+        if labels is not None and not self.training:
+            output["token_accuracy"] = next_token_accuracy(logits, labels)
+        return output
 
     def generate(
         self,
@@ -236,3 +240,10 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()  # (B·T,)
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
     return total / targets.ne(IGNORED_LABEL).sum().clamp(min=1)  # a batch without any target has loss 0, not NaN
+
+
+def next_token_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The share of labels[:, t + 1] that are the likeliest tokens of logits[:, t]; −100 is ignored. Shapes as above."""
+    targets = labels[:, 1:]  # (B, T − 1)
+    right = logits[:, :-1].argmax(dim=-1) == targets  # (B, T − 1); no token is −100
+    return right.sum() / targets.ne(IGNORED_LABEL).sum().clamp(min=1)

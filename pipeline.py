@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 from command_line import Interrupted, UserError, option, parse_config, replacing, run_main
 from evaluation.report import write_report
 from text.text_files import RECORD_ENDINGS, resolve_files
+from training.run_folder import set_earlier_run_aside
 
 # What each size changes on the stages' own command lines. The times are for the sample data.
 SIZES: dict[str, dict[str, list[str]]] = {
@@ -264,7 +264,7 @@ def run_stage(stage: Stage, records: Path) -> None:
     command = [sys.executable, *stage.command]
     if stage.resumable is not None:
         if not unchanged:
-            shutil.rmtree(stage.resumable, ignore_errors=True)  # checkpoints of other inputs
+            set_earlier_run_aside(stage.resumable.parent, stage.name)
         command += ["--resume", "auto"]
     write_record(record_path, {"made_of": made_of})  # without seconds: begun, with checkpoints of these inputs
     start = time.time()

@@ -8,15 +8,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model, require_same_model
-from command_line import UserError, beyond_bounds, complaints_about, option, parse_config, run_main
+from command_line import UserError, beyond_bounds, complaints_about, option, parse_config, replacing, run_main
 from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
@@ -29,6 +28,7 @@ from training.training_loop import TrainingLoop
 
 SAMPLE_TRAIN, SAMPLE_VAL = "data/pretrain/train", "data/pretrain/val"
 DEFAULT_VAL_FRACTION = 0.05
+STEP = re.compile(r"--- step (\d+)$")  # heads the samples of an evaluation
 
 
 @dataclass
@@ -48,8 +48,12 @@ class PretrainConfig(TrainingConfig):
         ),
     }  # fmt: skip
 
-    train_data_dir: str = option(SAMPLE_TRAIN, "training text: a file, a folder, or a name without its ending")
-    val_data_dir: str = option("", "validation text; empty: the sample's own, or --val_fraction of the training text")
+    train_data_dir: str = option(
+        SAMPLE_TRAIN, "training text: a file, a folder, or a name without its ending", reads="text"
+    )
+    val_data_dir: str = option(
+        "", "validation text; empty: the sample's own, or --val_fraction of the training text", reads="text"
+    )
     val_fraction: float = option(
         0.0, "share of the training documents set aside, if there is no validation text", at_least=0, below=1
     )
@@ -205,21 +209,20 @@ class GPTTrainer:
         return {"val_bpb": bits_per_byte}
 
     def _write_samples(self, model: GPTModel, n_samples: int = 3, n_prompt: int = 8) -> None:
-        """Continue the beginnings of the first validation documents, into `samples.txt`."""
+        """Continue the beginnings of validation documents, spread over the whole text, into `samples.txt`."""
         length = min(n_prompt, self.config.max_seq_len // 2)
-        ids = self.val_shards.slice(0, min(self.val_shards.n_tokens, 20_000))
-        starts = [0, *(np.flatnonzero(ids == self.tokenizer.eos_token_id) + 1).tolist()]
-        prompts = [self.tokenizer.decode(ids[start : start + length].tolist()) for start in starts[:n_samples]]
-        prompts = [prompt for prompt in prompts if prompt] or [self.tokenizer.decode(ids[:length].tolist())]
+        starts = self.val_shards.spread_documents(n_samples, self.tokenizer.eos_token_id)
+        prompts = [self.tokenizer.decode(self.val_shards.slice(start, start + length).tolist()) for start in starts]
         settings = {"max_gen_len": self.config.sample_tokens, "temperature": 0.8, "top_k": 50, "seed": self.config.seed}
         texts = generate_texts(model, self.tokenizer, prompts, chat=False, **settings)
         path = Path(self.config.output_dir) / "samples.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        first = self.loop.step <= self.loop.eval_interval
-        with path.open("w" if first else "a", encoding="utf-8") as file:
-            file.write(f"--- step {self.loop.step}\n")
-            for prompt, generation in zip(prompts, texts, strict=True):
-                file.write(f"{prompt} → {generation.text}\n".replace("\n", " ").rstrip() + "\n")
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        # What a killed run wrote after the checkpoint that this one continues from is written again
+        later = (place for place, line in enumerate(lines) if int((STEP.match(line) or "00")[1]) >= self.loop.step)
+        lines = lines[: next(later, None)] + [f"--- step {self.loop.step}"]
+        lines += [" ".join(f"{prompt} → {text.text}".split()) for prompt, text in zip(prompts, texts, strict=True)]
+        with replacing(path, "free some space or choose another --output_dir") as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
 
     def train(self, resume_from: str | None = None) -> dict[str, float]:
         """Train to the end and return the metrics of the best model.
@@ -248,7 +251,7 @@ def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
         return ByteLevelBPETokenizer.from_pretrained(config.tokenizer_dir)
     print(f"no tokenizer in {config.tokenizer_dir} yet: training one of 4096 tokens on {config.train_data_dir}")
     tokenizer = ByteLevelBPETokenizer(vocab_size=4096)
-    tokenizer.train(iter_documents(config.train_data_dir), min_frequency=2)
+    tokenizer.train(iter_documents(config.train_data_dir), min_frequency=2, show_progress=True)
     tokenizer.save(config.tokenizer_dir)
     return tokenizer
 

@@ -20,16 +20,18 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from alignment.log_probabilities import LOGITS_AT_ONCE
-from alignment.stage import InstructionData, StageConfig, fit_context, held_out, run, start_of
+from alignment.stage import InstructionData, StageConfig, fit_context, load_parts, run, start_of
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model
-from command_line import UserError, option
+from command_line import UserError, option, replacing
 from data_loader import GPTPretrainDataset, GPTSFTDataset, tokenize_to_shards
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
+from text.account import Account
 from text.chat_template import Message
 from text.conversation_data import load_conversations
 from training import ranks
+from training.run_folder import set_earlier_run_aside
 from training.training_config import prepare_machine
 from training.training_loop import TrainingData, TrainingLoop
 
@@ -39,13 +41,17 @@ class DistillationConfig(InstructionData, StageConfig):
     """Settings of distillation."""
 
     start: ClassVar = ("teacher_model", "the teacher", "train it first")
-    teacher_model: str = option("models/sft/sft_best.pth", "the checkpoint to learn from")
-    student_model: str = option("", "the checkpoint that the student starts from; empty: a new model of these sizes:")
+    teacher_model: str = option("models/sft/sft_best.pth", "the checkpoint to learn from", reads="model")
+    student_model: str = option(
+        "", "the checkpoint that the student starts from; empty: a new model of these sizes:", reads="model"
+    )
     n_layers: int = option(0, "layers of a new student; 0 means half of the teacher's", at_least=0)
     d_model: int = option(0, "width of a new student; 0 means half of the teacher's", at_least=0)
     n_heads: int = option(0, "attention heads of a new student; 0 means half of the teacher's", at_least=0)
     n_kv_heads: int = option(0, "key/value heads of it; 0 means the teacher's proportion to --n_heads", at_least=0)
-    text_data: str = option("", "text to learn from instead: a file, a folder, or a name without its ending")
+    text_data: str = option(
+        "", "text to learn from instead: a file, a folder, or a name without its ending", reads="text"
+    )
     shard_dir: str = option("models/token_shards", "folder for tokenized --text_data, which is made once and reused")
     output_dir: str = "models/distill"
     optimizer: str = "muon"
@@ -101,7 +107,8 @@ class DistillationModel(nn.Module):
             input_ids, labels, attention_mask: (B, T), as `GPTModel.forward` takes them.
 
         Returns:
-            {"loss": (1 − α) CE + α T² KL, "cross_entropy": of the labels, "teacher_kl": KL(teacher ‖ student) at T}
+            {"loss": (1 − α) CE + α T² KL, "cross_entropy": of the labels, "teacher_kl": KL(teacher ‖ student) at T,
+            "token_accuracy": the share of labels that are the student's likeliest tokens}
 
             Soft targets have gradients that are smaller by 1/T², hence T² (arXiv:1503.02531, section 2).
         """
@@ -119,23 +126,27 @@ class DistillationModel(nn.Module):
             recompute_in_backward(self._losses_of_chunk, *chunk, use_reentrant=False)
             for chunk in zip(hidden.split(size), theirs.split(size), targets.split(size), strict=True)
         ]
-        cross_entropy, kl = (torch.stack(sums).sum() / max(1, len(targets)) for sums in zip(*parts, strict=True))
+        cross_entropy, kl, accuracy = (
+            torch.stack(sums).sum() / max(1, len(targets)) for sums in zip(*parts, strict=True)
+        )
         if self.teacher is None:
-            return {"loss": cross_entropy}
+            return {"loss": cross_entropy, "token_accuracy": accuracy}
         loss = (1 - self.alpha) * cross_entropy + self.alpha * self.temperature**2 * kl
-        return {"loss": loss, "cross_entropy": cross_entropy, "teacher_kl": kl}
+        return {"loss": loss, "cross_entropy": cross_entropy, "teacher_kl": kl, "token_accuracy": accuracy}
 
     def _losses_of_chunk(
         self, hidden: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of −log q(target) and of KL(p ‖ q) after the student's (N, D) and the teacher's (N, D') states."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums of −log q(target) and of KL(p ‖ q) after the student's (N, D) and the teacher's (N, D') states, and how
+        many targets were the likeliest."""
         logits = self.student.lm_head(hidden).float()  # (N, V)
         cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+        right = (logits.detach().argmax(dim=-1) == targets).sum()
         if self.teacher is None:
-            return cross_entropy, torch.zeros_like(cross_entropy)
+            return cross_entropy, torch.zeros_like(cross_entropy), right
         log_q = (logits / self.temperature).log_softmax(dim=-1)  # (N, V)
         log_p = (self.teacher.lm_head(theirs).float() / self.temperature).log_softmax(dim=-1)  # (N, V)
-        return cross_entropy, F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        return cross_entropy, F.kl_div(log_q, log_p, reduction="sum", log_target=True), right
 
 
 class DistillationLoop(TrainingLoop):
@@ -164,10 +175,12 @@ def teacher_answers(
     teacher: GPTModel,
     tokenizer: ByteLevelBPETokenizer,
     conversations: Sequence[Sequence[Message]],
+    account: Account,
 ) -> list[list[Message]]:
     """The conversations with the teacher's last answer in place of their own; without those that it did not end.
 
-    They are written to `teacher_answers.jsonl` in the output folder, from where a resumed run takes them.
+    They are written to `teacher_answers.jsonl` in the output folder, from where a resumed run takes them. The account
+    learns how many were not ended.
 
     Raises:
         UserError: the teacher ended no answer by itself.
@@ -193,18 +206,25 @@ def teacher_answers(
             raise UserError(
                 f"{config.teacher_model} ended no answer by itself; raise --max_gen_len or take an sft model"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        set_earlier_run_aside(Path(config.output_dir), "distill", path.name)
         lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in taught]
-        path.write_text("".join(lines), encoding="utf-8")
+        with replacing(path, "free some space or choose another --output_dir") as file:
+            file.write("".join(lines).encode())
         print(f"the teacher wrote {len(taught)} answers, see {path}", flush=True)
     ranks.barrier()
-    return load_conversations(path)
+    taught = load_conversations(path)
+    account.leave_out("the teacher did not end its answer", len(conversations) - len(taught))
+    return taught
 
 
 def load_data(
-    config: DistillationConfig, teacher: GPTModel, tokenizer: ByteLevelBPETokenizer
+    config: DistillationConfig, teacher: GPTModel, tokenizer: ByteLevelBPETokenizer, context: GPTConfig
 ) -> tuple[TrainingData, TrainingData]:
-    """Training and validation data: conversations, or windows of text."""
+    """Training and validation data: conversations, or windows of text.
+
+    Args:
+        context: of the model whose context is the limit, the student.
+    """
     if config.text_data:
         sources = [(config.text_data, "train"), (config.text_data, "val")]
         if config.val_data_path:
@@ -218,11 +238,13 @@ def load_data(
             data = [read(*source) for source in sources]
         ranks.barrier()  # the other ranks then find the shards on the disk
         return tuple(data if ranks.is_main() else [read(*source) for source in sources])
-    conversations = load_conversations(config.data_path)
-    if config.from_text:
-        conversations = teacher_answers(config, teacher, tokenizer, conversations)
-    parts = held_out(config, conversations, load_conversations)
-    return tuple(GPTSFTDataset(part, tokenizer, config.max_seq_len) for part in parts)
+
+    def make(conversations: list[list[Message]], account: Account) -> GPTSFTDataset:
+        if config.from_text and account.source == config.data_path:
+            conversations = teacher_answers(config, teacher, tokenizer, conversations, account)
+        return GPTSFTDataset(conversations, tokenizer, config.max_seq_len, account)
+
+    return load_parts(config, context, load_conversations, make, "conversations")
 
 
 def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[str, float]:
@@ -233,6 +255,8 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
     """
     config = config or DistillationConfig(**settings)
     path, device = start_of(config), prepare_machine(config)
+    if config.text_data:
+        config.data_path = ""  # not read
     teacher, tokenizer, _ = load_model(path, device)
     if config.student_model:
         student, student_tokenizer, _ = load_model(config.student_model)
@@ -247,7 +271,7 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
     if teacher.config.max_seq_len < config.max_seq_len:
         limit = teacher.config.max_seq_len
         raise UserError(f"{config.teacher_model} reads at most {limit} tokens; use --max_seq_len {limit}")
-    data = load_data(config, teacher, tokenizer)
+    data = load_data(config, teacher, tokenizer, student.config)
     asked = teacher if config.alpha > 0 and not config.from_text else None
     model = DistillationModel(student, asked, config.alpha, config.temperature)
     lengths = getattr(data[0], "lengths", None)  # windows of text have none: they are all of one length

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 
 from alignment.log_probabilities import answer_log_probs
 from alignment.stage import (
-    Instructions,
     InstructionsMixedIn,
     PreferenceData,
     StageConfig,
     load_instructions,
+    load_parts,
+    mix_in,
     open_stage,
     run,
 )
@@ -189,7 +190,7 @@ class DPOLoop(TrainingLoop):
         with self.updater.autocast():  # nothing is trained yet, so the policy is the reference
             for data in (train_data, val_data):
                 data.ask_reference(policy, device, config.batch_size)
-        self.instructions = Instructions(config, sft_data, self.global_batch()) if sft_data is not None else None
+        self.instructions = mix_in(self, sft_data)
 
     def accumulate(self, batches: list[Batch], counts: list[int]) -> dict[str, float]:
         """As `TrainingLoop.accumulate`; to each micro-batch comes as much of the instruction data."""
@@ -217,9 +218,16 @@ def dpo(config: DPOConfig | None = None, **settings: Any) -> dict[str, float]:
         the metrics of the best policy, on held-out preferences.
     """
     config = config or DPOConfig(**settings)
-    policy, tokenizer, device, parts = open_stage(config, load_preferences)
-    data = [DPODataset(part, tokenizer, config.max_seq_len) for part in parts]
-    loop = DPOLoop(config, policy, tokenizer, *data, device, load_instructions(config, tokenizer))
+    policy, tokenizer, device = open_stage(config)
+    data = load_parts(
+        config,
+        policy.config,
+        load_preferences,
+        lambda preferences, account: DPODataset(preferences, tokenizer, config.max_seq_len, account),
+        "preferences",
+    )
+    sft_data = load_instructions(config, tokenizer, policy.config)
+    loop = DPOLoop(config, policy, tokenizer, *data, device, sft_data)
     return run(
         loop,
         f"DPO on {len(loop.train_data)} preferences, {loop.max_steps} steps",

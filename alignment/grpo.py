@@ -26,16 +26,27 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from alignment.reward_function import SAMPLE_REWARD, RewardFunction, call_reward, load_reward
-from alignment.rollouts import RolloutConfig, RolloutLoop, answer_token_log_probs, kl_terms, masked_mean, policy_figures
-from alignment.stage import InstructionData, open_stage, run
+from alignment.reward_function import SAMPLE_REWARD, RewardFunction, call_reward, load_reward, parse_place
+from alignment.rollouts import (
+    RolloutConfig,
+    RolloutLoop,
+    advice_on_prompts,
+    answer_token_log_probs,
+    kl_terms,
+    masked_mean,
+    policy_figures,
+    room_for_prompts,
+)
+from alignment.stage import InstructionData, load_parts, open_stage, run
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import option
 from data_loader import Batch, GPTPPODataset
 from gpt_model import GPTModel
-from text.conversation_data import parse_prompt
-from text.text_files import iter_records
+from text.account import Account
+from text.chat_template import Message
+from text.conversation_data import load_tasks
 from training import ranks
+from training.run_identity import Inputs, content_fingerprint
 
 
 @dataclass
@@ -150,20 +161,25 @@ def alike(groups: torch.Tensor) -> torch.Tensor:
 class RecordDataset(GPTPPODataset):
     """The prompts of records, each beside the record that a reward function may need.
 
+    Args:
+        tasks: prompts and records, as `conversation_data.parse_task` gives them.
+
     Raises:
-        UserError: a malformed record (which one, which field), or none that leaves room for an answer.
+        UserError: no prompt leaves room for an answer.
     """
 
+    parallel = ("samples", "questions", "records")
+
     def __init__(
-        self, records: Sequence[tuple[str, dict]], tokenizer: ByteLevelBPETokenizer, max_prompt_len: int
+        self,
+        tasks: Sequence[tuple[list[Message], dict]],
+        tokenizer: ByteLevelBPETokenizer,
+        max_prompt_len: int,
+        account: Account | None = None,
     ) -> None:
-        messages = [parse_prompt(record, where) for where, record in records]
-        super().__init__(messages, tokenizer, max_prompt_len)
-        beside = {}
-        for prompt, (_, record) in zip(messages, records, strict=True):
-            ids = tuple(tokenizer.encode_chat(prompt, add_generation_prompt=True)["input_ids"])
-            beside.setdefault(ids, (prompt[-1]["content"], record))
-        self.questions, self.records = zip(*(beside[ids] for ids in self.samples), strict=True)
+        super().__init__([prompt for prompt, _ in tasks], tokenizer, max_prompt_len, account)
+        self.questions = [tasks[place][0][-1]["content"] for place in self.places]
+        self.records = [tasks[place][1] for place in self.places]
 
 
 class GRPOLoop(RolloutLoop):
@@ -184,6 +200,11 @@ class GRPOLoop(RolloutLoop):
         super().__init__(config, model, "grpo", tokenizer, data, val_data, device, needs_reference=config.kl_coef > 0)
         if not self.needs_reference:
             self.shown = ("objective/scores", "objective/ended")
+
+    def inputs(self) -> Inputs:
+        """What the result depends on, the text of the reward function's file among it."""
+        path, name = parse_place(self.config.reward)
+        return {**super().inputs(), "reward": [self.config.reward, f"{content_fingerprint([path])} {name}"]}
 
     def judge(self, data: RecordDataset, answers: Batch) -> Batch:
         """ "scores" (B,), "old_log_probs" and, if there is a reference, "reference_log_probs" and "kl" (B, R)."""
@@ -240,8 +261,15 @@ def train_grpo(config: GRPOConfig | None = None, **settings: Any) -> dict[str, f
     """
     config = config or GRPOConfig(**settings)
     reward = load_reward(config.reward)
-    policy, tokenizer, device, parts = open_stage(config, lambda path: list(iter_records(path)))
-    data, val_data = (RecordDataset(part, tokenizer, config.max_seq_len - config.max_gen_len) for part in parts)
+    policy, tokenizer, device = open_stage(config)
+    data, val_data = load_parts(
+        config,
+        policy.config,
+        load_tasks,
+        lambda tasks, account: RecordDataset(tasks, tokenizer, room_for_prompts(config), account),
+        "prompts",
+        advice=advice_on_prompts(config, policy.config),
+    )
     loop = GRPOLoop(config, policy, tokenizer, reward, data, val_data, device)
     size = f"{loop.max_steps} steps of {loop.order.batch_size} prompts with {config.group_size} answers each"
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +18,15 @@ import torch.nn as nn
 
 from alignment.dpo import AnswersWithReference, DPOLoop
 from alignment.log_probabilities import answer_log_probs
-from alignment.stage import InstructionsMixedIn, PreferenceData, StageConfig, load_instructions, open_stage, run
+from alignment.stage import (
+    InstructionsMixedIn,
+    PreferenceData,
+    StageConfig,
+    load_instructions,
+    load_parts,
+    open_stage,
+    run,
+)
 from command_line import option
 from data_loader import Batch, UnpairedDataset
 from gpt_model import GPTModel
@@ -166,15 +173,21 @@ def kto(config: KTOConfig | None = None, **settings: Any) -> dict[str, float]:
         the metrics of the best policy, on held-out answers.
     """
     config = config or KTOConfig(**settings)
-    policy, tokenizer, device, parts = open_stage(config, load_unpaired)
-    data = [KTODataset(list(chain(*part)), tokenizer, config.max_seq_len) for part in parts]
-    loop = KTOLoop(config, policy, tokenizer, *data, device, load_instructions(config, tokenizer))
-    n_answers, n_dropped = len(loop.train_data), loop.train_data.n_dropped
+    policy, tokenizer, device = open_stage(config)
+    data = load_parts(
+        config,
+        policy.config,
+        load_unpaired,
+        lambda records, account: KTODataset(records, tokenizer, config.max_seq_len, account),
+        "records",
+    )
+    sft_data = load_instructions(config, tokenizer, policy.config)
+    loop = KTOLoop(config, policy, tokenizer, *data, device, sft_data)
+    n_answers = len(loop.train_data)
     n_good = sum(sample["good"] for sample in loop.train_data.samples)
-    left_out = f" ({n_dropped} too long, left out)" if n_dropped else ""
     return run(
         loop,
-        f"KTO on {n_good} good and {n_answers - n_good} bad answers{left_out}, {loop.max_steps} steps",
+        f"KTO on {n_good} good and {n_answers - n_good} bad answers, {loop.max_steps} steps",
         "aligned",
         lambda best: f"held-out loss {best['val_loss']:.4f}, margin {best.get('val_rewards/margins', 0.0):.2f}, KL "
         f"{best['val_kl']:.2f} nats an answer",

@@ -45,13 +45,16 @@ from alignment.reward_model import RewardModel, load_reward_model, train_reward_
 from alignment.rollouts import (
     RolloutConfig,
     RolloutLoop,
+    advice_on_prompts,
     answer_token_log_probs,
     kl_terms,
     masked_mean,
     policy_figures,
+    room_for_prompts,
     rounding_noise,
 )
-from alignment.stage import Instructions, InstructionsMixedIn, PreferenceData, load_instructions, open_stage, run
+from alignment.stage import InstructionsMixedIn, PreferenceData, load_instructions, load_parts, mix_in, open_stage, run
+from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from data_loader import Batch, GPTPPODataset, GPTSFTDataset
 from gpt_model import GPTModel
@@ -70,7 +73,9 @@ LEAST_SPREAD = 1e-3
 class PPOConfig(PreferenceData, InstructionsMixedIn, RolloutConfig):
     """Settings of PPO. A step is one batch of fresh answers and the updates that are made with them."""
 
-    reward_model: str = option("", "a trained reward model; empty: train one in <output_dir>/reward first")
+    reward_model: str = option(
+        "", "a trained reward model; empty: train one in <output_dir>/reward first", reads="model"
+    )
     output_dir: str = "models/rlhf"
     ppo_epochs: int = option(2, "passes over the answers of a step", at_least=1)
     kl_coef: float = option(0.2, "β: the price of a nat of divergence from the SFT model", at_least=0)
@@ -212,7 +217,7 @@ class PPOLoop(RolloutLoop):
         apply_lora(critic.backbone, config, config.reward_model)
         super().__init__(config, ActorCritic(policy, critic, config), "ppo", tokenizer, prompts, val_prompts, device)
         self.updater.clip = self.clip_each
-        self.instructions = Instructions(config, sft_data, self.global_batch()) if sft_data is not None else None
+        self.instructions = mix_in(self, sft_data)
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """The policy's and the critic's, each with its own learning rate."""
@@ -359,8 +364,9 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
     """
     config = config or PPOConfig(**settings)
     if not config.reward_model:
+        open_policy(config, quiet=True)  # what is wrong with PPO's own data shows before a reward model is trained
         config.reward_model = train_reward_for(config)
-    policy, tokenizer, device, parts = open_stage(config, load_preferences)
+    policy, tokenizer, device, data = open_policy(config)
     reward_model, reward_tokenizer = load_reward_model(config.reward_model)
     if reward_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{config.reward_model} and {config.sft_model} have different tokenizers; use a matching pair")
@@ -369,9 +375,8 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
         raise UserError(
             f"{config.reward_model} reads at most {limit} tokens, fewer than the policy; use --max_seq_len {limit}"
         )
-    room = config.max_seq_len - config.max_gen_len
-    data = [GPTPPODataset([pair["prompt"] for pair in part], tokenizer, room) for part in parts]
-    loop = PPOLoop(config, policy, reward_model, tokenizer, *data, device, load_instructions(config, tokenizer))
+    sft_data = load_instructions(config, tokenizer, policy.config)
+    loop = PPOLoop(config, policy, reward_model, tokenizer, *data, device, sft_data)
     return run(
         loop,
         f"PPO on {len(loop.train_data)} prompts, {loop.max_steps} steps of {loop.order.batch_size} answers",
@@ -381,10 +386,29 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
     )
 
 
+def open_policy(
+    config: PPOConfig, quiet: bool = False
+) -> tuple[GPTModel, ByteLevelBPETokenizer, torch.device, tuple[GPTPPODataset, GPTPPODataset]]:
+    """The policy, its tokenizer, the device, and the prompts to train on and to hold out."""
+    policy, tokenizer, device = open_stage(config)
+    data = load_parts(
+        config,
+        policy.config,
+        load_preferences,
+        lambda preferences, account: GPTPPODataset(
+            [preference["prompt"] for preference in preferences], tokenizer, room_for_prompts(config), account
+        ),
+        "prompts",
+        advice=advice_on_prompts(config, policy.config),
+        quiet=quiet,
+    )
+    return policy, tokenizer, device, data
+
+
 def train_reward_for(config: PPOConfig) -> str:
     """Train the reward model that a PPO run needs (unless it is finished already); returns its path."""
     names = ("pairwise_data", "val_pairwise_data", "val_fraction", "sft_model", "max_seq_len")
-    names += ("seed", "device", "num_threads", "precision")
+    names += ("seed", "device", "num_threads", "precision", "columns", "skip_bad_records")
     folder = Path(config.output_dir) / "reward"
     resume = "auto" if config.resume else ""  # a path is of PPO's checkpoint
     train_reward_model(**{name: getattr(config, name) for name in names}, output_dir=str(folder), resume=resume)

@@ -17,18 +17,28 @@ RewardFunction = Callable[[list[str], list[str], list[dict]], Sequence[float]]
 SAMPLE_REWARD = "evaluation/answer_checker.py:preference_reward"  # of the sample data's world
 
 
-def load_reward(place: str) -> RewardFunction:
-    """The function that `PATH.py:FUNCTION` names; the path is seen from the working folder or this project's.
+def parse_place(place: str) -> tuple[Path, str]:
+    """The file and the function that `PATH.py:FUNCTION` names; the path is seen from the working folder or this
+    project's.
 
     Raises:
-        UserError: no such file or function, or the file cannot be imported.
+        UserError: no such file.
     """
     file, colon, name = place.rpartition(":")
     if not (colon and file and name.isidentifier()):
         raise UserError(f"--reward {place} must be a file and a function in it, such as my_rewards.py:reward")
     path = Path(file) if Path(file).exists() else Path(__file__).parent.parent / file
     remedy = f"give PATH.py:FUNCTION, such as {SAMPLE_REWARD}"
-    path = require_file(path if path.exists() else file, "the file of --reward", remedy)
+    return require_file(path if path.exists() else file, "the file of --reward", remedy), name
+
+
+def load_reward(place: str) -> RewardFunction:
+    """The function that `PATH.py:FUNCTION` names.
+
+    Raises:
+        UserError: no such file or function, or the file cannot be imported.
+    """
+    path, name = parse_place(place)
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     if spec is None:
         raise UserError(f"--reward {place}: {path} is no Python file; its name must end in .py")

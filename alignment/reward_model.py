@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from alignment.stage import PreferenceData, StageConfig, open_stage, run
+from alignment.stage import PreferenceData, StageConfig, load_parts, open_stage, run
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, restore_model, tokenizer_of
 from command_line import UserError, option
@@ -166,8 +166,14 @@ def train_reward_model(config: RewardConfig | None = None, **settings: Any) -> d
         the figures of the best model on held-out preferences, see `preference_figures`.
     """
     config = config or RewardConfig(**settings)
-    backbone, tokenizer, device, parts = open_stage(config, load_preferences)
-    train_data, val_data = (PreferenceDataset(part, tokenizer, config.max_seq_len) for part in parts)
+    backbone, tokenizer, device = open_stage(config)
+    train_data, val_data = load_parts(
+        config,
+        backbone.config,
+        load_preferences,
+        lambda preferences, account: PreferenceDataset(preferences, tokenizer, config.max_seq_len, account),
+        "preferences",
+    )
     model, lengths = RewardModel(backbone, config.center_rewards_coefficient), train_data.lengths
     loop = RewardLoop(config, model, backbone.config, tokenizer, "reward", train_data, val_data, device, lengths)
     return run(

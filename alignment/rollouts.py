@@ -15,11 +15,11 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from alignment.log_probabilities import token_log_probs
-from alignment.stage import SFTStart, StageConfig
+from alignment.stage import SFTStart, StageConfig, room_advice
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from data_loader import Batch, GPTPPODataset
-from gpt_model import GPTModel
+from gpt_model import GPTConfig, GPTModel
 from inference.engine import Engine
 from inference.request import RequestFailed
 from inference.sampling import SamplingParams
@@ -57,6 +57,25 @@ class RolloutConfig(SFTStart, LoRAOptions, StageConfig):
                 f"--grad_accum_steps ({self.batch_size * self.grad_accum_steps})"
             )
         return complaints
+
+
+def room_for_prompts(config: RolloutConfig) -> int:
+    """How many tokens a prompt may have.
+
+    Raises:
+        UserError: none.
+    """
+    room = config.max_seq_len - config.max_gen_len
+    if room < 1:
+        raise UserError(
+            f"--max_gen_len {config.max_gen_len} leaves no room for a prompt in {config.max_seq_len} tokens; lower it"
+        )
+    return room
+
+
+def advice_on_prompts(config: RolloutConfig, model: GPTConfig) -> str:
+    """What helps where prompts are too long."""
+    return f"lower --max_gen_len (now {config.max_gen_len}); or {room_advice(config, model)}"
 
 
 def write_answers(
@@ -135,6 +154,7 @@ class RolloutLoop(TrainingLoop):
     """
 
     shown = ("objective/scores", "objective/kl")
+    epoch_figures = ("objective/scores", "val_reward")
     published = "policy"
     best_by = "val_reward"  # what the best policy has most of
     group_size = 1  # answers to each prompt

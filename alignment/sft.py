@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from alignment.stage import InstructionData, StageConfig, open_stage, run
+from alignment.stage import InstructionData, StageConfig, load_parts, open_stage, run
 from command_line import option
 from data_loader import GPTSFTDataset
 from gpt_model import GPTModel
@@ -21,7 +21,9 @@ class SFTConfig(InstructionData, LoRAOptions, StageConfig):
     """Settings of supervised fine-tuning."""
 
     start: ClassVar = ("pretrained_model", "the pretrained model", "run pretrain_trainer.py first")
-    pretrained_model: str = option("models/pretrain/pretrain_best.pth", "the checkpoint to start from")
+    pretrained_model: str = option(
+        "models/pretrain/pretrain_best.pth", "the checkpoint to start from", reads="model"
+    )
     output_dir: str = "models/sft"
     optimizer: str = "muon"
     lr: float = 1.5e-3
@@ -56,18 +58,22 @@ def sft_finetune(config: SFTConfig | None = None, **settings: Any) -> dict[str, 
         the metrics of the best model.
     """
     config = config or SFTConfig(**settings)
-    model, tokenizer, device, parts = open_stage(config, load_conversations)
+    model, tokenizer, device = open_stage(config)
     if config.neftune_alpha:
         add_embedding_noise(model, config.neftune_alpha)
-    train_data, val_data = (GPTSFTDataset(part, tokenizer, config.max_seq_len) for part in parts)
+    train_data, val_data = load_parts(
+        config,
+        model.config,
+        load_conversations,
+        lambda conversations, account: GPTSFTDataset(conversations, tokenizer, config.max_seq_len, account),
+        "conversations",
+    )
     loop = TrainingLoop(
         config, model, model.config, tokenizer, "sft", train_data, val_data, device, lengths=train_data.lengths
     )
-    left_out = f" ({train_data.n_dropped} too long, left out)" if train_data.n_dropped else ""
-    size = f"{len(train_data)} conversations{left_out}, {loop.max_steps} steps"
     return run(
         loop,
-        f"fine-tuning {config.pretrained_model} on {size}",
+        f"fine-tuning {config.pretrained_model} on {len(train_data)} conversations, {loop.max_steps} steps",
         "fine-tuned",
         lambda best: f"validation loss {best['val_loss']:.4f} nats a token",
     )

@@ -1,7 +1,8 @@
 """What every stage after pretraining has in common, so that its own file shows its idea alone: data, loss, metrics.
 
-    policy, tokenizer, device, parts = open_stage(config, load_preferences)
-    loop = …                                     # parts → data sets; a model that has the stage's loss
+    policy, tokenizer, device = open_stage(config)
+    train_data, val_data = load_parts(config, policy.config, load_preferences, lambda records, account: …)
+    loop = …                                     # a model that has the stage's loss
     return run(loop, "DPO on 200 preferences", "aligned", lambda best: f"margin {best['val_rewards/margins']:.2f}")
 
 A stage's settings inherit `StageConfig`, `LoRAOptions` where adapters make sense, and of the options below those that
@@ -12,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model
 from command_line import UserError, option, require_file
-from data_loader import Batch, BatchOrder, GPTSFTDataset, set_validation_part_aside
-from gpt_model import GPTModel
+from data_loader import Batch, BatchOrder, GPTSFTDataset, RecordData
+from gpt_model import GPTConfig, GPTModel
 from lora import apply_lora
-from text.conversation_data import load_conversations
+from text.account import Account
+from text.conversation_data import RecordOptions, load_conversations, parse_columns
+from text.text_files import RECORD_ENDINGS, resolve_files
 from training import ranks
 from training.training_config import TrainingConfig, prepare_machine
 from training.training_loop import TrainingLoop
@@ -31,7 +34,7 @@ from training.training_loop import TrainingLoop
 
 
 @dataclass
-class StageConfig(TrainingConfig):
+class StageConfig(RecordOptions, TrainingConfig):
     """Settings that all stages share."""
 
     data: ClassVar[str]  # the option that names the data; with `val_` before it, that of the held-out data
@@ -54,15 +57,21 @@ class InstructionData:
     """Options of the stages that learn from answers, or answer questions."""
 
     data: ClassVar[str] = "data_path"
-    data_path: str = option("data/sft/sft_data.json", "instruction data, see the README for its shapes")
-    val_data_path: str = option("", "held-out data of the same kind; empty: --val_fraction of the training data")
+    data_path: str = option(
+        "data/sft/sft_data.json", "instruction data, see the README for its shapes", reads="records"
+    )
+    val_data_path: str = option(
+        "", "held-out data of the same kind; empty: --val_fraction of the training data", reads="records"
+    )
 
 
 @dataclass
 class SFTStart:
     """The option of the stages that go on from SFT."""
 
-    sft_model: str = option("models/sft/sft_best.pth", "the checkpoint to start from, which is also the reference")
+    sft_model: str = option(
+        "models/sft/sft_best.pth", "the checkpoint to start from, which is also the reference", reads="model"
+    )
 
 
 @dataclass
@@ -70,39 +79,42 @@ class PreferenceData(SFTStart):
     """Options of the stages that learn from preferences."""
 
     data: ClassVar[str] = "pairwise_data"
-    pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data, see the README for its shapes")
-    val_pairwise_data: str = option("", "held-out preferences; empty: --val_fraction of the training data")
+    pairwise_data: str = option(
+        "data/sft/rlhf_pairwise.json", "preference data, see the README for its shapes", reads="records"
+    )
+    val_pairwise_data: str = option(
+        "", "held-out preferences; empty: --val_fraction of the training data", reads="records"
+    )
 
 
 @dataclass
 class InstructionsMixedIn:
     """Options of the stages that may keep learning from instruction data, too."""
 
-    sft_data: str = option("", "instruction data to keep learning from, so that nothing is forgotten; empty: none")
+    sft_data: str = option(
+        "", "instruction data to keep learning from, so that nothing is forgotten; empty: none", reads="records"
+    )
     sft_coef: float = option(1.0, "weight of the supervised loss on --sft_data", at_least=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
-def open_stage(
-    config: StageConfig, read: Callable[[str], Sequence]
-) -> tuple[GPTModel, ByteLevelBPETokenizer, torch.device, tuple[list, list]]:
-    """The model to start from, with adapters if any are asked for; tokenizer, device; records and held-out records.
-
-    Args:
-        read: a path → records.
+def open_stage(config: StageConfig) -> tuple[GPTModel, ByteLevelBPETokenizer, torch.device]:
+    """The model to start from, with adapters if any are asked for; its tokenizer; and the device.
 
     Raises:
         UserError: something is missing, or unfit; before any work is done.
     """
     path = start_of(config)
+    for name in (config.data, f"val_{config.data}", "sft_data"):
+        if given := getattr(config, name, ""):
+            resolve_files(given, RECORD_ENDINGS)
     device = prepare_machine(config)
-    parts = held_out(config, read(getattr(config, config.data)), read)
     model, tokenizer, _ = load_model(path)
     fit_context(config, model)
     apply_lora(model, config, path)
-    return model, tokenizer, device, parts
+    return model, tokenizer, device
 
 
 def start_of(config: StageConfig) -> str:
@@ -113,25 +125,79 @@ def start_of(config: StageConfig) -> str:
     return path
 
 
-def held_out(config: StageConfig, records: Sequence, read: Callable[[str], Sequence]) -> tuple[list, list]:
-    """Records to train on and held-out ones: those of a file of their own, or a share of `records`.
+def read_account(config: StageConfig, model: GPTConfig, path: str, kind: str, advice: str = "") -> Account:
+    """An empty account of a data path, with the advice that fits these settings and this model."""
+    return Account(path, kind, advice or room_advice(config, model), config.skip_bad_records)
 
-    What belongs together is one record: the answers of a ranking have the prompt in common and stay on one side.
+
+def room_advice(config: StageConfig, model: GPTConfig) -> str:
+    """What helps where records are too long for `max_seq_len`."""
+    if config.max_seq_len < model.max_seq_len:
+        return f"raise --max_seq_len (now {config.max_seq_len}; the model's context is {model.max_seq_len})"
+    return (
+        f"the model's context of {model.max_seq_len} tokens was fixed in pretraining: give shorter records, or "
+        "pretrain with a larger --max_seq_len"
+    )
+
+
+def load_parts(
+    config: StageConfig,
+    model: GPTConfig,
+    load: Callable[..., list],
+    make: Callable[[list, Account], RecordData],
+    kind: str,
+    *,
+    advice: str = "",
+    quiet: bool = False,
+) -> tuple[Any, Any]:
+    """The data to train on and the held-out data: of a file of its own, or a share of what fits.
+
+    Args:
+        load: (path, account, columns) → records.
+        make: records and their account → a data set.
+        kind: what the records are called.
+        advice: what helps where they are too long, in place of `room_advice`.
+        quiet: say nothing of what was read.
+
+    Raises:
+        UserError: records that are malformed, or too few that fit.
     """
-    if path := getattr(config, f"val_{config.data}"):
-        return list(records), list(read(path))
-    parts = set_validation_part_aside(records, config.val_fraction)
-    if not all(parts):
-        path = getattr(config, config.data)
-        raise UserError(f"{path} has too few records to set some aside; give --val_{config.data} or more records")
+
+    def read(path: str) -> RecordData:
+        account = read_account(config, model, path, kind, advice)
+        return make(load(path, account, columns=parse_columns(config.columns)), account)
+
+    data = read(getattr(config, config.data))
+    if val_path := getattr(config, f"val_{config.data}"):
+        parts = data, read(val_path)
+    else:
+        parts = data.split(config.val_fraction)
+        if not all(map(len, parts)):
+            account = data.account
+            raise UserError(
+                f"{account.source} has {account.read:,} {kind}, of which {len(data)} can be used, too few to set some "
+                f"aside; give --val_{config.data} or more records{f'; {account.advice}' if account.left_out else ''}"
+            )
+    if not quiet:
+        say_accounts(parts)
     return parts
+
+
+def say_accounts(data_sets: Sequence[RecordData]) -> None:
+    """Say what became of the records, once for each file."""
+    if ranks.is_main():
+        for account in {id(data.account): data.account for data in data_sets}.values():
+            print(*account.sentences(), sep="\n", flush=True)
 
 
 def fit_context(config: TrainingConfig, model: GPTModel) -> None:
     """Settle `max_seq_len`: what the model can take, unless the user asked for less."""
     limit = model.config.max_seq_len
     if config.max_seq_len > limit:
-        raise UserError(f"--max_seq_len {config.max_seq_len} is beyond the model's context of {limit}; lower it")
+        raise UserError(
+            f"--max_seq_len {config.max_seq_len} is beyond the model's context of {limit}, which was fixed in "
+            "pretraining; lower it, or pretrain with a larger --max_seq_len"
+        )
     config.max_seq_len = config.max_seq_len or limit
 
 
@@ -164,8 +230,22 @@ class Instructions:
         return {f"sft_{name}": value for name, value in batch.items()}
 
 
-def load_instructions(config: StageConfig, tokenizer: ByteLevelBPETokenizer) -> GPTSFTDataset | None:
+def mix_in(loop: TrainingLoop, data: GPTSFTDataset | None) -> Instructions | None:
+    """The data of `--sft_data` for the steps of a loop, whose records then tell of it, too."""
+    if data is None:
+        return None
+    loop.accounts["sft_data"] = data.account
+    return Instructions(loop.config, data, loop.global_batch())
+
+
+def load_instructions(
+    config: StageConfig, tokenizer: ByteLevelBPETokenizer, model: GPTConfig
+) -> GPTSFTDataset | None:
     """The data of `--sft_data`, if there is any."""
     if not config.sft_data:
         return None
-    return GPTSFTDataset(load_conversations(config.sft_data), tokenizer, config.max_seq_len)
+    account = read_account(config, model, config.sft_data, "conversations")
+    conversations = load_conversations(config.sft_data, account, columns=parse_columns(config.columns))
+    data = GPTSFTDataset(conversations, tokenizer, config.max_seq_len, account)
+    say_accounts([data])
+    return data

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -104,11 +103,11 @@ def run_algorithm(name: str, seed: str, config: BenchConfig, folder: Path) -> tu
     command += ["--seed", seed, "--num_threads", str(config.num_threads), "--output_dir", str(folder)]
     command += LORA if variant else []
     command += ["--max_steps", str(config.max_steps)] if config.max_steps else []
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = os.times()
     run_script(f"training {name}", ["finetune.py", *command])
     (best,) = folder.glob("*_best.pth")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    after = os.times()
+    return best, after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def ask(model_path: Path, config: BenchConfig, folder: Path) -> dict[str, float]:

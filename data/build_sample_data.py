@@ -26,6 +26,7 @@ from data.leak_proof import HeldOutOperands, normalise, prove_no_leak
 from data.sample_cases import LANGUAGES, Case, Relation
 from data.sample_phrasings import RELATIONS
 from data.sample_skills import PAIR_SKILLS, SKILLS, SORTING, Skill
+from data.sample_translation import translation_pairs
 from data.sample_world import WORDS
 from evaluation.answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, check_answer
 
@@ -340,6 +341,7 @@ def build() -> tuple[dict[str, list], str]:
     world = World()
     documents = pretraining_documents(world)
     preferences, preference_tests = preference_records(world)
+    pairs, pair_tests = translation_pairs(rng_for("translation"))
     files = {
         "pretrain/train.txt": [line for number, line in enumerate(documents) if number % 40],
         "pretrain/val.txt": documents[::40],
@@ -347,6 +349,8 @@ def build() -> tuple[dict[str, list], str]:
         "sft/sft_test.json": world.tests,
         "sft/rlhf_pairwise.json": preferences,
         "sft/rlhf_pairwise_test.json": preference_tests,
+        "translation/train.jsonl": pairs,
+        "translation/test.jsonl": pair_tests,
     }
     training, instructions = training_texts(files)
     prove_no_leak(training, instructions, files["sft/sft_test.json"], world.operands, held_out_phrasings())
@@ -373,6 +377,8 @@ def held_out_phrasings() -> list[str]:
 def _text_of(name: str, content: list) -> str:
     if name.endswith(".txt"):
         return "".join(f"{line}\n" for line in content)
+    if name.endswith(".jsonl"):
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
     return "[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in content) + "\n]\n"
 
 

@@ -1,5 +1,6 @@
 """How good the answers are, whoever wrote them, and how that is reported.
 
 In order: answer_checker (a program decides: right, whole, polite?), answer_report (BLEU, ROUGE and exactness, by
-skill), ngram_baseline (the same questions for an n-gram model), report (the page that sums up all stages).
+skill), translation_scores (sacreBLEU), ngram_baseline (the same questions for an n-gram model), report (the page that
+sums up all stages).
 """

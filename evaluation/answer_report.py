@@ -21,9 +21,9 @@ from checkpoint import existing_parent
 from command_line import UserError, replacing
 from evaluation.answer_checker import check_answer
 from inference.request import Generation
+from text.account import Account
 from text.chat_template import Message
-from text.conversation_data import parse_conversation
-from text.text_files import iter_records
+from text.conversation_data import load_records, parse_conversation
 
 # -- texts against references ------------------------------------------------------------------------------------------
 
@@ -122,25 +122,50 @@ class ReferenceScore(NamedTuple):
     tokens: int
 
 
-def load_questions(data_path: str | Path, max_samples: int | None = None) -> list[Question]:
+def parse_question(record: dict, where: str) -> Question:
+    """A test question: an instruction record, whose field "answer" is the plain right answer if it has another one."""
+    *prompt, answer = parse_conversation(record, where)
+    if not prompt:
+        raise UserError(f"{where} holds an answer without a question; put the user's message before it")
+    fields = dict(record)
+    if not isinstance(fields.get("answer", ""), str):
+        raise UserError(f'{where}: the field "answer" is not a text; it must be a string')
+    references = fields.get("references", [])
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+        raise UserError(f'{where}: the field "references" must be a list of texts, other right answers')
+    if fields.get("answer") == answer["content"] and not {"response", "output", "completion"} & record.keys():
+        del fields["answer"]  # of a question/answer record it is the reference itself
+    return Question(prompt, answer["content"], fields)
+
+
+def load_questions(
+    data_path: str | Path,
+    max_samples: int | None = None,
+    account: Account | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[Question]:
     """The questions of an instruction file; with `max_samples`, at most that many, evenly spread over the file.
+
+    Args:
+        account, columns: see `conversation_data.load_records`.
 
     Raises:
         UserError: the file cannot be read, or a record is malformed.
     """
-    questions = []
-    for where, record in iter_records(data_path):
-        *prompt, answer = parse_conversation(record, where)
-        if not prompt:
-            raise UserError(f"{where} holds an answer without a question; put the user's message before it")
-        if not isinstance(record.get("answer", ""), str):
-            raise UserError(f'{where}: the field "answer" is not a text; it must be a string')
-        references = record.get("references", [])
-        if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-            raise UserError(f'{where}: the field "references" must be a list of texts, other right answers')
-        questions.append(Question(prompt, answer["content"], record))
+    questions = load_records(data_path, parse_question, account, columns)
+    if not questions:
+        raise UserError(f"{data_path} has no question with an answer to compare with; give at least one")
     count = min(max_samples or len(questions), len(questions))
     return [questions[index * len(questions) // count] for index in range(count)]
+
+
+def final_answer(text: str) -> list[str]:
+    """What of an answer has to be right, as words: what stands behind the last "####", where there is such a mark.
+
+    GSM8K closes its solutions so (arXiv:2110.14168); commas within its numbers do not count.
+    """
+    _, mark, final = text.rpartition("####")
+    return final.replace(",", "").split() if mark else text.split()
 
 
 def grade(question: Question, generation: Generation, likelihood: ReferenceScore | None = None) -> dict[str, Any]:
@@ -159,7 +184,8 @@ def grade(question: Question, generation: Generation, likelihood: ReferenceScore
     if likelihood is not None:
         graded |= {f"reference_{name}": value for name, value in likelihood._asdict().items()}
     if "answer" not in fields:
-        return {**graded, "exact": any(generation.text.split() == text.split() for text in question.references)}
+        said = final_answer(generation.text)
+        return {**graded, "exact": any(said == final_answer(text) for text in question.references)}
     check = check_answer(generation.text, fields["answer"], ended=generation.ended)
     return {**graded, **asdict(check), "preferred": check.preferred}
 

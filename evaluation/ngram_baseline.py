@@ -17,7 +17,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import option, parse_config, run_main
@@ -30,8 +29,10 @@ from evaluation.answer_report import (
     write_json,
 )
 from inference.request import Generation
+from progress import tracked
+from text.account import Account
 from text.chat_template import Message
-from text.conversation_data import load_conversations
+from text.conversation_data import RecordOptions, load_conversations, parse_columns
 from text.text_files import iter_documents
 
 
@@ -116,7 +117,7 @@ class NGramModel:
 
 
 @dataclass
-class BaselineConfig:
+class BaselineConfig(RecordOptions):
     """Settings of the n-gram baseline."""
 
     order: int = option(5, "n: a token is predicted from the n − 1 tokens before it", at_least=1)
@@ -148,8 +149,15 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     tokenizer = ByteLevelBPETokenizer.from_pretrained(config.tokenizer_dir)
     eos = tokenizer.eos_token_id
-    questions = load_questions(config.test_data_path, config.max_samples)
-    conversations = load_conversations(config.sft_data_path)
+    columns = parse_columns(config.columns)
+    accounts = [
+        Account(path, kind, skips_bad_records=config.skip_bad_records)
+        for path, kind in ((config.test_data_path, "questions"), (config.sft_data_path, "conversations"))
+    ]
+    questions = load_questions(config.test_data_path, config.max_samples, accounts[0], columns)
+    conversations = load_conversations(config.sft_data_path, accounts[1], columns=columns)
+    for account in accounts:
+        print(*account.sentences(), sep="\n", flush=True)
     texts = tokenizer.encode_batch(list(iter_documents(config.train_data_dir)), add_special_tokens=True)
     documents = [ids + [eos] for ids in texts]
 
@@ -158,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         chats = [encode_conversation(tokenizer, messages, headings) for messages in conversations]
         model = NGramModel(config.order, tokenizer.vocab_size).fit([*documents, *chats])
         generations = []
-        for question in tqdm(questions, desc=f"{config.order}-gram, {form}", unit="question"):
+        for question in tracked(questions, f"{config.order}-gram, {form}", "question"):
             prompt_ids = encode_conversation(tokenizer, question.prompt, headings, is_prompt=True)
             ids = model.generate(prompt_ids, eos, config.max_gen_len)
             generations.append(Generation(tokenizer.decode(ids), ids[-1] == eos, ids))

@@ -20,10 +20,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -47,18 +47,22 @@ from inference.engine import Engine
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
 from inference.kernels.linear_products import DTYPES
 from inference.sampling import SamplingParams
-from text.conversation_data import load_conversations
-from text.text_files import iter_documents
+from seq2seq_model import Seq2SeqConfig, Transformer
+from text.account import Account
+from text.conversation_data import RecordOptions, load_conversations, parse_columns
+from text.text_files import holds_records, iter_documents
+from transformer_components import Positions
 
 QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
 MAX_PERPLEXITY_RISE = 0.005
 MIN_SPEEDUP = 1.05
+ModelClass = TypeVar("ModelClass", GPTModel, Transformer)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def prepare_for_inference(model: GPTModel, weights: str = "fp32") -> GPTModel:
+def prepare_for_inference(model: ModelClass, weights: str = "fp32") -> ModelClass:
     """A copy of a model for inference only, in eval mode; the model itself stays as it is.
 
     Args:
@@ -81,18 +85,20 @@ def prepare_for_inference(model: GPTModel, weights: str = "fp32") -> GPTModel:
             _require_finite(part.weight, name, "is damaged; use another checkpoint")
             memo[id(part)] = InferenceLinear.from_linear(part, weights)
             _require_finite(memo[id(part)].weight, name, f"is too large for {weights}; use another kind of weights")
-    head, embedding = memo[id(model.lm_head)], model.token_embedding
-    if embedding.weight is model.lm_head.weight:
-        table = head.weight, head.scale
-    elif DTYPES[weights] == torch.int8:
-        table = quantize_rows(embedding.weight)
-    else:
-        table = (embedding.weight.to(DTYPES[weights]),)
-    memo[id(embedding)] = InferenceEmbedding(*table)
+    head = memo[id(model.lm_head)]
+    for embedding in (part for part in model.modules() if type(part) is nn.Embedding):
+        if embedding.weight is model.lm_head.weight:
+            table = head.weight, head.scale
+        elif DTYPES[weights] == torch.int8:
+            table = quantize_rows(embedding.weight)
+        else:
+            table = (embedding.weight.to(DTYPES[weights]),)
+        memo[id(embedding)] = InferenceEmbedding(*table)
     prepared = copy.deepcopy(model, memo).eval().requires_grad_(False)
     if weights != "fp32":
-        for weight in prepared.position_embedding.parameters():
-            weight.data = weight.data.half()
+        for positions in (part for part in prepared.modules() if isinstance(part, Positions)):
+            for weight in positions.parameters():
+                weight.data = weight.data.half()
     return prepared
 
 
@@ -189,6 +195,33 @@ def load_any(
     return _quantized_model(content, path, device), tokenizer_of(content), content
 
 
+def load_translator(
+    path: str | Path, device: torch.device | str = "cpu", weights: str = "fp32"
+) -> tuple[Transformer, ByteLevelBPETokenizer, dict[str, Any]]:
+    """The encoder–decoder of a checkpoint, quantized or not, prepared for inference; its tokenizer; and the
+    checkpoint's dict.
+
+    Args:
+        weights: the kind of weights that a model in full precision gets.
+
+    Raises:
+        UserError: no such file, damaged, or another kind of model.
+    """
+    content = load_checkpoint(path)
+    if content["stage"] != "translate":
+        raise UserError(f"{path} is a {content['stage']} model, not an encoder–decoder; give one of seq2seq_trainer.py")
+    config, kind = Seq2SeqConfig(**content["config"]), content.get("quantization")
+    if kind:
+        with torch.device("meta"):  # shapes without memory
+            model = prepare_for_inference(Transformer.from_config(config), kind)
+        load_weights(model, content["model"], path, assign=True)
+    else:
+        model = Transformer.from_config(config)
+        load_weights(model, content["model"], path)
+        model = prepare_for_inference(model, weights)
+    return model.to(device), tokenizer_of(content), content
+
+
 # -- what it costs and what it brings ----------------------------------------------------------------------------------
 
 
@@ -212,14 +245,24 @@ def decode_speed(model: GPTModel, batch_size: int = 1, n_tokens: int = 64, secon
 
 
 def held_out_samples(
-    path: str | Path, tokenizer: ByteLevelBPETokenizer, max_seq_len: int, max_tokens: int
+    path: str | Path,
+    tokenizer: ByteLevelBPETokenizer,
+    max_seq_len: int,
+    max_tokens: int,
+    account: Account | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of about `max_tokens` held-out tokens, in samples of at most `max_seq_len`.
 
-    `.json` holds conversations, of which the answers are scored; everything else is text, a document a sample.
+    Of conversations the answers are scored; of text, all of it, a document a sample.
+
+    Args:
+        account, columns: see `conversation_data.load_records`.
     """
-    if Path(path).name.endswith((".json", ".json.gz")):
-        samples: Iterable = GPTSFTDataset(load_conversations(path), tokenizer, max_seq_len).samples
+    if holds_records(path):
+        account = account or Account(str(path), "conversations")
+        conversations = load_conversations(path, account, columns=columns)
+        samples: Iterable = GPTSFTDataset(conversations, tokenizer, max_seq_len, account).samples
     else:
         documents = (tokenizer.encode(text, max_seq_len)["input_ids"] for text in iter_documents(path))
         samples = ((ids, ids) for ids in documents)
@@ -248,7 +291,7 @@ def perplexity_and_choices(
 
 
 @dataclass
-class QuantizerConfig:
+class QuantizerConfig(RecordOptions):
     """The command line of the quantizer."""
 
     model_path: str = option("models/sft/sft_best.pth", "the checkpoint to quantize")
@@ -256,15 +299,16 @@ class QuantizerConfig:
     weights: str = option("int8", "the kind of weights; int8_dynamic rounds activations, too", choices=QUANTIZED)
     text: str | None = option(
         None,
-        "held-out text or conversations (.json); default data/sft/sft_test.json, for pretraining data/pretrain/val",
+        "held-out text or conversations; default data/sft/sft_test.json, for pretraining data/pretrain/val",
     )
     text_tokens: int = option(16384, "held-out tokens that are scored", at_least=2)
     num_threads: int = option(0, "CPU threads of the speed measurement; 0 means as many as torch takes", at_least=0)
 
     def validate(self) -> list[str]:
+        complaints = super().validate()
         output = Path(self.output_path or "x_int8.pth")
         same = output.resolve() == Path(self.model_path).resolve()
-        return [f"--output_path {output} is the model itself; choose another name"] if same else []
+        return complaints + [f"--output_path {output} is the model itself; choose another name"] * same
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -273,11 +317,21 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
     kind, source = config.weights, Path(config.model_path)
     output = Path(config.output_path or source.with_name(f"{source.stem}_{kind}{source.suffix}"))
+    if load_checkpoint(source)["stage"] == "translate":
+        plain, _, checkpoint = load_translator(source)
+        quantized, *_ = load_translator(source, weights=kind)
+        save_quantized_model(quantized, output, checkpoint)
+        print_change("weights", "MiB", weight_bytes(plain) / 2**20, weight_bytes(quantized) / 2**20)
+        print_change("file", "MiB", source.stat().st_size / 2**20, output.stat().st_size / 2**20)
+        print(f'{kind} model {output}; try: python -m inference.translate --text "…" --model_path {output}')
+        return
     plain, tokenizer, checkpoint = load_model(source)
     model = prepare_for_inference(plain)
     text = config.text or ("data/pretrain/val" if checkpoint["stage"] == "pretrain" else "data/sft/sft_test.json")
+    account = Account(text, "conversations", skips_bad_records=config.skip_bad_records)
+    columns = parse_columns(config.columns)
     try:
-        samples = held_out_samples(text, tokenizer, model.config.max_seq_len, config.text_tokens)
+        samples = held_out_samples(text, tokenizer, model.config.max_seq_len, config.text_tokens, account, columns)
     except UserError:
         if config.text:
             raise

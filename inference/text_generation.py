@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
-from gpt_model import GPTModel
+from gpt_model import GPTConfig, GPTModel
 from inference.engine import Engine
 from inference.request import Generation, Prompt, RequestFailed, encode_prompt
 from inference.sampling import SamplingParams
+from progress import Progress
+
+
+def longest_prompt(config: GPTConfig, max_gen_len: int) -> int:
+    """How many tokens of a prompt are read: what leaves room for `max_gen_len`, or for half the context."""
+    return config.max_seq_len - max(1, min(max_gen_len, config.max_seq_len // 2))
 
 
 def generate_texts(
@@ -39,19 +44,18 @@ def generate_texts(
         top_k: sample among the k likeliest tokens; 0 means among all.
         batch_size: prompts that are computed together; the answers do not depend on it.
         seed: makes sampling repeatable; None takes torch's global generator.
-        show_progress: show a progress bar.
+        show_progress: say how far it is, see `progress.Progress`.
 
     Raises:
         UserError: the model's output is not finite.
     """
     config = model.config
-    longest_prompt = config.max_seq_len - max(1, min(max_gen_len, config.max_seq_len // 2))
-    rows = [encode_prompt(tokenizer, prompt, chat)[-longest_prompt:] for prompt in prompts]
+    rows = [encode_prompt(tokenizer, prompt, chat)[-longest_prompt(config, max_gen_len) :] for prompt in prompts]
     generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist() if temperature else [0] * len(rows)
     top_k = min(top_k, config.vocab_size)
     settings = [SamplingParams(max_gen_len, temperature, top_k, seed=its_own) for its_own in seeds]
-    with tqdm(total=len(rows), desc="generating", unit="prompt", disable=not show_progress) as progress:
+    with Progress("generating", len(rows), "prompt", shown=show_progress) as progress:
         try:
             return Engine(model, tokenizer, max_running=batch_size).run(rows, settings, on_finished=progress.update)
         except RequestFailed as failure:

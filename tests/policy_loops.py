@@ -21,6 +21,7 @@ from command_line import complaints_about  # noqa: E402
 from data_loader import GPTPPODataset  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
 from lora import apply_lora  # noqa: E402
+from text.conversation_data import parse_task  # noqa: E402
 from training import ranks  # noqa: E402
 from training.training_config import prepare_machine  # noqa: E402
 
@@ -79,7 +80,7 @@ def make_loop(algorithm, folder, tokenizer, reward=None, **settings):
         save_checkpoint(config.sft_model, model_state=state, config=policy.config, tokenizer=tokenizer, stage="sft")
         apply_lora(policy, config, config.sft_model)
     if algorithm == "grpo":
-        data = RecordDataset([(text, {"instruction": text}) for text in PROMPTS], tokenizer, 42)
+        data = RecordDataset([parse_task({"instruction": text}, text) for text in PROMPTS], tokenizer, 42)
         return GRPOLoop(config, policy, tokenizer, reward or letters, data, data, device)
     prompts = GPTPPODataset([[{"role": "user", "content": text}] for text in PROMPTS], tokenizer, 42)
     reward_model = make_reward_model(tokenizer, reward or RewardModel)

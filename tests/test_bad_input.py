@@ -151,8 +151,8 @@ sft | --pretrained_model pickled.pth | pickled.pth is not a checkpoint of this p
 sft | --pretrained_model reward.pth | reward.pth is a reward model, which writes no text
 sft | --pretrained_model int8.pth | int8.pth is quantized (int8); give the checkpoint it was made from
 sft | --pretrained_model mislabelled.pth | mislabelled.pth holds another architecture than expected
-sft | --max_seq_len 1000 | --max_seq_len 1000 is beyond the model's context of 48; lower it
-sft | --max_seq_len 5 | no conversation fits into 5 tokens; raise --max_seq_len
+sft | --max_seq_len 1000 | 1000 is beyond the model's context of 48, which was fixed in pretraining; lower
+sft | --max_seq_len 5 | can be used; no answer within 5 tokens; raise --max_seq_len (now 5; the model's context is 48)
 sft | --val_data_path missing.json | there is no data at missing.json
 sft | --val_fraction 0 | --val_fraction must be above 0, unless --val_data_path is given
 sft | --val_fraction 1 | --val_fraction must be at least 0 and below 1, not 1.0
@@ -163,16 +163,16 @@ reward | --pairwise_data sft.json | record 1 of sft.json: the field "chosen" is 
 reward | --pairwise_data missing.json | there is no data at missing.json
 reward | --sft_model missing.pth | missing.pth does not exist; run finetune.py --mode sft first
 reward | --sft_model reward.pth | reward.pth is a reward model
-reward | --max_seq_len 5 | no preference pair fits into 5 tokens; raise --max_seq_len
+reward | --max_seq_len 5 | can be used; longer than 5 tokens; raise --max_seq_len (now 5; the model's context is 48)
 reward | --batch_size -1 | --batch_size must be at least 1, not -1
 
 ppo | --reward_model missing.pth | missing.pth does not exist
 ppo | --reward_model base.pth | base.pth is a pretrain model; give one that finetune.py --mode reward wrote
 ppo | --reward_model other_reward.pth | other_reward.pth and base.pth have different tokenizers; use a matching pair
 ppo | --sft_model reward.pth | reward.pth is a reward model, which writes no text
-ppo | --max_gen_len 100 | no prompt fits into -52 tokens; raise --max_seq_len or lower --max_gen_len
+ppo | --max_gen_len 100 | --max_gen_len 100 leaves no room for a prompt in 48 tokens; lower it
 ppo | --rollout_batch_size 6 | --rollout_batch_size 6 must be a multiple of --batch_size
-ppo | --pairwise_data one_pair.json | one_pair.json has too few records to set some aside
+ppo | --pairwise_data one_pair.json | one_pair.json has 1 prompts, of which 1 can be used, too few to set some aside
 ppo | --temperature 0 | --temperature must be above 0, not 0.0
 
 dpo | --pairwise_data sft.json | record 1 of sft.json: the field "chosen" is missing

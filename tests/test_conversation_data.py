@@ -2,17 +2,23 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
+import record_shapes
 
 from command_line import UserError
+from text.account import CALLED_BAD, Account
 from text.conversation_data import (
     load_conversations,
     load_preferences,
+    parse_columns,
     parse_conversation,
     parse_preference,
+    parse_prompt,
     parse_unpaired,
+    with_columns,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +88,7 @@ def test_a_system_field_goes_with_an_instruction():
     ("record", "complaint"),
     [
         ({}, 'the field "instruction" is missing'),
-        ({"prompt": "x", "completion": "y"}, 'the field "instruction" is missing'),
+        ({"text": "x", "reply": "y"}, 'the field "instruction" is missing; it has text, reply; if one of them is the'),
         ({"instruction": "x"}, 'the field "response" is missing'),
         ({"instruction": "x", "response": ""}, 'the field "response" is empty'),
         ({"instruction": " \n", "response": "y"}, 'the field "instruction" is empty'),
@@ -92,7 +98,7 @@ def test_a_system_field_goes_with_an_instruction():
         ({"instruction": "x", "system": ["be brief"], "response": "y"}, 'the field "system" is not a text'),
         ({"messages": []}, 'the field "messages" must be a list of at least one turn'),
         ({"conversations": "hello"}, 'the field "conversations" must be a list of at least one turn'),
-        ({"messages": [USER]}, 'the field "response" is missing'),
+        ({"messages": [USER]}, "RECORD ends with the user's turn; add the assistant's answer"),
         ({"messages": [USER, "Paris"]}, "turn 2 of RECORD is not an object"),
         ({"messages": [{"role": "teacher", "content": "x"}, ASSISTANT]}, "turn 1 of RECORD has the role 'teacher'"),
         ({"messages": [{"role": ["user"], "content": "x"}, ASSISTANT]}, "turn 1 of RECORD has the role"),
@@ -205,6 +211,140 @@ def test_the_committed_sample_data_is_in_order():
     assert all(chosen != rejected for chosen, rejected in (preference["answers"] for preference in preferences))
 
 
+# ------------------------------------------------------------------------------------------------- published shapes
+
+
+QUESTION, RIGHT, WRONG = next(record_shapes.facts(1))
+
+
+@pytest.mark.parametrize("shape", record_shapes.INSTRUCTIONS)
+def test_every_published_shape_of_instruction_is_read(shape):
+    """Question and answer are found, earlier turns and system messages are there, and nothing else is."""
+    messages = parse_conversation(record_shapes.records(shape, 1)[0], "record 1")
+    roles = [message["role"] for message in messages]
+    asks = {"alpaca": f"Answer.\n{QUESTION}", "dolly": f"{QUESTION}\nCapitals."}.get(shape, QUESTION)
+    answers = f"It is {RIGHT}\n#### {RIGHT}" if shape == "gsm8k" else RIGHT
+    assert asks in [message["content"] for message in messages if message["role"] == "user"]
+    assert messages[-1] == {"role": "assistant", "content": answers}
+    expected = {
+        "alpaca": ["user", "assistant"] * 2,
+        "sharegpt": ["system", *["user", "assistant"] * 2],
+        "orca": ["system", "user", "assistant"],
+        "weighted": ["user", "assistant"] * 2,
+        **dict.fromkeys(("sharegpt_tools", "openai_tools"), ["system", *["user", "assistant"] * 2]),
+    }
+    assert roles == expected.get(shape, ["user", "assistant"])
+
+
+@pytest.mark.parametrize("shape", ["sharegpt_tools", "openai_tools"])
+def test_tools_are_said_in_text(shape):
+    """The signatures end the system message; a call is the assistant's, its result the user's, as Hermes has it."""
+    system, _, call, result, _ = parse_conversation(record_shapes.records(shape, 1)[0], "record 1")
+    assert re.search(r'<tools>\n.*"name": "weather".*\n</tools>', system["content"])
+    expected = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    assert call == {"role": "assistant", "content": expected}
+    assert result == {"role": "user", "content": "<tool_response>\n18 °C\n</tool_response>"}
+
+
+def test_results_of_several_tools_are_one_turn():
+    messages = [USER, {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, ASSISTANT]
+    _, results, _ = parse_conversation({"messages": messages}, "record 1")
+    assert results["content"].count("<tool_response>") == 2
+
+
+@pytest.mark.parametrize("shape", record_shapes.PREFERENCES)
+def test_every_published_shape_of_preference_is_read(shape):
+    preference = parse_preference(record_shapes.records(shape, 1)[0], "record 1")
+    assert preference["prompt"][-1] == {"role": "user", "content": QUESTION}
+    assert len(preference["prompt"]) == (3 if shape == "hh_rlhf" else 1)
+    assert preference["answers"][0]["content"] == RIGHT
+    assert WRONG in [answer["content"] for answer in preference["answers"][1:]]
+    assert preference.get("scores") == {"scored": [9.0, 2.0, 2.0], "ultrafeedback": [9.0, 3.5]}.get(shape)
+    good, bad = parse_unpaired(record_shapes.records(shape, 1)[0], "record 1")
+    assert (good["good"], bad["good"], good["answer"]["content"]) == (True, False, RIGHT)
+    assert parse_prompt(record_shapes.records(shape, 1)[0], "record 1") == preference["prompt"]
+
+
+@pytest.mark.parametrize("shape", record_shapes.UNPAIRED)
+def test_an_answer_that_is_called_bad_is_not_imitated(shape, tmp_path):
+    """With an account it is left out and counted, without one it is refused by its number."""
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(record_shapes.records(shape, 4)))
+    account = Account(str(path))
+    assert len(load_conversations(path, account)) == 2
+    assert (account.read, account.left_out) == (4, {CALLED_BAD: 2})
+    with pytest.raises(UserError, match="record 2 of .* has an answer that is called bad"):
+        load_conversations(path)
+
+
+def test_fields_of_other_names_are_read_as_they_are_called():
+    record = {"query": "法国的首都?", "reply": "巴黎。", "instruction": "an id", "n": 1}
+    columns = parse_columns("instruction=query,response=reply")
+    assert parse_conversation(with_columns(record, columns, "record 1"), "record 1") == [USER, ASSISTANT]
+    for wrong in ("instruction", "answers=reply", "response="):
+        with pytest.raises(UserError, match="--columns"):
+            parse_columns(wrong)
+    with pytest.raises(UserError, match="record 1 has none of the fields q, a of --columns; it has query, reply"):
+        with_columns(record, {"instruction": "q", "response": "a"}, "record 1")
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, 'RECORD: pair 1 of "history" must be two texts'),
+        ({"instruction": "x", "output": "y", "history": "a"}, 'RECORD: the field "history" must be a list of pairs'),
+        ({"instruction": "<image>What is it?", "output": "y"}, "RECORD stands beside an image"),
+        ({"instruction": "x", "output": "y", "images": ["a.png"]}, 'RECORD has "images", which a model of text cannot'),
+        ({"messages": [USER, ASSISTANT], "videos": ["a.mp4"]}, 'RECORD has "videos"'),
+        ({"conversations": [{"from": "human", "value": "Look.\n<audio>"}, ASSISTANT]}, "turn 1 of RECORD stands"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]}, "has a part of type image"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, 'turn 2 of RECORD: the field "weight" is 0.5'),
+        ({"messages": [USER, ASSISTANT], "tools": "{"}, 'the field "tools" of RECORD is not valid JSON'),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "turn 2 of RECORD has a tool call without"),
+        ({"instruction": "x", "chosen": "y", "rejected": "z"}, "RECORD is a preference, not an instruction"),
+    ],
+)
+def test_fields_that_cannot_be_honoured_are_refused(record, complaint):
+    with pytest.raises(UserError) as caught:
+        parse_conversation(record, "RECORD")
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"instruction": "x", "images": ["a.png"], "chosen": "a", "rejected": "b"}, 'RECORD has "images"'),
+        ({"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: ho\n\nAssistant: b"}, "differ before"),
+        ({"chosen": "\n\nHuman: hi\n\nAssistant: ", "rejected": "\n\nHuman: hi\n\nAssistant: b"}, "without words"),
+        ({"instruction": "x", "responses": ["a", "b"], "scores": [1]}, 'the field "scores" must list a number'),
+        ({"instruction": "x", "completions": [{"response": "a"}, {"response": "b"}]}, "the score of an answer must be"),
+    ],
+)
+def test_preferences_that_cannot_be_honoured_are_refused(record, complaint):
+    with pytest.raises(UserError) as caught:
+        parse_preference(record, "RECORD")
+    assert complaint in str(caught.value)
+
+
+def test_malformed_records_are_left_out_on_request(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"instruction": "x", "output": "y"}\n{"instruction": ""}\n{"messages": []}\n')
+    account = Account(str(path), skips_bad_records=True)
+    assert len(load_conversations(path, account)) == 1
+    assert account.left_out == {"malformed": 2} and "record 2 of" in account.first_bad
+
+
+def test_files_of_all_shapes_and_kinds_are_read(tmp_path):
+    """Lists, JSONL under either name, CSV and parquet."""
+    record_shapes.write_all(tmp_path, 4)
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, record_shapes.records("plain", 4))))
+    paths = sorted(path for path in tmp_path.iterdir() if path.suffix != ".txt")
+    assert {path.suffix for path in paths} == {".json", ".jsonl", ".csv", ".parquet"}
+    for path in paths:
+        load = load_preferences if path.stem in record_shapes.PREFERENCES else load_conversations
+        assert len(load(path, Account(str(path)))) == (2 if path.stem in record_shapes.UNPAIRED else 4), path.name
+
+
 # ----------------------------------------------------------------------------------------------------------- unpaired
 
 
@@ -252,7 +392,7 @@ def test_earlier_turns_are_the_prompt():
         ({"prompt": "x", "completion": "y", "label": "yes"}, "the field \"label\" must be true or false, not 'yes'"),
         ({"prompt": "x", "completion": "y", "kto_tag": 1}, 'the field "kto_tag" must be true or false, not 1'),
         ({"prompt": "x", "completion": "", "label": True}, 'the field "completion" is empty'),
-        ({"completion": "y", "label": True}, 'the field "prompt" is missing'),
+        ({"completion": "y", "label": True}, 'the field "instruction" is missing'),
         ({"prompt": [USER], "completion": [USER], "label": True}, "RECORD"),
         ({"prompt": [{"role": "x"}], "completion": "y", "label": True}, "of RECORD has the role 'x'"),
         ({"messages": [ASSISTANT], "label": True}, "RECORD is an answer alone; a prompt must stand before it"),

@@ -303,8 +303,8 @@ def test_wrong_settings_are_named(settings, words):
     ("settings", "words"),
     [
         ({"sft_model": "nowhere.pth"}, "the SFT model nowhere.pth does not exist; run finetune.py --mode sft first"),
-        ({"max_seq_len": 5}, "no preference pair fits into 5 tokens; raise --max_seq_len"),
-        ({"max_seq_len": 65}, "--max_seq_len 65 is beyond the model's context of 64; lower it"),
+        ({"max_seq_len": 5}, "longer than 5 tokens.; raise --max_seq_len .now 5; the model's context is 64"),
+        ({"max_seq_len": 65}, "65 is beyond the model's context of 64, which was fixed in pretraining; lower"),
         ({"pairwise_data": "sft.json"}, 'record 1 of sft.json: the field "chosen" is missing'),
     ],
 )

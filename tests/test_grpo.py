@@ -13,6 +13,8 @@ from alignment.grpo import GRPOConfig, RecordDataset, group_advantages, train_gr
 from alignment.reward_function import call_reward, load_reward
 from alignment.rollouts import answer_token_log_probs
 from command_line import UserError, complaints_about
+from text.account import REPEATED
+from text.conversation_data import parse_task
 from training.run_log import read_metrics
 
 
@@ -188,12 +190,13 @@ def test_records_stay_beside_their_prompts(tokenizer):
         {"instruction": "hi", "answer": "two"},
     ]
     records += [{"messages": [{"role": "user", "content": "bye"}, {"role": "assistant", "content": "ok"}], "n": 3}]
-    data = RecordDataset([(f"record {i}", record) for i, record in enumerate(records)], tokenizer, 40)
-    assert data.questions == ("hi", "bye")
+    data = RecordDataset([parse_task(record, f"record {i}") for i, record in enumerate(records)], tokenizer, 40)
+    assert data.questions == ["hi", "bye"]
+    assert data.account.left_out == {"longer than the 40 tokens that are left for a prompt": 1, REPEATED: 1}
     assert [record.get("answer", record.get("n")) for record in data.records] == ["one", 3]
     assert [tokenizer.decode(ids).count("ok") for ids in data.samples] == [0, 0]
     with pytest.raises(UserError, match='record 0: the field "instruction" is missing'):
-        RecordDataset([("record 0", {"prompt": "hi"})], tokenizer, 40)
+        parse_task({"text": "hi"}, "record 0")
 
 
 @pytest.mark.parametrize(
@@ -271,5 +274,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, tokenizer):
         finetune.main(["--mode", "grpo", "--sft_model", "missing.pth"])
     make_loop("grpo", tmp_path, tokenizer, lora_rank=1)  # leaves sft.pth
     (tmp_path / "one.json").write_text(json.dumps([{"instruction": "hi"}]))
-    with pytest.raises(UserError, match="one.json has too few records to set some aside; give --val_data_path"):
-        train_grpo(sft_model=str(tmp_path / "sft.pth"), data_path=str(tmp_path / "one.json"), device="cpu")
+    with pytest.raises(UserError, match="one.json has 1 .* can be used, too few .*; give --val_data_path"):
+        train_grpo(
+            sft_model=str(tmp_path / "sft.pth"), data_path=str(tmp_path / "one.json"), device="cpu", max_gen_len=8
+        )

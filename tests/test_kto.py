@@ -2,7 +2,6 @@
 
 import json
 from collections import defaultdict
-from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +30,7 @@ def records(n=24):
 
 
 def answers(items):
-    return list(chain(*(parse_unpaired(item, "record") for item in items)))
+    return [parse_unpaired(item, "record") for item in items]
 
 
 @pytest.fixture
@@ -256,9 +255,9 @@ def test_wrong_settings_are_named():
     ("settings", "words"),
     [
         ({"sft_model": "nowhere.pth"}, "the SFT model nowhere.pth does not exist; run finetune.py --mode sft first"),
-        ({"max_seq_len": 5}, "no answer fits into 5 tokens; raise --max_seq_len"),
+        ({"max_seq_len": 5}, "none of the 24 records of data.json .* .24 longer than 5 tokens.; raise --max_seq_len"),
         ({"pairwise_data": "sft.json"}, 'record 1 of sft.json: the field "label" is missing'),
-        ({"pairwise_data": "same.json"}, "all answers are to the same prompt"),
+        ({"pairwise_data": "same.json"}, "are to the same prompt; give answers to two different ones"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(settings, words, folder):

@@ -11,16 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # Modules and folders, from the ground up. A file imports from its own layer and from those before it.
 LAYERS = (
     # sampling: arithmetic on logits, which `GPTModel.generate` uses
-    ("command_line", "cpu_level", "machine", "inference.sampling"),
+    ("progress", "command_line", "cpu_level", "machine", "inference.sampling"),
     ("text",),
-    ("byte_level_bpe", "transformer_components", "lora", "gpt_model"),
+    ("byte_level_bpe", "transformer_components", "lora", "gpt_model", "seq2seq_model"),
     ("data_loader", "checkpoint"),
     ("training",),
     ("inference.kernels",),
     ("inference",),
     ("evaluation",),
     ("alignment",),
-    ("pretrain_trainer", "finetune", "evaluator", "ngram_baseline", "api_demo"),
+    ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline", "api_demo"),
     ("pipeline", "benchmarks", "data", "docs"),
 )
 

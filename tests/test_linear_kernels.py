@@ -3,6 +3,7 @@
 import copy
 import json
 
+import at_once
 import pytest
 import torch
 import torch.nn as nn
@@ -34,7 +35,7 @@ needs_integer_kernel = pytest.mark.skipif(not integer_kernel_limit(), reason="no
 @pytest.fixture(autouse=True)
 def own_memory(tmp_path, monkeypatch):
     """Measurements of the tests are not those of the user."""
-    monkeypatch.setattr(fastest_way, "_memory", lambda: tmp_path / "cache" / "linear_kernels.json")
+    monkeypatch.setattr(fastest_way, "_memory", lambda: tmp_path / "cache" / "linear_kernels")
 
 
 @pytest.fixture
@@ -338,19 +339,62 @@ def test_a_process_keeps_to_its_choice_whatever_others_measure():
 
     ways = plain_ways(layer, twice=twice)
     chosen = choose(ways, layer)
-    path = fastest_way._memory()
+    (path,) = fastest_way._memory().iterdir()
     (other,) = {"plain", "twice"} - {chosen}
     path.write_text(path.read_text().replace(f'"{chosen}"', f'"{other}"'))
     assert choose(ways, layer) == chosen
 
 
+def test_of_two_that_measure_at_once_the_second_takes_what_the_first_has_found(monkeypatch):
+    """Otherwise two processes of one machine would compute the same model in two ways."""
+    layer, _ = layer_and_twin("fp32")
+    ways = plain_ways(layer, twice=lambda: lambda x: plain_linear(x, layer.weight, None, layer.bias))
+    assert choose(ways, layer) in ways
+    (path,) = fastest_way._memory().iterdir()
+    (key,) = json.loads(path.read_text())
+    path.unlink()
+    monkeypatch.setattr(fastest_way, "_chosen", {})
+
+    def measured_meanwhile(*_):
+        fastest_way._remember(fastest_way._memory(), key, "twice")
+        return "plain"
+
+    monkeypatch.setattr(fastest_way, "_measure", measured_meanwhile)
+    assert choose(ways, layer) == "twice"
+
+
+AT_ONCE = """
+import os, sys
+from pathlib import Path
+import at_once
+from inference.kernels import fastest_way
+folder = Path(sys.argv[1])
+
+def remember():
+    for number in range(40):
+        fastest_way._remember(folder, f"{os.getpid()} {number}", "plain")
+
+def pause_in_the_middle():
+    os.fsync = at_once.pause_instead
+
+at_once.three_at_once(remember, pause_in_the_middle, lambda: any(folder.glob(".*.tmp")))
+"""
+
+
+def test_processes_that_measure_at_once_lose_nothing(tmp_path):
+    """Each of two processes has 40 choices to remember; a third is killed in the middle of its first."""
+    at_once.run_script(AT_ONCE, tmp_path / "memory")
+    assert len([json.loads(path.read_text()) for path in (tmp_path / "memory").glob("[!.]*.json")]) == 80
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"fp32 96x130": 3}'])
-def test_a_damaged_memory_is_written_anew(content):
+def test_a_damaged_memory_is_written_anew(content, monkeypatch):
     """Half a file, or one that someone else has written, is no reason to stop."""
     layer, _ = layer_and_twin("fp32")
-    path = fastest_way._memory()
-    path.parent.mkdir()
+    assert choose(plain_ways(layer), layer) == "plain"
+    (path,) = fastest_way._memory().iterdir()
     path.write_text(content)
+    monkeypatch.setattr(fastest_way, "_chosen", {})
     assert choose(plain_ways(layer), layer) == "plain"
     assert "plain" in json.loads(path.read_text()).values()
 

@@ -144,6 +144,42 @@ def test_threads_that_ask_at_once_get_one_library(source):
     assert len({id(library) for library in found}) == 1 and is_right(found[0])
 
 
+AT_ONCE = """
+import os, sys
+from pathlib import Path
+import at_once
+from inference.kernels import native_code
+from test_native_code import is_right
+source = Path(sys.argv[1])
+
+def load():
+    assert is_right(native_code.load_native(source))
+
+def pause_in_the_middle():  # the library is written, but not at its place
+    os.fsync = at_once.pause_instead
+
+at_once.three_at_once(load, pause_in_the_middle, lambda: any(native_code.cache_folder().glob(".add-*.tmp")))
+"""
+
+
+@needs_compiler
+def test_processes_that_compile_at_once_do_not_disturb_each_other(source):
+    """Also where one of them is killed while it puts the library into the cache; the next one compiles nothing."""
+    import at_once  # here, as scripts of these tests import this file from elsewhere
+
+    at_once.run_script(AT_ONCE, source)
+    assert [native_code._is_intact(path) for path in cached(source)] == [True]
+
+
+@pytest.mark.parametrize(("system", "words"), [("darwin", "brew install llvm"), ("win32", "on Windows unless CC")])
+def test_where_the_compiler_lacks_openmp_the_kernels_decline_with_a_reason(source, system, words, monkeypatch):
+    """macOS and Windows: nothing is tried with a compiler that cannot do it, and the sentence says what would help."""
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.delenv("CC", raising=False)
+    assert load_native(source) is None
+    assert words in why_not(source)
+
+
 class Point(ctypes.Structure):
     _fields_ = [("x", ctypes.c_int32), ("y", ctypes.c_double)]
 

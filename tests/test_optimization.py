@@ -251,6 +251,7 @@ POINTS = {  # of 100 steps, 10 of them warm-up, down to a tenth
     "wsd": {10: 1.0, 55: 1.0, 82: 1.0, 91: 0.55, 100: 0.1, 150: 0.1},
     "cosine_restarts": {10: 1.0, 25: 0.55, 39.999: 0.1, 40.001: 1.0, 55: 0.55, 85: 0.55, 100: 0.1, 150: 0.1},
     "constant": {10: 1.0, 55: 1.0, 100: 1.0, 150: 1.0},
+    "noam": {9: 1.0, 39: 0.5, 89: 1 / 3},
 }
 
 
@@ -280,10 +281,34 @@ def test_schedules_warm_up_and_stay_in_their_range(schedule, max_steps, warmup, 
 
 def test_restarts_restart():
     """Three falls and so two jumps back to the peak."""
-    factors = [learning_rate_factor("cosine_restarts", step, 310, 10, 0.0, restarts=3) for step in range(310)]
+    factors = [learning_rate_factor("cosine_restarts", step, 310, 10, 0.0, n_cycles=3) for step in range(310)]
     jumps = [step for step in range(11, 310) if factors[step] > factors[step - 1]]
     assert jumps == [110, 210]
     assert [factors[step] for step in jumps] == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize(("first", "growth"), [(10, 1), (10, 2), (7, 3), (1, 1)])
+def test_restarts_are_those_of_pytorch(first, growth):
+    """T_0 and T_mult mean what they mean in torch.optim.lr_scheduler.CosineAnnealingWarmRestarts."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, first, growth, eta_min=0.1)
+    for step in range(100):
+        ours = learning_rate_factor("cosine_restarts", step, 100, 0, 0.1, first_cycle=first, growth=growth)
+        assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-9), step
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize(("n_cycles", "growth"), [(1, 1.0), (3, 1.0), (3, 2.0), (4, 1.5), (7, 1.1)])
+def test_cycles_that_grow_fill_the_run(n_cycles, growth):
+    """As many as were asked for, each longer than the one before it, and the last one ends where the run does."""
+    shape = (1010, 10, 0.0, n_cycles, 0, growth)
+    factors = [learning_rate_factor("cosine_restarts", step, *shape) for step in range(1010)]
+    jumps = [step for step in range(11, 1010) if factors[step] > factors[step - 1]]
+    lengths = [later - earlier for earlier, later in itertools.pairwise([10, *jumps, 1010])]
+    assert len(lengths) == n_cycles
+    assert all(later == pytest.approx(earlier * growth, abs=2) for earlier, later in itertools.pairwise(lengths))
+    assert factors[-1] < 0.01
 
 
 # -------------------------------------------------------------------------------------------------------- the updater

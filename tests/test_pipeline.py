@@ -25,7 +25,7 @@ WORKER = """
 import sys
 from pathlib import Path
 source, output, checkpoints, log, behaviour = map(Path, sys.argv[1:6])
-checkpoints.mkdir(exist_ok=True)
+checkpoints.mkdir(exist_ok=True, parents=True)
 with log.open("a") as file:
     file.write(f"{output.name} {' '.join(sys.argv[6:])} {len(list(checkpoints.iterdir()))}\\n")
 (checkpoints / "step_1").touch()
@@ -44,7 +44,7 @@ class Workshop:
         (folder / "text").write_text("some text")
 
     def stage(self, source, output, resumable=True, extra=()):
-        checkpoints = self.folder / f"{output}_checkpoints"
+        checkpoints = self.folder / f"run_of_{output}" / "checkpoints"
         names = (self.folder / source, self.folder / output, checkpoints, self.folder / "log", self.folder / "stop")
         command = [str(self.folder / "worker.py"), *map(str, names), *extra]
         return Stage(output, f"making {output}", command, [names[0]], [names[1]], checkpoints if resumable else None)
@@ -71,11 +71,13 @@ def test_finished_stages_are_skipped(workshop, capsys):
 
 
 def test_changed_input_reruns_what_depends_on_it(workshop):
-    """A change of the text reaches the last stage, through the first one's output; the old checkpoints are gone."""
+    """A change of the text reaches the last stage, through the first one's output; the old runs are set aside."""
     workshop.run()
     (workshop.folder / "text").write_text("other text")
     assert workshop.run() == ["tokenizer --resume auto 0", "model --resume auto 0"]
     assert (workshop.folder / "model").read_text() == "OTHER TEXT"
+    for stage in ("tokenizer", "model"):
+        assert (workshop.folder / f"run_of_{stage}" / "earlier" / "1" / "checkpoints" / "step_1").is_file()
 
 
 def test_change_that_ends_at_a_stage_goes_no_further(workshop):
@@ -117,7 +119,7 @@ def test_interrupted_stage_continues(workshop):
 
 
 def test_changed_input_does_not_continue_an_interrupted_stage(workshop):
-    """Checkpoints of other inputs are removed before the stage starts."""
+    """Checkpoints of other inputs are set aside before the stage starts."""
     (workshop.folder / "stop").write_text("130")
     with pytest.raises(Interrupted):
         workshop.run()

@@ -53,7 +53,7 @@ def test_without_arguments_it_trains_on_the_sample_data(tmp_path, monkeypatch, c
     assert "no tokenizer in models/bpe_tokenizer yet: training one of 4096 tokens on data/pretrain/train" in out
     assert "pretrained: models/pretrain/pretrain_best.pth, validation loss" in out
     names = {path.name for path in Path("models/pretrain").rglob("*") if path.is_file()}
-    assert names == {"pretrain_best.pth", "step_00000002.pth", "metrics.jsonl", "curves.png", "samples.txt"}
+    assert names == {"pretrain_best.pth", "step_00000002.pth", "metrics.jsonl", "curves.png", "samples.txt", "run.log"}
     record = read_metrics("models/pretrain/metrics.jsonl")[-1]
     n_bytes = sum(len(line.encode()) for line in iter_documents("data/pretrain/val"))
     model, tokenizer, content = load_model("models/pretrain/pretrain_best.pth")

@@ -38,6 +38,7 @@ SCALED_DOWN = {
     "python pretrain_trainer.py --preset small": f"{MODEL} {SHORT} --batch_size 2 --max_seq_len 64",
     "python pretrain_trainer.py --preset small --output_dir models/small --resume": "--max_steps 3",  # beside the above
     "torchrun": f"{MODEL} {SHORT} --batch_size 2",
+    "python seq2seq_trainer.py": f"{SHORT} --d_model 32 --batch_size 4 --num_beams 1 --val_fraction 0.001",
     "python finetune.py": f"{SHORT} --batch_size 4",
     "python finetune.py --mode ppo": f"{SHORT} --batch_size 4 --rollout_batch_size 4 --max_gen_len 4",
     "python finetune.py --mode rlhf": f"{SHORT} --batch_size 4 --rollout_batch_size 4 --max_gen_len 4 --ppo_epochs 1",
@@ -105,6 +106,7 @@ LEAVES = {
     "python pretrain_trainer.py --train_data_dir my_texts": ["models/mine/pretrain/pretrain_best.pth"],
     "python finetune.py --mode sft --data_path my_data": ["models/mine/sft/sft_best.pth"],
     "torchrun": ["models/two_ranks/pretrain_best.pth"],
+    "python seq2seq_trainer.py": ["models/seq2seq/translate_best.pth", "models/seq2seq/translations.json"],
 }
 SAYS = {
     "curl http://localhost:8000/health": '"status":"healthy"',
@@ -271,8 +273,8 @@ def test_links_lead_somewhere(readme):
 def test_formats_shown_are_the_formats_read():
     """Every record in the section on data formats is accepted by the readers of instructions and of preferences."""
     instructions, preferences = (json.loads(block) for block in blocks(ENGLISH, "json"))
-    assert [len(parse_conversation(record, "README")) for record in instructions] == [2, 2, 5, 2]
-    assert [len(parse_preference(record, "README")["answers"]) for record in preferences] == [2, 2, 3]
+    assert [len(parse_conversation(record, "README")) for record in instructions] == [2, 2, 5, 2, 2, 2]
+    assert [len(parse_preference(record, "README")["answers"]) for record in preferences] == [2, 2, 3, 2, 2, 2]
 
 
 def map_of(readme):

@@ -20,7 +20,7 @@ from alignment.reward_model import (
     preference_figures,
     train_reward_model,
 )
-from alignment.stage import held_out
+from alignment.stage import load_parts
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
@@ -195,8 +195,15 @@ def test_the_figures_are_weighted_means():
 
 def parts_of(path, **settings):
     """The preferences that a run trains on, and those that it sets aside."""
-    config = RewardConfig(pairwise_data=path, val_fraction=0.25, **settings)
-    return held_out(config, load_preferences(path), load_preferences)
+    config = RewardConfig(pairwise_data=path, val_fraction=0.25, max_seq_len=48, **settings)
+    model, tokenizer, _ = load_model("sft.pth")
+    return load_parts(
+        config,
+        model.config,
+        load_preferences,
+        lambda preferences, account: PreferenceDataset(preferences, tokenizer, config.max_seq_len, account),
+        "preferences",
+    )
 
 
 def test_it_learns_a_preference_and_is_right_on_held_out_pairs(folder, capsys):
@@ -212,7 +219,7 @@ def test_it_learns_a_preference_and_is_right_on_held_out_pairs(folder, capsys):
     assert 0.3 < first["loss"] < 1.2, "an untrained reward model knows nothing"
 
     model, tokenizer = load_reward_model("reward/reward_best.pth")
-    data = PreferenceDataset(parts_of("pairs.json")[1], tokenizer, 48)
+    data = parts_of("pairs.json")[1]
     margins, weights = compare(model, data, range(len(data)), batch_size=3)
     assert preference_figures(margins, weights)["margin"] == pytest.approx(best["val_margin"], abs=1e-4)
     assert best["val_calibration_error"] < 0.1
@@ -238,7 +245,7 @@ def test_with_lora_adapters_and_head_are_trained_and_nothing_else(lora_rank, fol
     model, _ = load_reward_model("reward/reward_best.pth")
     backbone, sft = model.backbone.state_dict(), load_model("sft.pth")[0].state_dict()
     assert torch.equal(backbone["token_embedding.weight"], sft["token_embedding.weight"]) == bool(lora_rank)
-    data = PreferenceDataset(parts_of("pairs.json")[1], tokenizer, 48)
+    data = parts_of("pairs.json")[1]
     figures = preference_figures(*compare(model, data, range(len(data))))
     assert figures["loss"] == pytest.approx(best["val_loss"], abs=1e-4)
 
@@ -268,7 +275,7 @@ def test_comparisons_do_not_depend_on_the_batch(folder, random_model, tokenizer)
     """12 pairs in batches of 5, 5 and 2, and one by one."""
     torch.manual_seed(1)
     model = RewardModel(random_model("modern", vocab_size=len(tokenizer), max_seq_len=48))
-    data = PreferenceDataset(parts_of("pairs.json")[1], tokenizer, 48)
+    data = parts_of("pairs.json")[1]
     singly = [model.eval()(**data.collate([data[index]]))["margins"].item() for index in range(len(data))]
     margins, weights = compare(model, data, range(len(data)), batch_size=5)
     assert margins.tolist() == pytest.approx(singly, abs=1e-4)
@@ -290,9 +297,8 @@ def test_an_interrupted_run_continues_exactly(folder):
 
 def test_too_few_or_too_long_pairs_are_refused(folder):
     (folder / "one.json").write_text('[{"instruction": "a", "chosen": "b", "rejected": "c"}]')
-    with pytest.raises(UserError, match="one.json has too few records to set some aside; give --val_pairwise_data"):
+    with pytest.raises(UserError, match="one.json has 1 .* can be used, too few .*; give --val_pairwise_data"):
         parts_of("one.json")
     assert [len(part) for part in parts_of("one.json", val_pairwise_data="pairs.json")] == [1, 40]
-    pairs, _ = parts_of("one.json", val_pairwise_data="pairs.json")
-    with pytest.raises(UserError, match="no preference pair fits into 5 tokens; raise --max_seq_len"):
-        PreferenceDataset(pairs, ByteLevelBPETokenizer(260), 5)
+    with pytest.raises(UserError, match="can be used .1 longer than 5 tokens.; raise --max_seq_len"):
+        PreferenceDataset(load_preferences("one.json"), ByteLevelBPETokenizer(260), 5)

@@ -93,18 +93,6 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
         RunLog(tmp_path / "file", "test", 3)
 
 
-def test_sentences_go_to_standard_output_and_the_bar_to_standard_error(tmp_path, capsys):
-    log = RunLog(tmp_path, "pretrain", 2)
-    log.advance(loss=2.34567, lr=0.001)
-    log.say("step 1: saved")
-    log.advance(loss=2.0, lr=0.001)
-    log.close()
-    output = capsys.readouterr()
-    assert output.out == "step 1: saved\n"
-    assert "pretrain: 100%" in output.err
-    assert "2/2" in output.err
-
-
 # --------------------------------------------------------------------------------------------------------------- curves
 
 

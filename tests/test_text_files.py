@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from command_line import UserError
-from text.text_files import iter_documents, iter_records, resolve_files
+from text.text_files import LeftOut, ReadingOptions, holds_records, iter_documents, iter_records, resolve_files
 
 DOCUMENTS = ["法国的首都是巴黎。", "The capital of France is Paris.", "  leading spaces and a tab\tinside  ", "🦊 café"]
 
@@ -220,3 +220,111 @@ def test_records_of_json_and_jsonl_are_the_same(name, tmp_path):
 def test_wrong_records_are_named(name, content, complaint, tmp_path):
     with pytest.raises(UserError, match=complaint):
         list(iter_records(write(tmp_path / name, content)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", "[]", True),
+        ("a.jsonl", '\n{"messages": []}\n', True),
+        ("a.jsonl.gz", '{"id": 1, "text": "hi"}\n', False),
+        ("a.txt", "[]", False),
+        ("a.txt.gz", "hi", False),
+        ("a.csv", "instruction,output\n", True),
+    ],
+)
+def test_records_are_told_from_documents(name, content, expected, tmp_path):
+    assert holds_records(write(tmp_path / name, content)) is expected
+
+
+def test_rows_of_a_table_are_records(tmp_path):
+    """Of a CSV file the first line names the fields; quotes hold line breaks, and true and false are no texts."""
+    path = write(tmp_path / "a.csv", '\ufeffprompt,completion,label\n"a\nb",c,True\n"d, e",f,false\n')
+    assert [record for _, record in iter_records(path)] == [
+        {"prompt": "a\nb", "completion": "c", "label": True},
+        {"prompt": "d, e", "completion": "f", "label": False},
+    ]
+    with pytest.raises(UserError, match="record 2 of .* has not as many fields as the first line"):
+        list(iter_records(write(tmp_path / "b.csv", "a,b\n1,2\n3\n")))
+
+
+# ------------------------------------------------------------------------------------------------ other ways of reading
+
+
+def read(path, left_out=None, **options):
+    return list(iter_documents(path, ReadingOptions(**options), left_out))
+
+
+def test_zstd_csv_and_json_give_the_same_documents(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    data = zstandard.ZstdCompressor().compress(as_jsonl(DOCUMENTS).encode())
+    assert list(iter_documents(write(tmp_path / "a.jsonl.zst", data))) == DOCUMENTS
+    with pytest.raises(UserError, match=r"b\.jsonl\.zst is not a sound zstd file"):
+        list(iter_documents(write(tmp_path / "b.jsonl.zst", b"not zstd, whatever its name says")))
+    listed = json.dumps([{"text": text} for text in DOCUMENTS])
+    assert list(iter_documents(write(tmp_path / "c.json", listed))) == DOCUMENTS
+    rows = "id,text\n" + "".join(f'{number},"{text}"\n' for number, text in enumerate([*DOCUMENTS, "two\nlines"]))
+    assert list(iter_documents(write(tmp_path / "d.csv.gz", rows))) == [*DOCUMENTS, "two\nlines"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "a.parquet"])
+def test_the_text_may_have_another_name(name, tmp_path):
+    records = [{"id": number, "content": text} for number, text in enumerate(DOCUMENTS)]
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(records), path)
+    elif name.endswith(".csv"):
+        write(path, "id,content\n" + "".join(f"{number},{text}\n" for number, text in enumerate(DOCUMENTS)))
+    else:
+        lines = [json.dumps(record) for record in records]
+        write(path, f"[{','.join(lines)}]" if name.endswith(".json") else "\n".join(lines))
+    assert read(path, text_field="content") == DOCUMENTS
+    with pytest.raises(UserError, match="content"):  # what there is, is said
+        read(path)
+
+
+def test_books_and_code_are_no_lines(tmp_path):
+    path = write(tmp_path / "a.txt", "\ufefffirst line\r\nsecond line\r\n\r\n \r\nnext\nof it\n")
+    assert read(path, documents="blank_line") == ["first line\nsecond line", "next\nof it"]
+    assert read(path, documents="file") == ["first line\nsecond line\n\n \nnext\nof it"]
+
+
+def test_another_encoding_is_read_or_offered(tmp_path):
+    path = write(tmp_path / "a.txt", "中文，简体。\n第二行\n".encode("gb18030"))
+    with pytest.raises(UserError, match=r"byte 0xd6.* in line 1\).*--encoding gb18030.*--errors replace"):
+        read(path)
+    assert read(path, encoding="gb18030") == ["中文，简体。", "第二行"]
+    mixed = write(tmp_path / "b.txt", b"first\nbad \xff\nthird\n")
+    assert read(mixed, errors="replace") == ["first", "bad \ufffd", "third"]
+    assert read(mixed, errors="ignore") == ["first", "bad ", "third"]
+    assert ReadingOptions(encoding="klingon").reading_complaints() and not ReadingOptions().reading_complaints()
+
+
+def test_what_cannot_be_read_is_left_out_counted_and_kept_if_that_is_wished(tmp_path):
+    lines = [b'{"text": "first"}', b"no json", b'{"other": 1}', b'{"text": "bad \xff"}', b'{"text": "last"}']
+    path = write(tmp_path / "a.jsonl", b"\n".join(lines))
+    left_out = LeftOut(tmp_path / "left_out.jsonl")
+    assert read(path, left_out, skip_bad_records=True) == ["first", "last"]
+    kept = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    assert left_out.count == 3 and [entry["text"].strip() for entry in kept][:2] == ["no json", '{"other": 1}']
+    assert "line 2 of" in kept[0]["why"] and "3 records left out" in str(left_out)
+    with pytest.raises(UserError, match="line 4"):
+        read(path)
+
+
+def test_in_a_folder_dot_names_and_tables_beside_texts_are_no_data(tmp_path, capsys):
+    write(tmp_path / "a.txt", "text\n")
+    write(tmp_path / ".ipynb_checkpoints" / "a-checkpoint.txt", "text\n")
+    write(tmp_path / "._a.txt", b"\x00\x05")
+    write(tmp_path / "dataset_info.json", "{}")
+    assert resolve_files(tmp_path) == [tmp_path / "a.txt"]
+    assert "1 .json and .csv files beside its texts are not read" in capsys.readouterr().err
+
+
+def test_the_same_file_under_two_names_is_said(tmp_path, capsys):
+    for name in ("a.txt", "b.txt"):
+        write(tmp_path / name, "the same text\n")
+    write(tmp_path / "c.txt", "THE same text\n")
+    assert len(resolve_files(tmp_path)) == 3
+    assert "a.txt and " in (said := capsys.readouterr().err) and "c.txt" not in said

@@ -352,7 +352,7 @@ def test_a_full_disk_keeps_the_old_checkpoints(tmp_path):
     assert loop.step == 4
 
 
-def test_metrics_that_cannot_be_written_end_the_run_with_a_sentence(tmp_path):
+def test_metrics_that_cannot_be_written_end_the_run_with_a_sentence(tmp_path, capsys):
     """A disk that is so full that not even a line fits."""
     make_loop(tmp_path, max_steps=2).train()
     before = story(tmp_path)
@@ -441,8 +441,8 @@ def test_early_stopping_has_patience_and_the_best_model_is_kept(tmp_path, capsys
     assert loop.evaluate()["val_loss"] == pytest.approx(best["val_loss"], abs=1e-6)
 
     again = make_loop(
-        tmp_path, train_lines=["aaaaaaaaaaaaaaaaaaaaaaaa"] * 5, max_steps=200, eval_interval=2, patience=3,
-        resume="auto",
+        tmp_path, train_lines=["aaaaaaaaaaaaaaaaaaaaaaaa"] * 5, val_lines=["zyxwvutsrqponm"] * 3, max_steps=200,
+        eval_interval=2, patience=3, resume="auto",
     )  # fmt: skip
     assert again.train() == best
     assert again.step == loop.step, "a run that patience ended is finished"
@@ -487,18 +487,52 @@ def test_where_no_compiler_works_training_goes_on_with_one_warning(tmp_path, cap
     assert len(story(tmp_path)) == 3
 
 
-def test_a_new_run_sets_the_checkpoints_of_an_earlier_one_aside(tmp_path, capsys):
-    """Killed before its first save, the new run must not be continued from the old one's state."""
-    make_loop(tmp_path, max_steps=2).train()
-    earlier = checkpoints(tmp_path)
-    loop = make_loop(tmp_path, max_steps=2)
-    loop._set_earlier_run_aside()
-    assert "starting anew" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "checkpoints_of_earlier_run").iterdir()) == earlier
-    loop.resume("auto")
-    assert loop.step == 0
-    loop.train()
-    assert checkpoints(tmp_path) == earlier
+def test_an_epoch_ends_with_a_line(tmp_path, capsys):
+    """Its mean training loss, the validation loss, and minutes; the same figures are in the metrics."""
+    loop = make_loop(tmp_path, max_steps=1, log_interval=3)
+    per_epoch = loop.order.steps_per_epoch
+    assert per_epoch > 4
+    whole = make_loop(tmp_path, max_steps=2 * per_epoch, eval_interval=per_epoch - 1, log_interval=1)
+    whole.train()
+    records = story(tmp_path)
+    losses = [record["loss"] for record in records if "loss" in record]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    validated = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
+    for number, line in enumerate(said, start=1):
+        mean = sum(losses[(number - 1) * per_epoch : number * per_epoch]) / per_epoch
+        (record,) = (record for record in records if record.get("epoch") == number)
+        assert (record["step"], record["epoch_loss"]) == (number * per_epoch, pytest.approx(mean))
+        step = max(step for step in validated if step <= number * per_epoch)
+        when = "" if step == number * per_epoch else f" (at step {step})"
+        words = f"training loss {mean:.4f}, validation loss {validated[step]:.4f}{when}, 0.0 minutes"
+        assert line == f"epoch {number} of 2: {words}"
+    assert len(said) == 2
+
+
+def test_short_epochs_share_a_line(tmp_path, capsys):
+    """A step an epoch, and a record only every fourth step: so is the line, whose mean is over all of them."""
+    make_loop(tmp_path, max_steps=8, batch_size=64, log_interval=4, eval_interval=8).train()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert [line.partition(":")[0] for line in said] == ["epoch 4 of 8", "epoch 8 of 8"]
+
+
+def test_evaluation_gives_perplexity_and_token_accuracy(tmp_path):
+    """Counted token by token, over batches of different sizes."""
+    loop = make_loop(tmp_path, batch_size=4)
+    model, data = loop.model.eval(), loop.val_data
+    right = total = 0
+    for index in range(len(data)):
+        sample = data[index]
+        with torch.no_grad():
+            likeliest = model(sample["input_ids"][None])["logits"][0].argmax(-1)
+        for place in range(1, 16):
+            if sample["labels"][place] >= 0:
+                total += 1
+                right += int(likeliest[place - 1] == sample["labels"][place])
+    metrics = loop.evaluate()
+    assert list(metrics) == ["val_loss", "val_perplexity", "val_token_accuracy"]
+    assert metrics["val_token_accuracy"] == pytest.approx(right / total)
+    assert metrics["val_perplexity"] == pytest.approx(math.exp(metrics["val_loss"]))
 
 
 def test_a_first_validation_loss_that_is_not_a_number_can_be_beaten(tmp_path):

@@ -4,7 +4,12 @@ This is the only place where a prompt is built. The template is a Jinja program 
 saved here renders the same in `transformers`, and a template that came with a public checkpoint renders here. Such a
 template is somebody else's program: it runs in Jinja's sandbox, without a way to Python's internals.
 
-A message is `{"role": "system" | "user" | "assistant", "content": str}`.
+A message is `{"role": "system" | "user" | "assistant", "content": str}`; an assistant's with `"weight": 0` is not to be
+learned.
+
+Tools are text here, in the words of Hermes and Qwen: their list ends the system message, a call is
+`<tool_call>…</tool_call>` in the assistant's words, and a result `<tool_response>…</tool_response>` in the user's. So
+every template can say them, and a model learns to write calls like any other answer.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -21,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from command_line import UserError
 
-Message = Mapping[str, str]  # "role" and "content"
+Message = Mapping[str, Any]  # "role" and "content"
 ROLES = ("system", "user", "assistant")
 
 # The assistant's turn brings its own heading, so that a prompt (the turns so far + the heading) is a prefix of the
@@ -42,6 +48,38 @@ DEFAULT_CHAT_TEMPLATE = """\
 """
 
 
+TOOLS_TEXT = """\
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{signatures}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+def tools_text(tools: Sequence[object]) -> str:
+    """What the system message says of tools: their JSON signatures, one a line, and how to call one."""
+    return TOOLS_TEXT.format(signatures="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+
+
+def tool_call_text(name: str, arguments: object) -> str:
+    """What the assistant writes to call a tool."""
+    call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def tool_response_text(content: str) -> str:
+    """What a tool returned, as the user's turn says it."""
+    return f"<tool_response>\n{content}\n</tool_response>"
+
+
 @dataclass(frozen=True)
 class Segment:
     """A stretch of a rendered conversation.
@@ -49,7 +87,7 @@ class Segment:
     Attributes:
         pieces: `(text, is_special)` in order; a special piece is a special token that the template put there, text
             that merely looks like one (in a message) is an ordinary piece.
-        is_answer: whether the assistant wrote it, that is, whether a model learns to produce it.
+        is_answer: whether the assistant wrote it and a model is to learn to produce it.
     """
 
     pieces: list[tuple[str, bool]]
@@ -133,7 +171,7 @@ class ChatTemplate:
                         f"{self} is not prefix-consistent: message {index + 1} renders differently at the end of a "
                         "conversation and inside it; train on one answer a conversation or use another template"
                     )
-                texts += [(prompt[len(done) :], False), (turn[len(prompt) :], True)]
+                texts += [(prompt[len(done) :], False), (turn[len(prompt) :], message.get("weight") != 0)]
                 done = turn
         texts.append((end[len(done) :], False))
 

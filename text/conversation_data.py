@@ -3,61 +3,383 @@
 Instruction data (JSON list or JSONL):
 
     {"instruction", "input"?, "response"}                              this project's own
-    {"instruction", "input"?, "output"}                                Alpaca
-    {"conversations" | "messages": [{"from" | "role", "value" | "content"}, …], "system"?}     ShareGPT / OpenAI
+    {"instruction", "input"?, "output", "history"?}                    Alpaca; Dolly has "context" for "input"
+    {"conversations" | "messages": [{"from" | "role", "value" | "content"}, …], "system"?, "tools"?}    ShareGPT, OpenAI
+    {"prompt": text or […], "completion": text or […]}                 TRL
+    {"question", "answer"}                                             GSM8K; OpenOrca has "system_prompt", "response"
 
 Preference data:
 
     {"instruction", "input"?, "chosen", "rejected", "margin"?}
     {"conversations" | "messages": […], "chosen": {…}, "rejected": {…}, "margin"?}     LLaMA-Factory
-    {"instruction", "input"?, "responses": [best, …, worst]}
+    {"prompt": text or […], "chosen": text or […], "rejected": text or […]}            TRL
+    {"chosen": […], "rejected": […]}                                   TRL, implicit prompt: the turns that both share
+    {"chosen": "\\n\\nHuman: … \\n\\nAssistant: …", "rejected": …}         HH-RLHF
+    {"instruction", "input"?, "responses": [best, …, worst]}, or with "scores": [number, …] in any order
+    {"instruction", "completions": [{"response", "overall_score"}, …]}                 UltraFeedback
 
 Unpaired data, answers that are good or bad:
 
-    {"prompt": text or […], "completion": text or […], "label": true | false}     TRL
-    {"conversations" | "messages": […], "kto_tag" | "label": true | false}     LLaMA-Factory
-    any shape of instruction data with "label", and any preference: its best answer is good, its worst one bad
+    any shape of instruction data with "label" (TRL) or "kto_tag" (LLaMA-Factory): true | false
+    any preference: its best answer is good, its worst one bad
 
-The one shape inside is a list of messages `{"role": "system" | "user" | "assistant", "content": str}`.
+Records with fields of other names are read with `columns`, such as `instruction=query,response=reply`. Fields that
+change what a record means are honoured or refused, never ignored: earlier turns, tools, a label "bad", a weight of 0;
+images, videos and sounds, which a model of text cannot take in, are refused.
+
+The one shape inside is a list of messages, see chat_template.py.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from command_line import UserError
-from text.chat_template import ROLES, Message
+from command_line import UserError, option
+from text.account import CALLED_BAD, Account, LeftOut
+from text.chat_template import ROLES, Message, tool_call_text, tool_response_text, tools_text
 from text.text_files import iter_records
 
-ROLE_OF = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant", "bot": "assistant"}
+Parsed = TypeVar("Parsed")
+
+ROLE_OF = {
+    **{role: role for role in ROLES},
+    **{"developer": "system", "human": "user", "gpt": "assistant", "bot": "assistant", "function_call": "assistant"},
+    **dict.fromkeys(("tool", "function", "observation"), "user"),  # what a tool returned
+}
+TOOL_ROLES = ("tool", "function", "observation")
+CONVERSATION = ("conversations", "messages", "conversation")
+QUESTION = ("instruction", "prompt", "question")
+ADDITION = ("input", "context")
+ANSWER = ("response", "output", "completion", "answer")
+SYSTEM = ("system", "system_prompt")
+COLUMNS = (*QUESTION, *ADDITION, *ANSWER, *SYSTEM, *CONVERSATION, "history", "tools", "chosen", "rejected", "margin",
+           "responses", "scores", "label")  # fmt: skip
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+PLACEHOLDER = re.compile(r"\s*<(image|video|audio)>|<(image|video|audio)>\s*$")
+SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
-def _text(record: dict, field: str, where: str) -> str:
+@dataclass
+class RecordOptions:
+    """Options of whatever reads records."""
+
+    columns: str = option("", "fields of other names, such as instruction=question,response=answer")
+    skip_bad_records: bool = option(False, "leave out malformed records and count them, in place of stopping")
+
+    def validate(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        others = getattr(super(), "validate", list)  # of the settings that these are a part of
+        complaints = others()
+        try:
+            parse_columns(self.columns)
+        except UserError as error:
+            complaints.append(str(error))
+        return complaints
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """`--columns` as {our name of a field: its name in the file}.
+
+    Raises:
+        UserError: not in that form, or a field that is not read.
+    """
+    columns = {}
+    for pair in filter(None, text.split(",")):
+        ours, _, theirs = (part.strip() for part in pair.partition("="))
+        if ours not in COLUMNS or not theirs:
+            raise UserError(
+                f"--columns {pair} must be like instruction=question, with one of {', '.join(COLUMNS)} on the left"
+            )
+        columns[ours] = theirs
+    return columns
+
+
+def with_columns(record: dict, columns: Mapping[str, str], where: str) -> dict:
+    """The record under the names that are read here.
+
+    Raises:
+        UserError: none of the columns is in the record.
+    """
+    found = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+    if columns and not found:
+        raise UserError(f"{where} has none of the fields {', '.join(columns.values())} of --columns; {_has(record)}")
+    # A field that was given a name is that alone, and what stood under this name before is not meant
+    return {name: value for name, value in record.items() if name not in columns.values()} | found
+
+
+# ------------------------------------------------------------------------------------------------------------- fields
+
+
+def _has(record: dict) -> str:
+    """What fields a record has, for messages."""
+    return f"it has {', '.join(map(str, record)) or 'no field at all'}"
+
+
+def _text(record: dict, field: str, where: str, remedy: str = "") -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
         state = "is missing" if field not in record else "is empty" if isinstance(value, str) else "is not a text"
-        raise UserError(f'{where}: the field "{field}" {state}; it must be a non-empty string')
+        raise UserError(f'{where}: the field "{field}" {state}; {remedy or "it must be a non-empty string"}')
     return value
 
 
-def _optional_text(record: dict, field: str, where: str) -> str:
-    value = record.get(field)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return ""
-    return _text(record, field, where)
+def _optional_text(record: dict, fields: tuple[str, ...], where: str) -> str:
+    for field in fields:
+        value = record.get(field)
+        if value is not None and not (isinstance(value, str) and not value.strip()):
+            return _text(record, field, where)
+    return ""
 
 
-def _message(turn: object, where: str, default_role: str | None = None) -> Message:
+def _first_of(fields: tuple[str, ...], record: dict) -> str | None:
+    """The first of the fields that the record has a value in, or else the first that it has at all."""
+    there = [field for field in fields if field in record]
+    return next((field for field in there if record[field] not in (None, "")), there[0] if there else None)
+
+
+def _refuse_media(record: dict, where: str) -> None:
+    for field in MEDIA:
+        if record.get(field):
+            raise UserError(f'{where} has "{field}", which a model of text cannot take in; leave such records out')
+
+
+def _json(value: object, what: str) -> object:
+    """A value that may be JSON in a string."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise UserError(f"{what} is not valid JSON; mend it") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- turns
+
+
+def _content(turn: dict, field: str, where: str) -> str:
+    """The text of a turn; OpenAI's list of parts is joined where all of them are text."""
+    value = turn.get(field)
+    if isinstance(value, list):
+        for part in value:
+            if not isinstance(part, dict) or part.get("type", "text") != "text":
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise UserError(f"{where} has a part of type {kind}, not text; leave such records out")
+        turn = {field: "".join(_text(part, "text", where) for part in value)}
+    text = _text(turn, field, where)
+    if match := PLACEHOLDER.match(text) or PLACEHOLDER.search(text):
+        raise UserError(
+            f"{where} stands beside an {match[1] or match[2]} (<{match[1] or match[2]}>), which a model of text cannot "
+            "take in; leave such records out"
+        )
+    return text
+
+
+def _calls(turn: dict, where: str) -> list[str]:
+    """The tool calls of a turn as text: OpenAI's "tool_calls" or older "function_call"."""
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
+    if not isinstance(calls, list):
+        raise UserError(f'{where}: "tool_calls" must be a list')
+    return [_call(call, where) for call in calls]
+
+
+def _call(call: object, where: str) -> str:
+    call = _json(call, f"the tool call of {where}")
+    call = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise UserError(f'{where} has a tool call without a name; it must be like {{"name": "…", "arguments": {{…}}}}')
+    arguments = _json(call.get("arguments") or {}, f"the arguments of a tool call of {where}")
+    return tool_call_text(call["name"], arguments)
+
+
+def _message(turn: object, where: str, default_role: str | None = None) -> dict[str, Any]:
     if isinstance(turn, str) and default_role:
         turn = {"role": default_role, "content": turn}
     if not isinstance(turn, dict):
         raise UserError(f'{where} is not an object like {{"role": "user", "content": "…"}}; mend it')
+    _refuse_media(turn, where)
     role = turn.get("role", turn.get("from", default_role))  # OpenAI's name of the field, or ShareGPT's
     if not isinstance(role, str) or role not in ROLE_OF:
         raise UserError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLE_OF)}")
-    return {"role": ROLE_OF[role], "content": _text(turn, "value" if "value" in turn else "content", where)}
+    field = "value" if "value" in turn else "content"
+    calls = _calls(turn, where)
+    if role == "function_call":  # ShareGPT with tools: the turn is one call, or a list of them, in JSON
+        made = _json(turn.get(field), f"the tool call of {where}")
+        content = "\n".join(_call(call, where) for call in (made if isinstance(made, list) else [made]))
+    elif calls:
+        said = [_content(turn, field, where)] if turn.get(field) else []
+        content = "\n".join([*said, *calls])
+    else:
+        content = _content(turn, field, where)
+    if role in TOOL_ROLES:
+        content = tool_response_text(content)
+    if thoughts := _optional_text(turn, ("reasoning_content",), where):  # as Qwen3 and DeepSeek-R1 write them
+        content = f"<think>\n{thoughts.strip()}\n</think>\n\n{content}"
+    message = {"role": ROLE_OF[role], "content": content}
+    if _weight(turn, where) == 0 and message["role"] == "assistant":
+        message["weight"] = 0
+    return message
+
+
+def _weight(turn: dict, where: str) -> int:
+    """Whether a turn is to be learned, 1 or 0: OpenAI's "weight", or ms-swift's "loss"."""
+    field = "weight" if "weight" in turn else "loss"
+    weight = turn.get(field)
+    if weight not in (None, 0, 1):
+        raise UserError(f'{where}: the field "{field}" is {weight!r}; an answer counts (1) or does not (0)')
+    return 1 if weight is None else int(weight)
+
+
+def _turns(value: object, what: str, where: str, default_role: str | None = None) -> list[dict[str, Any]]:
+    """The messages of a list of turns; what several tools returned, one after another, is one turn, as Qwen has it."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f'{where}: the field "{what}" must be a list of at least one turn')
+    messages: list[dict[str, Any]] = []
+    from_tool = False
+    for number, turn in enumerate(value, start=1):
+        message = _message(turn, f"turn {number} of {where}", default_role if isinstance(turn, dict) else None)
+        is_tool = isinstance(turn, dict) and turn.get("role", turn.get("from")) in TOOL_ROLES
+        if is_tool and from_tool:
+            messages[-1]["content"] += "\n" + message["content"]
+        else:
+            messages.append(message)
+        from_tool = is_tool
+    return messages
+
+
+def _transcript(text: str, where: str) -> list[Message]:
+    """HH-RLHF's "\\n\\nHuman: …\\n\\nAssistant: …" as messages."""
+    starts = [match for match in SPEAKER.finditer(text) if match.start() == 0 or match.group().startswith("\n\n")]
+    if not starts or starts[0].start() != 0:
+        raise UserError(f'{where} does not begin with "Human: "; it must be like "\\n\\nHuman: …\\n\\nAssistant: …"')
+    messages = []
+    for match, following in zip(starts, [*starts[1:], None], strict=True):
+        content = text[match.end() : following.start() if following else len(text)].strip()
+        if not content:
+            raise LeftOut(f"{where} has a turn without words; leave it out", "a turn without words")
+        messages.append({"role": "user" if match[1] == "Human" else "assistant", "content": content})
+    return messages
+
+
+def _is_transcript(value: object) -> bool:
+    return isinstance(value, str) and value.lstrip("\n").startswith("Human:") and "\n\nAssistant:" in value
+
+
+def _before(record: dict, where: str) -> list[Message]:
+    """What stands before a record's question: a system message, with the list of tools, and earlier turns (Alpaca)."""
+    system = _optional_text(record, SYSTEM, where)
+    if listed := record.get("tools") or record.get("functions"):
+        tools = _json(listed, f'the field "tools" of {where}')
+        if not isinstance(tools, list):
+            raise UserError(f'{where}: the field "tools" must be a list of function signatures')
+        if tools:
+            system = "\n\n".join(filter(None, (system, tools_text(tools))))
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise UserError(f'{where}: the field "history" must be a list of pairs [question, answer]')
+    for number, pair in enumerate(history, start=1):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(x, str) and x.strip() for x in pair):
+            raise UserError(f'{where}: pair {number} of "history" must be two texts, [question, answer]')
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages
+
+
+def _prompt(record: dict, where: str) -> list[Message]:
+    """The messages of a record, without the answer where the answer stands in a field of its own."""
+    _refuse_media(record, where)
+    before = _before(record, where)
+    if (field := _first_of(CONVERSATION, record)) is not None:
+        return _joined(before, _turns(record[field], field, where))
+    field = _first_of(QUESTION, record)
+    if field is not None and isinstance(record[field], list):  # TRL
+        return _joined(before, _turns(record[field], field, where, "user"))
+    addition = _optional_text(record, ADDITION, where)
+    if field is not None and addition and record[field] in ("", None):
+        return [*before, {"role": "user", "content": addition}]
+    remedy = "" if field else f"{_has(record)}; if one of them is the question, say --columns instruction=NAME"
+    text = _content(record, field, where) if field else _text(record, "instruction", where, remedy)
+    return [*before, {"role": "user", "content": f"{text}\n{addition}" if addition else text}]
+
+
+def _joined(before: list[Message], turns: list[Message]) -> list[Message]:
+    """One conversation, with one system message at most at its beginning."""
+    if before and before[0]["role"] == turns[0]["role"] == "system":
+        first = {"role": "system", "content": f"{turns[0]['content']}\n\n{before[0]['content']}"}
+        return [first, *before[1:], *turns[1:]]
+    if turns[0]["role"] == "system":
+        return [turns[0], *before, *turns[1:]]
+    return before + turns
+
+
+# -------------------------------------------------------------------------------------------------------- instructions
+
+
+def parse_prompt(record: dict, where: str) -> list[Message]:
+    """The messages of a record up to the user's last turn, without the answer that may follow it.
+
+    Raises:
+        UserError: which record, and which field is missing or wrong.
+    """
+    if {"chosen", "rejected"} <= record.keys():
+        return parse_preference(record, where)["prompt"]
+    messages = _prompt(record, where)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(f"{where} has no user's turn to answer; a prompt must end with one")
+    return messages
+
+
+def parse_task(record: dict, where: str) -> tuple[list[Message], dict]:
+    """A prompt, and the record that a reward function may need."""
+    return parse_prompt(record, where), record
+
+
+def parse_conversation(record: dict, where: str) -> list[Message]:
+    """One instruction record as messages that end with an answer.
+
+    Raises:
+        LeftOut: its answer is called bad, and not to be imitated.
+        UserError: which record, and which field is missing or wrong.
+    """
+    if record.get("label") is False or record.get("kto_tag") is False:
+        sentence = f"{where} has an answer that is called bad, which is nothing to imitate; leave it out, or use KTO"
+        raise LeftOut(sentence, CALLED_BAD)
+    return _conversation(record, where)
+
+
+def _conversation(record: dict, where: str) -> list[Message]:
+    messages = _prompt(record, where)
+    if messages[-1]["role"] == "user":
+        messages += _answer_field(record, where)
+    if messages[-1]["role"] != "assistant":
+        raise UserError(f"{where} ends with a {messages[-1]['role']} message; the last one must be the assistant's")
+    return messages
+
+
+def _answer_field(record: dict, where: str) -> list[Message]:
+    """The answer that stands in a field of its own."""
+    field = _first_of(ANSWER, record)
+    if field is None:
+        if {"chosen", "rejected"} & record.keys() or "completions" in record or "responses" in record:
+            raise UserError(f"{where} is a preference, not an instruction with one answer; use it with --mode reward, "
+                            "ppo, dpo or kto")  # fmt: skip
+        if _first_of(CONVERSATION, record):
+            raise UserError(f"{where} ends with the user's turn; add the assistant's answer, or leave that turn out")
+        remedy = f"{_has(record)}; if one of them is the answer, say --columns response=NAME"
+        raise UserError(f'{where}: the field "response" is missing; {remedy}')
+    if isinstance(record[field], list):
+        return _turns(record[field], field, where, "assistant")
+    return [{"role": "assistant", "content": _text(record, field, where)}]
+
+
+# --------------------------------------------------------------------------------------------------------- preferences
 
 
 def _answer(turn: object, where: str) -> Message:
@@ -67,98 +389,100 @@ def _answer(turn: object, where: str) -> Message:
     return message
 
 
-def _prompt(record: dict, where: str) -> list[Message]:
-    """The messages of a record, without the answer where the answer stands in a field of its own."""
-    field = next((name for name in ("conversations", "messages") if name in record), None)
-    messages: list[Message] = []
-    if system := _optional_text(record, "system", where):
-        messages.append({"role": "system", "content": system})
-    if field is None:
-        text = _text(record, "instruction", where)
-        if addition := _optional_text(record, "input", where):
-            text += "\n" + addition
-        return [*messages, {"role": "user", "content": text}]
-    if not isinstance(record[field], list) or not record[field]:
-        raise UserError(f'{where}: the field "{field}" must be a list of at least one turn')
-    turns = [_message(turn, f"turn {number} of {where}") for number, turn in enumerate(record[field], start=1)]
-    return messages + turns
-
-
-def parse_prompt(record: dict, where: str) -> list[Message]:
-    """The messages of a record up to the user's last turn, without the answer that may follow it.
-
-    Raises:
-        UserError: which record, and which field is missing or wrong.
-    """
-    messages = _prompt(record, where)
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError(f"{where} has no user's turn to answer; a prompt must end with one")
-    return messages
-
-
-def parse_conversation(record: dict, where: str) -> list[Message]:
-    """One instruction record as messages that end with an answer.
-
-    Raises:
-        UserError: which record, and which field is missing or wrong.
-    """
-    messages = _prompt(record, where)
-    if messages[-1]["role"] == "user":
-        field = "output" if "output" in record and "response" not in record else "response"
-        messages.append({"role": "assistant", "content": _text(record, field, where)})
-    if messages[-1]["role"] != "assistant":
-        raise UserError(f"{where} ends with a {messages[-1]['role']} message; the last one must be the assistant's")
-    return messages
-
-
-def load_conversations(path: str | Path) -> list[list[Message]]:
-    """All conversations of a file or folder.
-
-    Raises:
-        UserError: the file cannot be read, or a record is malformed.
-    """
-    return [parse_conversation(record, where) for where, record in iter_records(path)]
-
-
 def parse_preference(record: dict, where: str) -> dict[str, Any]:
     """One preference record as `{"prompt": messages, "answers": [best, …, worst] messages, "margin": float}`.
 
     The margin says by how much the chosen answer is better, in units of the reward; 0 where the record does not say.
+    Answers that were scored stand beside `"scores"`, from the highest down; those of one score are not compared.
 
     Raises:
+        LeftOut: the two conversations of the record differ before their last answers.
         UserError: which record, and which field is missing or wrong.
     """
-    prompt = _prompt(record, where)
-    if prompt[-1]["role"] == "assistant":
-        raise UserError(f"{where} ends with an assistant message before its answers; it must end with the user's")
     margin = record.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
         raise UserError(f'{where}: the field "margin" must be a number, not {margin!r}')
-    if "responses" in record:
-        turns = record["responses"]
-        if not isinstance(turns, list) or len(turns) < 2:
-            raise UserError(f'{where}: the field "responses" must list at least two answers, the best one first')
+    listed = "responses" if "responses" in record else "completions"
+    if listed in record:
         if margin:
-            raise UserError(f'{where}: a "margin" is for "chosen" and "rejected", not for a list of "responses"')
-        answers = [_answer(turn, f'answer {number} in "responses" of {where}') for number, turn in enumerate(turns, 1)]
-        return {"prompt": prompt, "answers": answers, "margin": 0.0}
-    answers = []
+            raise UserError(f'{where}: a "margin" is for "chosen" and "rejected", not for a list of "{listed}"')
+        return _ranking(record, listed, where)
+    sides = []
     for side in ("chosen", "rejected"):
         if side not in record:
             raise UserError(f'{where}: the field "{side}" is missing; a preference has "chosen" and "rejected"')
-        answers.append(_answer(record[side], f'the field "{side}" of {where}'))
-    return {"prompt": prompt, "answers": answers, "margin": float(margin)}
+        sides.append(_side(record, side, where))
+    (before, chosen), (other_before, rejected) = sides
+    if before != other_before:
+        raise LeftOut(
+            f"{where} has two conversations that differ before their last answers; leave it out",
+            "the two conversations differ before their last answers",
+        )
+    # Beside whole conversations, what the record has besides (the prompt once more) stands in them already
+    prompt = _question(record, where) if before is None else _joined(_before(record, where), before)
+    return {"prompt": prompt, "answers": [chosen, rejected], "margin": float(margin)}
 
 
-def load_preferences(path: str | Path) -> list[dict[str, Any]]:
-    """All preferences of a file or folder.
+def _question(record: dict, where: str) -> list[Message]:
+    prompt = _prompt(record, where)
+    if prompt[-1]["role"] == "assistant":
+        raise UserError(f"{where} ends with an assistant message before its answers; it must end with the user's")
+    return prompt
 
-    Raises:
-        UserError: the file cannot be read, or a record is malformed.
-    """
-    return [parse_preference(record, where) for where, record in iter_records(path)]
+
+def _side(record: dict, side: str, where: str) -> tuple[list[Message] | None, Message]:
+    """The answer of one side of a preference and, where the side is a whole conversation, what stands before it."""
+    value, place = record[side], f'the field "{side}" of {where}'
+    if _is_transcript(value) and _first_of((*QUESTION, *CONVERSATION), record) is None:
+        turns = _transcript(value, place)
+    elif isinstance(value, list):
+        _refuse_media(record, where)
+        turns = _turns(value, side, place, "assistant")
+    else:
+        return None, _answer(value, place)
+    if turns[-1]["role"] != "assistant":
+        raise UserError(f"{place} ends with a {turns[-1]['role']} message; an answer is the assistant's")
+    if len(turns) == 1:
+        return None, turns[0]
+    if turns[0]["role"] == "assistant":
+        raise UserError(f"{place} has {len(turns)} messages; an answer is one message")
+    return turns[:-1], turns[-1]
+
+
+def _ranking(record: dict, field: str, where: str) -> dict[str, Any]:
+    """Several answers to one question: the best one first, or with scores."""
+    turns = record[field]
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise UserError(f'{where}: the field "{field}" must list at least two answers, the best one first')
+    answers, scores = [], record.get("scores")
+    for number, turn in enumerate(turns, 1):
+        place = f'answer {number} in "{field}" of {where}'
+        if field == "completions":  # UltraFeedback
+            if not isinstance(turn, dict):
+                raise UserError(f'{place} must be an object like {{"response": "…", "overall_score": 7}}')
+            name = _first_of((*ANSWER, "content", "text"), turn) or "response"
+            turn = {"role": "assistant", "content": _text(turn, name, place)}
+        answers.append(_answer(turn, place))
+    if field == "completions" and scores is None:
+        score = _first_of(("overall_score", "score", "rating"), turns[0]) or "overall_score"
+        scores = [turn.get(score) for turn in turns]
+    if scores is None:
+        return {"prompt": _question(record, where), "answers": answers, "margin": 0.0}
+    if not isinstance(scores, list) or len(scores) != len(answers):
+        raise UserError(f'{where}: the field "scores" must list a number for each of the {len(answers)} answers')
+    for score in scores:
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise UserError(f"{where}: the score of an answer must be a number, not {score!r}")
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    return {
+        "prompt": _question(record, where),
+        "answers": [answers[index] for index in order],
+        "margin": 0.0,
+        "scores": [float(scores[index]) for index in order],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ unpaired
 
 
 def parse_unpaired(record: dict, where: str) -> list[dict[str, Any]]:
@@ -168,39 +492,79 @@ def parse_unpaired(record: dict, where: str) -> list[dict[str, Any]]:
     are, a ranking does not say.
 
     Raises:
+        LeftOut: all its answers have the same score; or see `parse_preference`.
         UserError: which record, and which field is missing or wrong.
     """
     field = "kto_tag" if "kto_tag" in record else "label"
     if field not in record:
-        if not {"chosen", "rejected", "responses"} & record.keys():
+        if not {"chosen", "rejected", "responses", "completions"} & record.keys():
             raise UserError(f'{where}: the field "label" is missing; it says whether the answer is good, true or false')
         preference = parse_preference(record, where)
+        scores = preference.get("scores")
+        if scores and scores[0] == scores[-1]:
+            raise LeftOut(f"{where} has answers of the same score only; leave it out", "all answers of the same score")
         sides = ((preference["answers"][0], True), (preference["answers"][-1], False))
         return [{"prompt": preference["prompt"], "answer": answer, "good": good} for answer, good in sides]
     if not isinstance(record[field], bool):
         raise UserError(f'{where}: the field "{field}" must be true or false, not {record[field]!r}')
-    instruction = {"messages": _turns(record, where)} if "completion" in record else record
-    *prompt, answer = parse_conversation(instruction, where)
+    *prompt, answer = _conversation(record, where)
     if not prompt:
         raise UserError(f"{where} is an answer alone; a prompt must stand before it")
     return [{"prompt": prompt, "answer": answer, "good": record[field]}]
 
 
-def _turns(record: dict, where: str) -> list[Message]:
-    """TRL's prompt and completion, each a text or a list of messages, as messages that end with an answer."""
-    turns: list[Message] = []
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
-        value = record.get(name)
-        if not isinstance(value, list):
-            value = [_text(record, name, where)]
-        turns += [_message(turn, f'a turn in "{name}" of {where}', role) for turn in value]
-    return turns
+# --------------------------------------------------------------------------------------------------------------- files
 
 
-def load_unpaired(path: str | Path) -> list[list[dict[str, Any]]]:
-    """The answers of each record of a file or folder.
+def load_records(
+    path: str | Path,
+    parse: Callable[[dict, str], Parsed],
+    account: Account | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[Parsed]:
+    """All records of a file or folder.
+
+    Args:
+        parse: one of `parse_…` above.
+        account: where records that are left out are counted; without one they are refused.
+        columns: see `parse_columns`.
 
     Raises:
         UserError: the file cannot be read, or a record is malformed.
     """
-    return [parse_unpaired(record, where) for where, record in iter_records(path)]
+    parsed = []
+    for where, record in iter_records(path):
+        if account is not None:
+            account.read += 1
+        try:
+            parsed.append(parse(with_columns(record, columns or {}, where), where))
+        except LeftOut as left_out:
+            if account is None:
+                raise
+            account.leave_out(left_out.reason)
+        except UserError as error:
+            if account is None or not account.skips_bad_records:
+                raise
+            account.leave_out("malformed")
+            account.first_bad = account.first_bad or str(error)
+    return parsed
+
+
+def load_conversations(path: str | Path, account: Account | None = None, **how: Any) -> list[list[Message]]:
+    """All conversations of a file or folder, see `load_records`."""
+    return load_records(path, parse_conversation, account, **how)
+
+
+def load_tasks(path: str | Path, account: Account | None = None, **how: Any) -> list[tuple[list[Message], dict]]:
+    """All prompts of a file or folder beside their records, see `load_records`."""
+    return load_records(path, parse_task, account, **how)
+
+
+def load_preferences(path: str | Path, account: Account | None = None, **how: Any) -> list[dict[str, Any]]:
+    """All preferences of a file or folder, see `load_records`."""
+    return load_records(path, parse_preference, account, **how)
+
+
+def load_unpaired(path: str | Path, account: Account | None = None, **how: Any) -> list[list[dict[str, Any]]]:
+    """The answers of each record of a file or folder, see `load_records`."""
+    return load_records(path, parse_unpaired, account, **how)

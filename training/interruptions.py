@@ -11,14 +11,17 @@ import torch
 
 from command_line import UserError
 
+# What asks a run to stop: Ctrl-C, `kill` and, on Windows alone, Ctrl-Break
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+
 
 class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that the loop can finish its step, save and leave. A second one leaves at once."""
+    """Notes Ctrl-C and its like, so that the loop can finish its step, save and leave. A second one leaves at once."""
 
     def __enter__(self) -> StopSignal:
         self.received: str | None = None
         self._previous = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             with contextlib.suppress(ValueError):  # only the main thread can set handlers
                 self._previous[number] = signal.signal(number, self._note)
         return self

@@ -18,7 +18,7 @@ from command_line import UserError
 from lora import lora_layers
 from machine import autocast
 
-SCHEDULES = ("cosine", "wsd", "cosine_restarts", "constant")
+SCHEDULES = ("cosine", "wsd", "cosine_restarts", "constant", "noam")
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -26,14 +26,23 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 def learning_rate_factor(
-    schedule: str, step: int, max_steps: int, warmup_steps: int, min_ratio: float = 0.1, restarts: int = 3
+    schedule: str,
+    step: int,
+    max_steps: int,
+    warmup_steps: int,
+    min_ratio: float = 0.1,
+    n_cycles: int = 3,
+    first_cycle: int = 0,
+    growth: float = 1.0,
 ) -> float:
     """What to multiply the peak learning rate with at `step` (from 0). A pure function, so resuming needs no state.
 
     cosine           linear warm-up, then half a cosine down to `min_ratio` (SGDR, arXiv:1608.03983)
     wsd              warm-up, constant, and a linear decay over the last fifth (MiniCPM, arXiv:2404.06395)
-    cosine_restarts  warm-up, then `restarts` equal half cosines
+    cosine_restarts  warm-up, then half cosines, each `growth` times as long as the one before it (SGDR's T_mult): the
+                     first takes `first_cycle` steps (T_0); 0: as many as let `n_cycles` fill the run exactly
     constant         warm-up, then 1
+    noam             warm-up, then 1/√step, scaled so that the peak is 1 (arXiv:1706.03762, section 5.3)
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -41,13 +50,27 @@ def learning_rate_factor(
     progress = min(1.0, (step - warmup_steps) / length)  # 0 … 1
     if schedule == "constant":
         return 1.0
+    if schedule == "noam":
+        return math.sqrt(max(1, warmup_steps) / max(1, step + 1))
     if schedule == "wsd":
         return 1.0 - (1.0 - min_ratio) * max(0.0, (progress - 0.8) / 0.2)
     if schedule == "cosine_restarts":
-        progress = progress * restarts % 1.0 if progress < 1.0 else 1.0
+        cycle = first_cycle or length / sum(growth**number for number in range(n_cycles))
+        progress = place_in_cycle(step - warmup_steps, cycle, growth) if progress < 1.0 else 1.0
     elif schedule != "cosine":
         raise ValueError(f"unknown schedule {schedule!r}")
     return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def place_in_cycle(step: int, cycle: float, growth: float) -> float:
+    """How much of its cycle has passed at a step, 0 … 1; the first cycle has `cycle` steps, each next one `growth`
+    times as many."""
+    cycles = step / cycle  # in lengths of the first one
+    if growth > 1:
+        cycles = math.log(1 + cycles * (growth - 1), growth)
+    number = math.floor(cycles + 1e-9)  # an end that rounding puts behind a whole step is at that step
+    before = cycle * (number if growth == 1 else (growth**number - 1) / (growth - 1))
+    return max(0.0, step - before) / (cycle * growth**number)
 
 
 # -------------------------------------------------------------------------------------------------------- optimisers

@@ -1,16 +1,14 @@
-"""What people see of a run: a progress bar, `metrics.jsonl`, TensorBoard, optional trackers, and curves as PNG."""
+"""What people see of a run: its progress, `metrics.jsonl`, TensorBoard, optional trackers, and curves as PNG."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from command_line import UserError, replacing
+from progress import Progress, Transcript
 
 TRACKERS = ("none", "swanlab", "wandb")
 
@@ -30,6 +28,7 @@ class RunLog:
         tensorboard: whether to write event files (needs the package `tensorboard`).
         tracker: "none", "swanlab" or "wandb".
         settings: recorded by the trackers.
+        transcript: of what the program says, which goes to `<output_dir>/run.log` from here on.
     """
 
     def __init__(
@@ -42,17 +41,23 @@ class RunLog:
         tracker: str = "none",
         settings: dict[str, Any] | None = None,
         enabled: bool = True,
+        transcript: Transcript | None = None,
     ) -> None:
         self.folder, self.name, self.enabled = Path(output_dir), name, enabled
         self.path = self.folder / "metrics.jsonl"
         self._sinks = []
         if not enabled:
-            self.progress = tqdm(disable=True)
+            self.progress = Progress(name, shown=False)
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
+        if transcript is not None:
+            try:
+                transcript.move_to(self.folder / "run.log")
+            except OSError as error:
+                raise self._unwritable(error) from error
         if tensorboard:
             self._sinks.append(_tensorboard(self.folder / "tensorboard", start_step))
         if tracker != "none":
@@ -60,20 +65,11 @@ class RunLog:
         # Steps that a killed run made after its last checkpoint are made, and recorded, again
         kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
         self._restart_file(kept)
-        self.progress = tqdm(
-            total=max_steps,
-            initial=start_step,
-            desc=name,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs no animation
-        )
+        self.progress = Progress(name, max_steps, "step", start_step, leave=True)
 
     def advance(self, **shown: float) -> None:
-        """One step is done; `shown` stands beside the progress bar."""
-        if shown:
-            self.progress.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
-        self.progress.update()
+        """One step is done; `shown` stands beside the count."""
+        self.progress.update(**shown)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record the values of one step. Non-finite numbers become null, so that every line is valid JSON."""
@@ -94,19 +90,16 @@ class RunLog:
     def say(self, sentence: str) -> None:
         """Print a line without disturbing the progress bar."""
         if self.enabled:
-            self.progress.clear()
-            print(sentence, flush=True)
-            self.progress.refresh() if sys.stderr.isatty() else None
+            self.progress.say(sentence)
 
     def close(self) -> None:
-        """End the progress bar and draw the curves."""
+        """End the progress and draw the curves."""
         self.progress.close()
         if self.enabled:
             image_path = self.folder / "curves.png"
             try:
                 plot_metrics(self.path, image_path, self.name)
             except OSError as error:  # a full disk; whatever ended the run matters more
-                image_path.unlink(missing_ok=True)
                 print(f"warning: the curves are not drawn ({error}); they can be, from {self.path}", flush=True)
 
     def _restart_file(self, records: list[dict[str, Any]]) -> None:
@@ -168,6 +161,7 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
     panels = [
         ("loss", ["loss", "val_loss", "loss/value_avg"]),
         ("accuracy", ["accuracy", "val_accuracy", "rewards/accuracies", "val_rewards/accuracies"]),
+        ("share of tokens foreseen", ["token_accuracy", "val_token_accuracy"]),
         ("reward", ["objective/scores", "objective/rlhf_reward", "val_reward"]),
         ("KL to the reference, nats an answer", ["objective/kl", "val_kl"]),
         ("share of answers that ended", ["objective/ended", "val_ended"]),
@@ -214,7 +208,8 @@ def plot_metrics(metrics_path: str | Path, image_path: str | Path, title: str = 
         if len(axes.lines) > 1:
             axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(image_path, dpi=110)
+    with replacing(image_path) as file:
+        figure.savefig(file, dpi=110, format="png")
     return Path(image_path)
 
 

@@ -8,9 +8,10 @@ of the whole global batch, whatever the accumulation and the number of ranks.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,7 +20,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, require_disk_space, require_same_model, save_checkpoint, weight_fingerprint
@@ -28,10 +28,14 @@ from data_loader import Batch, BatchOrder
 from gpt_model import GPTConfig
 from lora import lora_settings
 from machine import peak_flops, peak_memory_bytes, resolve_precision
+from progress import Progress, Transcript, listening, tracked
+from text.account import Account
 from training import ranks
 from training.interruptions import StopSignal, advice_if_out_of_memory
 from training.optimization import Updater, build_optimizers, learning_rate_factor
 from training.parallel_model import ParallelModel
+from training.run_folder import alone_in, set_earlier_run_aside
+from training.run_identity import Inputs, changed_settings, differing_inputs, fingerprints
 from training.run_log import RunLog, training_flops_per_token
 from training.training_config import TrainingConfig
 from transformer_components import Positions, auxiliary_losses
@@ -50,7 +54,7 @@ class TrainingData(Protocol):
 
 
 class TrainingLoop:
-    """Trains a model and leaves `<stage>_best.pth`, `checkpoints/step_*.pth`, `metrics.jsonl` and `curves.png`.
+    """Trains a model and leaves `<stage>_best.pth`, `checkpoints/step_*.pth`, `metrics.jsonl`, `run.log`, `curves.png`.
 
     Args:
         config: the shared settings.
@@ -63,7 +67,8 @@ class TrainingLoop:
         score: extra figures at evaluations, computed from (model, {"val_loss": …}).
     """
 
-    shown = ("loss", "lr")  # what stands beside the progress bar
+    shown = ("loss", "lr")  # what stands beside the progress
+    epoch_figures = ("loss", "val_loss")  # of training and of validation, for the line of an epoch
     published = ""  # the part of the model that the best checkpoint consists of; empty: all of it
 
     def __init__(
@@ -82,6 +87,12 @@ class TrainingLoop:
         self.config, self.gpt_config, self.tokenizer, self.stage = config, gpt_config, tokenizer, stage
         self.train_data, self.val_data, self.device = train_data, val_data, device
         self.score = score
+        # What became of the records, by the data's name; data that is no records has no account
+        data_sets = {"data": train_data, "val_data": val_data}
+        accounts = {name: data.account for name, data in data_sets.items() if hasattr(data, "account")}
+        if accounts.get("val_data") is accounts.get("data"):
+            accounts.pop("val_data", None)
+        self.accounts: dict[str, Account] = accounts
         self.folder = Path(config.output_dir)
         self.best_path = self.folder / f"{stage}_best.pth"
         self.checkpoint_folder = self.folder / "checkpoints"
@@ -124,6 +135,8 @@ class TrainingLoop:
 
         self.step = 0
         self.best: dict[str, float] = {}
+        self.latest: dict[str, float] = {}  # what the last evaluation found
+        self.epoch = {"sum": 0.0, "steps": 0, "began": 0.0}  # since the last line of an epoch
         self.evaluations_without_improvement = 0
         self.seconds = 0.0
 
@@ -142,21 +155,28 @@ class TrainingLoop:
 
         Raises:
             Interrupted: a signal came; the state is saved.
-            UserError: no sound checkpoint to resume from, disk full, out of memory, or training diverged.
+            UserError: no sound checkpoint to resume from, disk full, out of memory, training diverged, or another
+                process is training into the same folder.
         """
+        with listening() as transcript, alone_in(self.folder) if ranks.is_main() else contextlib.nullcontext():
+            return self._train(transcript)
+
+    def _train(self, transcript: Transcript) -> dict[str, float]:
         config = self.config
+        self._inputs  # noqa: B018 — as they are now: they may change while the run goes on
         if ranks.is_main():  # float weights of a step and the best, and the optimiser's two moments
             require_disk_space(self.folder, 4 * self.n_trained * (1 + 3 * (config.keep_checkpoints + 1)))
             self._remove_leftovers()
             if self.lora:
                 share = f"{self.n_trained / self.n_parameters:.2%} of the parameters"
                 print(f"LoRA beside {self.lora['base']}: training {self.n_trained:,} weights, {share}", flush=True)
-        if config.resume:
-            self.resume(config.resume)
-        elif ranks.is_main():
-            self._set_earlier_run_aside()
+        source = self.resume(config.resume) if config.resume else None
+        if ranks.is_main() and (source is None or source.parent.resolve() != self.checkpoint_folder.resolve()):
+            set_earlier_run_aside(self.folder, self.stage)
+        ranks.barrier()
         if self.step == 0:
-            self.before_first_step()
+            with Progress("before the first step", unit="", shown=ranks.is_main()):
+                self.before_first_step()
         if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
             self.compile()
         log = RunLog(
@@ -168,6 +188,7 @@ class TrainingLoop:
             config.tracker,
             asdict(config),
             enabled=ranks.is_main(),
+            transcript=transcript,
         )
         peak = peak_flops(self.device, self.precision) * ranks.world_size()
         flops = self._flops_per_token()
@@ -187,17 +208,24 @@ class TrainingLoop:
                     if not math.isfinite(record["grad_norm"] + record["loss"]):
                         log.say(f"step {self.step}: loss or gradient not finite, step skipped ({self.updater.skipped})")
                     last = self.step == self.max_steps
-                    if self.step % config.log_interval == 0 or last or self.step == 1:
+                    epoch = self._count_in_epoch(record, last)
+                    if self.step % config.log_interval == 0 or last or self.step == 1 or epoch:
                         rate = tokens / (time.perf_counter() - interval_start - skipped_seconds)
                         record |= {"tokens_per_second": rate, "mfu": rate * flops / peak}
                         record["skipped_steps"] = self.updater.skipped
                         record["memory_mib"] = peak_memory_bytes(self.device) / 2**20
+                        record |= epoch
+                        if self.step == 1:
+                            for name, account in self.accounts.items():
+                                record |= account.figures(f"{name}/")
                         log.log(self.step, record)
                         interval_start, tokens, skipped_seconds = time.perf_counter(), 0.0, 0.0
                     self.seconds = elapsed_before + time.perf_counter() - start
                     pause = time.perf_counter()  # evaluating and saving do not count in tokens_per_second
                     if self.step % self.eval_interval == 0 or last:
                         self._evaluate_and_keep_best(log)
+                    if epoch:
+                        self._tell_epoch(log, epoch)
                     stop_early = self._patience_is_over()
                     received = self._stop_requested(stop)
                     if self.step % self.save_interval == 0 or last or received or stop_early:
@@ -264,12 +292,20 @@ class TrainingLoop:
     def learning_rate(self) -> float:
         """The learning rate of the step to come."""
         return self.config.lr * learning_rate_factor(
-            self.config.schedule, self.step, self.max_steps, self.warmup_steps, self.config.min_lr_ratio
+            self.config.schedule,
+            self.step,
+            self.max_steps,
+            self.warmup_steps,
+            self.config.min_lr_ratio,
+            self.config.n_cycles,
+            self.config.T_0,
+            self.config.T_mult,
         )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The means of the loss and of every other scalar that the model returns, over each validation item once."""
+        """The means of the loss and of every other scalar that the model returns, over each validation item once; and
+        the perplexity of a model of tokens."""
         if self.val_data is None:
             return {}
         size, n_samples = self.config.batch_size, len(self.val_data)
@@ -278,8 +314,7 @@ class TrainingLoop:
         sums: dict[str, float] = {}
         n_items = 0.0
         self.parallel_model.eval()
-        silent = None if ranks.is_main() else True
-        for start in tqdm((starts + [None])[:rounds], desc="evaluating", leave=False, disable=silent):
+        for start in tracked((starts + [None])[:rounds], "evaluating", "batch", shown=ranks.is_main()):
             first = 0 if start is None else start
             batch = self.val_data.collate([self.val_data[i] for i in range(first, min(first + size, n_samples))])
             count = 0 if start is None else self.val_data.count(batch)
@@ -289,11 +324,16 @@ class TrainingLoop:
                 sums[name] = sums.get(name, 0.0) + float(value) * count
             n_items += count  # nothing from a rank that computes some batch only to keep up with the others
         total = self.parallel_model.sum(n_items)
-        return {f"val_{name}": self.parallel_model.sum(value) / total for name, value in sums.items()}
+        figures = {name: self.parallel_model.sum(value) / total for name, value in sums.items()}
+        if "token_accuracy" in figures:  # then a loss is in nats a token
+            perplexity = math.exp(min(700.0, figures.get("cross_entropy", figures["loss"])))
+            figures = {"loss": figures["loss"], "perplexity": perplexity, **figures}
+        return {f"val_{name}": value for name, value in figures.items()}
 
     def _evaluate_and_keep_best(self, log: RunLog) -> None:
         """Evaluate, and keep the best model."""
         metrics = self.evaluate()
+        self.latest = {**metrics, "step": self.step}
         if self.score is not None:
             metrics |= self.score(self.model, metrics)
         improved = not metrics or not self.best or self.is_better(metrics, self.best)
@@ -307,6 +347,32 @@ class TrainingLoop:
             log.log(self.step, {**metrics, "seconds": round(self.seconds, 3)})
             figures = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
             log.say(f"step {self.step}: {figures}{' (best so far)' if improved else ''}")
+
+    def _count_in_epoch(self, record: dict[str, float], last: bool) -> dict[str, float]:
+        """Take a step into the means of its epoch. Where one ends, its number and its mean, for the metrics; else {}.
+
+        Epochs that are shorter than `--log_interval` are told of together.
+        """
+        name, epoch = self.epoch_figures[0], self.epoch
+        if math.isfinite(record[name]):
+            epoch["sum"] += record[name]
+            epoch["steps"] += 1
+        number, beyond = divmod(self.step, self.order.steps_per_epoch)
+        if beyond or not epoch["steps"] or not (epoch["steps"] >= self.config.log_interval or last):
+            return {}
+        return {"epoch": number, f"epoch_{name.rpartition('/')[2]}": epoch["sum"] / epoch["steps"]}
+
+    def _tell_epoch(self, log: RunLog, ended: dict[str, float]) -> None:
+        """Say what an epoch brought, and begin the next one."""
+        trained, validated = self.epoch_figures
+        figures = [f"training {name.removeprefix('epoch_')} {mean:.4f}" for name, mean in list(ended.items())[1:]]
+        if validated in self.latest:
+            when = "" if self.latest["step"] == self.step else f" (at step {self.latest['step']})"
+            figures.append(f"validation {validated.removeprefix('val_')} {self.latest[validated]:.4f}{when}")
+        n_epochs = self.max_steps / self.order.steps_per_epoch
+        minutes = (self.seconds - self.epoch["began"]) / 60
+        log.say(f"epoch {ended['epoch']} of {n_epochs:.4g}: {', '.join(figures)}, {minutes:.1f} minutes")
+        self.epoch = {"sum": 0.0, "steps": 0, "began": self.seconds}
 
     def _patience_is_over(self) -> bool:
         return 0 < self.config.patience <= self.evaluations_without_improvement
@@ -339,12 +405,17 @@ class TrainingLoop:
             "best": self.best,
             "evaluations_without_improvement": self.evaluations_without_improvement,
             "seconds": self.seconds,
+            "latest": self.latest,
+            "epoch": self.epoch,
             "run": self._run_identity(),
+            "inputs": self._inputs,
+            "settings": self._settings(),
         }
         if ranks.is_main():
             self._write(self.checkpoint_folder / f"step_{self.step:08d}.pth", state, training_state)
             for old in checkpoints_by_age(self.checkpoint_folder)[self.config.keep_checkpoints :]:
-                old.unlink()
+                with contextlib.suppress(PermissionError):  # Windows keeps a file that is still mapped; next time
+                    old.unlink()
         ranks.barrier()
 
     def _write(self, path: Path, state: dict, training_state: dict | None) -> None:
@@ -358,14 +429,32 @@ class TrainingLoop:
             metrics=self.best,
             training_state=training_state,
             lora=self.lora,
+            **({"data": {name: account.as_dict() for name, account in self.accounts.items()}} if self.accounts else {}),
         )
+
+    def inputs(self) -> Inputs:
+        """What the result depends on, by the options that name it; see `run_identity`."""
+        return fingerprints(self.config)
+
+    @functools.cached_property
+    def _inputs(self) -> Inputs:
+        return ranks.gather_objects(self.inputs() if ranks.is_main() else None)[0]
+
+    def _settings(self) -> dict[str, Any]:
+        """Settings that a resumed run may change, as they came out; a change is said."""
+        derived = ("max_steps", "warmup_steps", "eval_interval", "save_interval")
+        settled = {name: getattr(self, name) for name in derived}
+        settled |= {"device": str(self.device), "precision": str(self.precision).removeprefix("torch.")}
+        settings = {**asdict(self.config), **settled}
+        return {name: value for name, value in settings.items() if name not in ("resume", "output_dir", *self._inputs)}
 
     def _run_identity(self) -> dict[str, Any]:
         """Settings that the meaning of a step depends on; a resumed run has to agree in them."""
         config = self.config
         return {
             "samples": len(self.train_data),
-            "data": self._data_fingerprint(),
+            "data": data_fingerprint(self.train_data),
+            "validation data": data_fingerprint(self.val_data) if self.val_data else "none",
             "global_batch": self.order.batch_size,
             "max_seq_len": config.max_seq_len,
             "seed": config.seed,
@@ -374,34 +463,27 @@ class TrainingLoop:
             **{name: value for name, value in (self.lora or {}).items() if name != "base"},
         }
 
-    def _data_fingerprint(self) -> str:
-        """Of up to 64 training samples, evenly spread: enough to tell one data set from another."""
-        n_samples = len(self.train_data)
-        samples = [self.train_data[index] for index in range(0, n_samples, -(-n_samples // 64))]
-        return hashlib.sha256(self.train_data.collate(samples)["input_ids"].numpy().tobytes()).hexdigest()[:12]
-
     def _remove_leftovers(self) -> None:
         """Clear away what an earlier run was writing when it was killed."""
         for folder, name in ((self.folder, self.best_path.name), (self.checkpoint_folder, "step_*.pth")):
             for leftover in folder.glob(f".{name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
 
-    def _set_earlier_run_aside(self) -> None:
-        """A new run in an old folder: `--resume auto` must not take the earlier run's checkpoints for its own."""
-        if checkpoints_by_age(self.checkpoint_folder):
-            aside = self.folder / "checkpoints_of_earlier_run"
-            shutil.rmtree(aside, ignore_errors=True)
-            self.checkpoint_folder.replace(aside)
-            print(f"starting anew; the checkpoints of an earlier run are now in {aside}", flush=True)
+    def resume(self, source: str) -> Path | None:
+        """Continue from a checkpoint: a path, or `auto` for the newest sound one in the output folder, if any.
 
-    def resume(self, source: str) -> None:
-        """Continue from a checkpoint: a path, or `auto` for the newest sound one in the output folder, if any."""
+        Returns:
+            the checkpoint's path; None if there is none.
+
+        Raises:
+            UserError: it is damaged or of another run; the difference is named.
+        """
         content, path = (newest_sound(self.checkpoint_folder) if source == "auto" else
                          (load_checkpoint(source), Path(source)))  # fmt: skip
         if content is None:
             if ranks.is_main():
                 print(f"no checkpoint in {self.checkpoint_folder}, starting from step 0", flush=True)
-            return
+            return None
         if content["stage"] != self.stage:
             raise UserError(f"{path} is a {content['stage']} checkpoint; --resume needs one of stage {self.stage}")
         require_same_model(content, self.gpt_config, self.tokenizer, path)
@@ -409,10 +491,11 @@ class TrainingLoop:
         if state is None:
             place = self.checkpoint_folder
             raise UserError(f"{path} holds a model only, no training state; resume from one in {place}")
-        differing = [
-            f"{name} {state['run'][name]} there, {value} here"
+        differing = differing_inputs(state.get("inputs", {}), self._inputs)
+        differing += [
+            f"{name} {state['run'].get(name)} there, {value} here"
             for name, value in self._run_identity().items()
-            if state["run"].get(name, value) != value
+            if state["run"].get(name) != value
         ]
         if differing:
             raise UserError(f"{path} belongs to another run ({'; '.join(differing)}); use the same settings and data")
@@ -422,9 +505,13 @@ class TrainingLoop:
         if len(state["random"]) == ranks.world_size():  # among other ranks, the same numbers would mean nothing
             set_random_state(state["random"][ranks.rank()], self.device)
         self.step, self.best, self.seconds = content["step"], state["best"], state["seconds"]
+        self.latest, self.epoch = state["latest"], state["epoch"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
         if ranks.is_main():
             print(f"continuing from {path}, step {self.step} of {self.max_steps}", flush=True)
+            if changed := changed_settings(state["settings"], self._settings()):
+                print(f"with other settings than before: {changed}", flush=True)
+        return path
 
     # -------------------------------------------------------------------------------------------------------- helpers
 
@@ -471,6 +558,8 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -479,6 +568,19 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+def data_fingerprint(data: TrainingData) -> str:
+    """Of up to 64 samples, evenly spread: ids and labels as the model reads them, so that template and tokenizer count,
+    too. What is computed from them, in floating point, does not."""
+    samples = [data[index] for index in range(0, len(data), -(-len(data) // 64))]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(data.collate(samples).items()):
+        if not tensor.is_floating_point():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def checkpoints_by_age(folder: Path) -> list[Path]:

@@ -45,12 +45,16 @@ def fastest_way(ways: dict[str, Callable[[], Product]], weights: str, shape: tup
     key = f"{weights} {n_in}x{n_out}, rows {bucket}, {torch.get_num_threads()} threads, of {' '.join(ways)}"
     with _lock:
         path = _memory()
-        name = _chosen.get((path, key)) or _remembered(path).get(key)
+        name = _chosen.get((path, key)) or _remembered(path, key)
         if name not in ways:
             name = _measure(ways, n_in, ROW_BUCKETS[bucket] if bucket < len(ROW_BUCKETS) else 2 * ROW_BUCKETS[-1])
             if name is None:
                 return "plain"
-            _remember(path, key, name)
+            earlier = _remembered(path, key)  # of another process, which measured at the same time
+            if earlier in ways:
+                name = earlier
+            else:
+                _remember(path, key, name)
         _chosen[path, key] = name
         return name
 
@@ -87,22 +91,26 @@ def _measure(ways: dict[str, Callable[[], Product]], n_in: int, n_rows: int) -> 
 
 
 def _memory() -> Path | None:
-    """The file of what was measured on this machine with this version; None for a user without a home."""
+    """The folder of what was measured on this machine with this version; None for a user without a home."""
     sources = [Path(__file__).with_name(name).read_bytes() for name in SOURCES]
     machine = hashlib.sha256(repr((cpu_fingerprint(), torch.__version__, sources)).encode()).hexdigest()[:16]
     try:
-        return cache_folder() / f"linear_kernels-{machine}.json"
+        return cache_folder() / f"linear_kernels-{machine}"
     except OSError:
         return None
 
 
-def _remembered(path: Path | None) -> dict[str, str]:
-    """The fastest ways by shape; empty if the file is missing or damaged."""
+def _file_of(path: Path, key: str) -> Path:
+    """A file for each key, so that processes that measure different ones at the same time lose nothing."""
+    return path / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _remembered(path: Path | None, key: str) -> str | None:
+    """The fastest way; None if it is not known, or its file is damaged."""
     try:
-        known = json.loads(path.read_text()) if path else {}
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        return json.loads(_file_of(path, key).read_text())[key] if path else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _remember(path: Path | None, key: str, name: str) -> None:
@@ -110,7 +118,7 @@ def _remember(path: Path | None, key: str, name: str) -> None:
         return
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps({**_remembered(path), key: name}, indent=1).encode())
+        with replacing(_file_of(path, key)) as file:
+            file.write(json.dumps({key: name}).encode())
     except OSError:
         return  # a home that cannot be written to: the next process measures again

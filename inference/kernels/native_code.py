@@ -33,7 +33,10 @@ from cpu_level import compiler_flags
 
 EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))  # for compiling and linking, such as -fsanitize=address
 COMPILE_FLAGS = ["-O3", "-fPIC", *EXTRA_FLAGS]
-OPENMP_FLAGS = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+NO_OPENMP = {  # where the usual compiler lacks it, one that has it is to be named
+    "darwin": "Apple's compiler has no OpenMP; `brew install llvm`, and set CC to $(brew --prefix llvm)/bin/clang",
+    "win32": "the kernels are not compiled on Windows unless CC names a GCC or Clang with OpenMP",
+}
 TIMEOUT = 600  # seconds for a compiler that hangs, e.g. on a network drive
 
 logger = logging.getLogger(__name__)
@@ -122,7 +125,7 @@ def _load(source: Path) -> ctypes.CDLL:
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
     openmp = _openmp_of_torch()
-    link_flags = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else OPENMP_FLAGS
+    link_flags = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else ["-fopenmp"]
     link_flags = [*link_flags, *EXTRA_FLAGS]
     key = hashlib.sha256(_whole_text(source) + version)
     compile_flags = [*COMPILE_FLAGS, *compiler_flags()]
@@ -132,7 +135,7 @@ def _load(source: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     with tempfile.TemporaryDirectory() as folder:
         compiled, result = Path(folder) / "source.o", Path(folder) / library.name
-        _run([*compiler, *compile_flags, *OPENMP_FLAGS, "-c", str(source), "-o", str(compiled)])
+        _run([*compiler, *compile_flags, "-fopenmp", "-c", str(source), "-o", str(compiled)])
         _run([*compiler, "-shared", str(compiled), *link_flags, "-lm", "-o", str(result)])
         try:
             _store(result, library)
@@ -150,6 +153,8 @@ def _whole_text(source: Path) -> bytes:
 
 def _compiler() -> list[str]:
     """The command of the C compiler: what the variable CC says, or the first that is found."""
+    if "CC" not in os.environ and sys.platform in NO_OPENMP:
+        raise RuntimeError(NO_OPENMP[sys.platform])
     for command in [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]:
         words = shlex.split(command)
         if words and shutil.which(words[0]):

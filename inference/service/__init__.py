@@ -5,6 +5,7 @@ errors          the one shape of errors
 requests        what clients may ask
 folding         what a text says, however it is written
 filters         forbidden phrases in questions and answers
+text_classifier a further filter: one of our own models
 rate_limit      how often each caller may ask
 bodies          from bytes to a checked request, at a bounded cost
 model_server    loading, asking and exchanging the model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import resource
 import sys
 import time
 
@@ -60,12 +59,27 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: of the GPU, or of this process on a CPU."""
+def peak_memory_bytes(device: torch.device) -> float:
+    """The most memory used so far: of the GPU, or of this process on a CPU; NaN where the system does not tell.
+
+    Apple's GPU tells what is allocated now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has computed what it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 @functools.cache
@@ -86,7 +100,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(6):
         start = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
