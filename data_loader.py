@@ -192,7 +192,7 @@ def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Pa
         if part == "all" or in_validation_part(index, fraction) == (part == "val")
     )
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    before = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    before = tokenizer.prefix_ids
     shards: list[str] = []
     n_bytes = n_documents = in_shard = 0
     file = None

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from command_line import Interrupted, UserError, option, parse_config, replacing, run_main
 from evaluation.report import write_report
+from text.chat_template import TEMPLATES
 from text.text_files import RECORD_ENDINGS, resolve_files
 from training.run_folder import set_earlier_run_aside
 
@@ -82,6 +83,7 @@ class PipelineConfig:
     pairwise_test: str = option(
         "data/sft/rlhf_pairwise_test.json", "held-out preferences; empty, or with your own pairs: a share of those"
     )
+    chat_template: str = option("plain", "how conversations are written, see byte_level_bpe.py", choices=TEMPLATES)
     num_threads: int = option(0, "CPU threads; 0 means one for each core", at_least=0)
     port: int = option(0, "port of the service while it is tried; 0 means any free one", at_least=0, at_most=65535)
     serve: bool = option(False, "leave the service running in the foreground at the end, on port 8000 or --port")
@@ -170,7 +172,8 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
         Stage(
             "tokenizer",
             "training the tokenizer",
-            ["byte_level_bpe.py", "--input", config.train_data, "--output_dir", str(tokenizer), *sizes["tokenizer"]],
+            ["byte_level_bpe.py", "--input", config.train_data, "--output_dir", str(tokenizer), *sizes["tokenizer"]]
+            + (["--chat_template", config.chat_template] if config.chat_template != "plain" else []),
             text,
             [tokenizer / "tokenizer.json"],
         ),

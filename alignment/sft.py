@@ -41,7 +41,8 @@ def add_embedding_noise(model: GPTModel, alpha: float) -> None:
     def noisy(embedding: torch.nn.Embedding, arguments: tuple, embedded: torch.Tensor) -> torch.Tensor:
         if not embedding.training:
             return embedded
-        lengths = arguments[0].ne(model.config.pad_token_id).sum(dim=1)[:, None, None]  # (B, 1, 1)
+        seen = arguments[0].ne(model.config.pad_token_id)  # (B, T); inside a row the same token may end a turn
+        lengths = seen.flip(1).cumsum(dim=1).gt(0).sum(dim=1)[:, None, None]  # (B, 1, 1)
         size = alpha / (lengths * embedded.size(-1)).sqrt()
         return embedded + size * torch.empty_like(embedded).uniform_(-1, 1)  # (B, T, D)
 

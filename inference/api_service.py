@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
@@ -42,20 +42,22 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, run_main
 from inference.service import documentation, metrics, openai_api
 from inference.service.answers import EventStream, pieces_of, whole
 from inference.service.bodies import read_request
 from inference.service.connections import Server, listening_socket, possible_connections
+from inference.service.conversations import Conversation
 from inference.service.documentation import described
 from inference.service.errors import ApiError, unavailable
 from inference.service.gate import Gate, http_error
 from inference.service.logs import install
 from inference.service.model_server import FAILED, LOADED, Service
-from inference.service.openai_api import messages_for_template
 from inference.service.requests import DetokenizeRequest, GenerateRequest, ReloadRequest, TokenizeRequest
 from inference.service.settings import ServiceSettings, end_process
 from inference.service.static_page import add_page
+from inference.service.structured import AnswerForm, grammar_form, json_form, regex_form
 
 __all__ = ["GenerateRequest", "app"]
 
@@ -141,13 +143,23 @@ async def known_error(request: Request, error: HTTPException) -> JSONResponse:
     return http_error(request.method, request.url.path, error).response()
 
 
+def form_of(body: GenerateRequest) -> Callable[[ByteLevelBPETokenizer], AnswerForm] | None:
+    """What makes the form that the answer is to have."""
+    for kind, wanted in ((json_form, body.json_schema), (regex_form, body.regex), (grammar_form, body.grammar)):
+        if wanted is not None:
+            return lambda tokenizer: kind(tokenizer, wanted)  # noqa: B023  the loop ends here
+    return None
+
+
 @app.post("/generate", response_model=GenerateResponse, **described(422, body=GenerateRequest, streams=True))
 async def generate(request: Request) -> Response:
     """Answer a question (or continue a text, if the model was only pretrained)."""
     service: Service = request.state.service
     body = await read_request(request, GenerateRequest, invalid=422)
     chat = service.ready().chat
-    answer = await service.answer([body.prefix], body.params(), chat=chat, streamed=body.stream, invalid=422)
+    answer = await service.answer(
+        [body.prefix], body.params(), chat=chat, streamed=body.stream, invalid=422, form=form_of(body)
+    )
 
     def complete(text: str, reason: str) -> dict[str, str]:
         return {"prefix": body.prefix, "generated_text": text, "finish_reason": reason}
@@ -173,13 +185,11 @@ async def tokenize(request: Request) -> JSONResponse:
     served = service.named(body.model)
     try:
         if body.messages is None:
-            ids = await service.in_thread(served.tokenizer.encode, body.prompt, None, body.add_special_tokens)
+            tokens = await service.in_thread(served.tokens, body.prompt, body.add_special_tokens)
         else:
-            messages = messages_for_template(body.messages)
-            ids = await service.in_thread(served.tokenizer.encode_chat, messages, body.add_generation_prompt)
+            tokens = await service.in_thread(served.encode, Conversation(body.messages, body.tools), True)
     except UserError as error:
         raise ApiError(400, str(error)) from None
-    tokens = ids["input_ids"]
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": served.context})
 
 

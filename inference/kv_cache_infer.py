@@ -129,7 +129,7 @@ def _searched(
         raise UserError("; ".join(complaints))
     if not prompt:
         raise UserError("the prompt is empty; give at least one character to go on from")
-    ends = {*params.stop_token_ids, *(() if params.ignore_eos else (tokenizer.eos_token_id,))}
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.end_token_ids)}
     found = beam_search(
         model,
         encode_prompt(tokenizer, prompt, chat),

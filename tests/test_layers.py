@@ -21,6 +21,7 @@ LAYERS = (
     ("evaluation",),
     ("alignment",),
     ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline", "api_demo"),
+    ("exchange",),
     ("pipeline", "benchmarks", "data", "docs"),
 )
 

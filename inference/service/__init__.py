@@ -8,6 +8,8 @@ filters         forbidden phrases in questions and answers
 text_classifier a further filter: one of our own models
 rate_limit      how often each caller may ask
 bodies          from bytes to a checked request, at a bounded cost
+structured      answers of a given form
+conversations   messages and tools → prompt; answers → calls
 model_server    loading, asking and exchanging the model
 answers         whole answers and streamed ones
 openai_api      the routes under /v1

@@ -7,12 +7,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTModel
 from inference.engine import Engine
@@ -20,10 +21,12 @@ from inference.engine_statistics import EngineStatistics
 from inference.quantizer import load_any
 from inference.request import Generation, QueueFull, Request, RequestFailed, encode_prompt
 from inference.sampling import SamplingParams
+from inference.service.conversations import Conversation, guarded
 from inference.service.errors import ApiError, unavailable
 from inference.service.filters import Filters, Finding
 from inference.service.rate_limit import RateLimit
 from inference.service.settings import ServiceSettings, end_process
+from inference.service.structured import AnswerForm
 from inference.service.text_classifier import load_filter_classifier
 
 logger = logging.getLogger("service")
@@ -36,7 +39,7 @@ class ServedModel:
     """A loaded model, its tokenizer, and the engine that answers with it."""
 
     def __init__(self, path: str, settings: ServiceSettings) -> None:
-        self.path, self.created = path, int(time.time())
+        self.path, self.created, self.marks = path, int(time.time()), settings.template_marks
         self.model, self.tokenizer, checkpoint = load_any(path, settings.torch_device)
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
@@ -63,9 +66,17 @@ class ServedModel:
 
     def encode(self, prompt: Any, chat: bool) -> list[int]:
         """The ids of a prompt; those of a list of ids are itself."""
-        if isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int)):
-            return prompt
-        return encode_prompt(self.tokenizer, prompt, chat)
+        if isinstance(prompt, Conversation):
+            return prompt.ids(self.tokenizer, self.marks)
+        if isinstance(prompt, str):
+            if chat:
+                prompt = guarded(prompt, self.tokenizer.template_marks, self.marks)
+            return encode_prompt(self.tokenizer, prompt, chat)
+        return prompt
+
+    def tokens(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def close_when_idle(self) -> None:
         """Wait for the last request, then end the engine; runs in a thread of its own."""
@@ -303,16 +314,24 @@ class Service:
     # -- asking --------------------------------------------------------------------------------------------------------
 
     async def answer(
-        self, prompts: list[Any], params: SamplingParams, *, chat: bool, streamed: bool = False, invalid: int = 400
+        self,
+        prompts: list[Any],
+        params: SamplingParams,
+        *,
+        chat: bool,
+        streamed: bool = False,
+        invalid: int = 400,
+        form: Callable[[ByteLevelBPETokenizer], AnswerForm] | None = None,
     ) -> Answer:
         """Submit a request; `done` must be called when nobody waits for it any more.
 
         Args:
-            prompts: texts, messages, or lists of token ids.
+            prompts: texts, conversations, or lists of token ids.
             params: how to continue all of them.
             chat: whether a text is a user's turn.
             streamed: whether pieces are wanted before the end.
             invalid: the status for a request that is not one for this model.
+            form: makes what the answers have to look like.
 
         Raises:
             ApiError: `invalid`, 429 where too many wait, or 503.
@@ -329,9 +348,14 @@ class Service:
                     logger.info("a question is blocked by %s in %s", finding.entry, finding.source)
                     answer.blocked = self.filters.message
                     return answer
+            # In threads, as long prompts and large forms take a while; what follows is quick
+            made = form and await asyncio.to_thread(form, served.tokenizer)
             for prompt in prompts:
-                # In a thread, as a long prompt takes a while; what follows is quick
                 prompt_ids = await asyncio.to_thread(served.encode, prompt, chat)
+                if made:
+                    room = max(1, min(params.max_gen_len, served.context - len(prompt_ids)))
+                    made.require_room(room)
+                    params = replace(params, max_gen_len=room, form=made)
                 answer.submit(prompt_ids, params, self.settings.request_timeout)
         except BaseException as error:
             self.done(answer)
@@ -349,10 +373,10 @@ class Service:
         """What is forbidden in a text, in what others than the assistant say, or in the text of token ids."""
         if isinstance(prompt, str):
             texts = [prompt]
-        elif prompt and isinstance(prompt[0], int):
-            texts = [served.tokenizer.decode(prompt)]
+        elif isinstance(prompt, Conversation):
+            texts = [message.content or "" for message in prompt.messages if message.role != "assistant"]
         else:
-            texts = [message["content"] for message in prompt if message["role"] != "assistant"]
+            texts = [served.tokenizer.decode(prompt)]
         return next(filter(None, map(self.filters.check, texts)), None)
 
     def done(self, answer: Answer) -> None:

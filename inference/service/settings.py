@@ -14,6 +14,8 @@ import torch
 from command_line import UserError, option, parse_config, require_file
 from machine import resolve_device
 
+MARK_POLICIES = ("escape", "refuse", "keep")
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES_BEST_FIRST = (
     *("models/rlhf/ppo_best.pth", "models/grpo/grpo_best.pth", "models/dpo/dpo_best.pth", "models/kto/kto_best.pth"),
@@ -52,6 +54,9 @@ class ServiceSettings:
     write_timeout: float = option(30, "seconds for a client to take a part of its answer", above=0)
     max_connections: int = option(10_000, "open connections, as far as the limit of open files allows", at_least=1)
     shutdown_timeout: float = option(30, "seconds for running answers to end after SIGTERM", at_least=0)
+    template_marks: str = option(
+        "escape", "text that would open a turn in a prompt: break it, refuse it, or keep it", choices=MARK_POLICIES
+    )
     log_format: str = option("text", "json: one object a line", choices=["text", "json"])
     log_texts: bool = option(False, "write prompts and answers into the log")
 
