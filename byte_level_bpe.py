@@ -46,6 +46,7 @@ from text.tokenizer_files import (
     KNOWN_FILES,
     SAVED_FILES,
     SPECIAL_ROLES,
+    SPECIAL_STRINGS,
     TokenizerParts,
     byte_pre_tokenizer,
     puts_first,
@@ -68,12 +69,15 @@ class ByteLevelBPETokenizer:
         vocab_size: how many tokens training aims at, special tokens and the 256 bytes included.
         special_tokens: their ids are 0, 1, 2, …; the first four are the beginning of a text, padding, the end of a
             text, and unknown.
+        special_strings: what the strings of special tokens are in the documents of a corpus, see `encode_documents`.
 
     Raises:
         UserError: vocab_size leaves no room for the bytes, or the special tokens are unusable.
     """
 
-    def __init__(self, vocab_size: int = 4096, special_tokens: Sequence[str] = SPECIAL_TOKENS):
+    def __init__(
+        self, vocab_size: int = 4096, special_tokens: Sequence[str] = SPECIAL_TOKENS, special_strings: str = "text"
+    ):
         special_tokens = tuple(special_tokens)
         smallest = BYTE_COUNT + len(special_tokens)
         if vocab_size < smallest:
@@ -93,7 +97,7 @@ class ByteLevelBPETokenizer:
             single=[special_tokens[0], "$A"], special_tokens=[(special_tokens[0], 0)]
         )
         roles = dict(zip(SPECIAL_ROLES, special_tokens, strict=False))
-        self._adopt(TokenizerParts(engine, roles, adds_bos=True, chat_template=DEFAULT_CHAT_TEMPLATE))
+        self._adopt(TokenizerParts(engine, roles, True, DEFAULT_CHAT_TEMPLATE, special_strings=special_strings))
 
     def _adopt(self, parts: TokenizerParts) -> None:
         self._engine, self._roles, self._adds_bos = parts.engine, parts.roles, parts.adds_bos
@@ -101,6 +105,10 @@ class ByteLevelBPETokenizer:
         self._engine.encode_special_tokens = True  # its name misleads: their strings in a text are encoded as text
         self._engine.no_padding()
         self._engine.no_truncation()
+        self.special_strings = parts.special_strings
+        self._engine_of_documents: Tokenizer | None = None
+        if parts.special_strings == "special":  # an engine of its own: a switch would reach other threads' prompts
+            self._engine_of_documents = Tokenizer.from_str(self._engine.to_str())
         self._chat_template = ChatTemplate(parts.chat_template, parts.roles)
         added = self._engine.get_added_tokens_decoder().values()
         self._special_tokens = [token.content for token in added if token.special]
@@ -110,11 +118,13 @@ class ByteLevelBPETokenizer:
         self._encoder_is_known = False  # it, too, is made when something is to be encoded
 
     @classmethod
-    def with_template(cls, vocab_size: int, template: str) -> ByteLevelBPETokenizer:
+    def with_template(
+        cls, vocab_size: int, template: str, special_strings: str = "text"
+    ) -> ByteLevelBPETokenizer:
         """An untrained tokenizer with the "plain" template, or with "chatml", whose marks are special tokens."""
         if template != "chatml":
-            return cls(vocab_size)
-        tokenizer = cls(vocab_size, CHATML_SPECIAL_TOKENS)
+            return cls(vocab_size, special_strings=special_strings)
+        tokenizer = cls(vocab_size, CHATML_SPECIAL_TOKENS, special_strings)
         tokenizer.chat_template = CHATML_TEMPLATE
         return tokenizer
 
@@ -164,7 +174,8 @@ class ByteLevelBPETokenizer:
         content["model"]["vocab"] = {token: index for index, token in enumerate(names)}
         content["model"]["merges"] = [[written(left), written(right)] for left, right in merges]
         engine = Tokenizer.from_str(json.dumps(content))
-        self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, self.chat_template))
+        template, strings = self.chat_template, self.special_strings
+        self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, template, special_strings=strings))
         return sample
 
     # -- text and ids --------------------------------------------------------------------------------------------------
@@ -199,7 +210,22 @@ class ByteLevelBPETokenizer:
         """The ids of many texts, encoded in parallel; see `encode`."""
         texts, encoder = [_replace_lone_surrogates(text) for text in texts], self._fast_encoder()
         ids = encoder.encode_batch(texts) if encoder else ids_of(self._engine, texts)
-        prefix = self.prefix_ids if add_special_tokens else []
+        return self._with_prefix(ids) if add_special_tokens else ids
+
+    def encode_documents(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """The ids of documents of a corpus, as pretraining and its scores read them.
+
+        As `encode_batch`, unless `special_strings` is "special": then `<unk>`, `</s>` and the others, where they stand
+        in a document, are the special tokens, which is what some corpora mean by them (WikiText's rare words) and what
+        `transformers` reads. Prompts and conversations never are read so: a user's words are text.
+        """
+        if self._engine_of_documents is None:
+            return self.encode_batch(texts, add_special_tokens)
+        ids = ids_of(self._engine_of_documents, [_replace_lone_surrogates(text) for text in texts])
+        return self._with_prefix(ids) if add_special_tokens else ids
+
+    def _with_prefix(self, ids: list[list[int]]) -> list[list[int]]:
+        prefix = self.prefix_ids
         return [[*prefix, *one] for one in ids] if prefix else ids
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -386,6 +412,8 @@ class ByteLevelBPETokenizer:
             "chat_template": self.chat_template,
             **self._roles,  # null for a role that no token plays, so that no loader assumes one
         }
+        if self.special_strings != "text":
+            config["special_strings"] = self.special_strings
         if self.bos_token_id is not None and self._adds_bos != puts_first(self._engine, self._roles["bos_token"]):
             config["add_bos_token"] = self._adds_bos
         more = {"generation_config.json": json.dumps(self._generation, indent=2) + "\n"} if self._generation else {}
@@ -498,6 +526,11 @@ class TokenizerTrainingConfig:
     sample_bytes: int = option(
         SAMPLE_BYTES, "of more text than this, every second, fourth, … document is learned from; 0: all", at_least=0
     )
+    special_strings: str = option(
+        "text",
+        "what strings such as <unk> and </s> are in the documents of a corpus: text, or special tokens, as in WikiText",
+        choices=SPECIAL_STRINGS,
+    )
     output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer and a report on it")
 
     def validate(self) -> list[str]:
@@ -526,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train a tokenizer on text files and save it."""
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
     documents = _SampledDocuments(config.input or ["data/pretrain/train"])
-    tokenizer = ByteLevelBPETokenizer.with_template(config.vocab_size, config.chat_template)
+    tokenizer = ByteLevelBPETokenizer.with_template(config.vocab_size, config.chat_template, config.special_strings)
     sample = tokenizer.train(
         documents,
         config.min_frequency,
@@ -536,6 +569,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save(config.output_dir)
     figures = examine(tokenizer, documents.sample)
     write_report(figures, Path(config.output_dir))
+    special = [text for text in documents.sample if any(token in text for token in SPECIAL_TOKENS)]
+    if special and config.special_strings == "text":
+        share = len(special) / len(documents.sample)
+        print(
+            f"{share:.1%} of the documents of a sample hold the string of a special token, such as <unk>, which is "
+            "read as text; where the corpus means the token, add --special_strings special"
+        )
     if sample.step > 1:
         print(
             f"learned from one in {sample.step} of {sample.n_texts:,} texts, {sample.size / 1e6:.1f} of "

@@ -1,6 +1,6 @@
 """The generation service: one model behind HTTP.
 
-    python -m inference.api_service --model_path models/sft/sft_best.pth
+    python inference/api_service.py --model_path models/sft/sft_best.pth
     uvicorn inference.api_service:app --host 0.0.0.0 --port 8000
 
     curl -X POST http://localhost:8000/generate -H "Content-Type: application/json" \\
@@ -34,6 +34,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
+
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
