@@ -20,7 +20,7 @@ LAYERS = (
     ("inference",),
     ("evaluation",),
     ("alignment",),
-    ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline", "text.inspect"),
+    ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline", "text.inspect", "api_demo"),
     ("exchange",),
     ("pipeline", "benchmarks", "data", "docs"),
 )
