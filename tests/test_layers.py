@@ -20,7 +20,7 @@ LAYERS = (
     ("inference",),
     ("evaluation",),
     ("alignment",),
-    ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline"),
+    ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline", "machine.__main__"),
     ("pipeline", "benchmarks", "data", "docs"),
 )
 
