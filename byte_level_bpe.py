@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -29,15 +30,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from command_line import UserError, option, parse_config, replacing, run_main
 from progress import Progress, told_from_outside
 from text.bpe_training import TextSample, byte_of_character, learn_merges, written
-from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
+from text.chat_template import (
+    CHATML_SPECIAL_TOKENS,
+    CHATML_TEMPLATE,
+    DEFAULT_CHAT_TEMPLATE,
+    ROLES,
+    TEMPLATES,
+    ChatTemplate,
+    Message,
+    check_messages,
+)
 from text.fast_encoding import FastEncoder, fast_encoder, ids_of
 from text.text_files import iter_documents
 from text.tokenizer_files import (
     KNOWN_FILES,
     SAVED_FILES,
     SPECIAL_ROLES,
+    SPECIAL_STRINGS,
     TokenizerParts,
     byte_pre_tokenizer,
+    puts_first,
     read_tokenizer_files,
 )
 from text.tokenizer_report import examine, write_report
@@ -57,12 +69,15 @@ class ByteLevelBPETokenizer:
         vocab_size: how many tokens training aims at, special tokens and the 256 bytes included.
         special_tokens: their ids are 0, 1, 2, …; the first four are the beginning of a text, padding, the end of a
             text, and unknown.
+        special_strings: what the strings of special tokens are in the documents of a corpus, see `encode_documents`.
 
     Raises:
         UserError: vocab_size leaves no room for the bytes, or the special tokens are unusable.
     """
 
-    def __init__(self, vocab_size: int = 4096, special_tokens: Sequence[str] = SPECIAL_TOKENS):
+    def __init__(
+        self, vocab_size: int = 4096, special_tokens: Sequence[str] = SPECIAL_TOKENS, special_strings: str = "text"
+    ):
         special_tokens = tuple(special_tokens)
         smallest = BYTE_COUNT + len(special_tokens)
         if vocab_size < smallest:
@@ -82,13 +97,18 @@ class ByteLevelBPETokenizer:
             single=[special_tokens[0], "$A"], special_tokens=[(special_tokens[0], 0)]
         )
         roles = dict(zip(SPECIAL_ROLES, special_tokens, strict=False))
-        self._adopt(TokenizerParts(engine, roles, adds_bos=True, chat_template=DEFAULT_CHAT_TEMPLATE))
+        self._adopt(TokenizerParts(engine, roles, True, DEFAULT_CHAT_TEMPLATE, special_strings=special_strings))
 
     def _adopt(self, parts: TokenizerParts) -> None:
         self._engine, self._roles, self._adds_bos = parts.engine, parts.roles, parts.adds_bos
+        self._generation = parts.generation
         self._engine.encode_special_tokens = True  # its name misleads: their strings in a text are encoded as text
         self._engine.no_padding()
         self._engine.no_truncation()
+        self.special_strings = parts.special_strings
+        self._engine_of_documents: Tokenizer | None = None
+        if parts.special_strings == "special":  # an engine of its own: a switch would reach other threads' prompts
+            self._engine_of_documents = Tokenizer.from_str(self._engine.to_str())
         self._chat_template = ChatTemplate(parts.chat_template, parts.roles)
         added = self._engine.get_added_tokens_decoder().values()
         self._special_tokens = [token.content for token in added if token.special]
@@ -96,6 +116,17 @@ class ByteLevelBPETokenizer:
         self._bytes_of_tokens: dict[int, bytes] | None = None  # made when it is first asked for
         self._encoder: FastEncoder | None = None
         self._encoder_is_known = False  # it, too, is made when something is to be encoded
+
+    @classmethod
+    def with_template(
+        cls, vocab_size: int, template: str, special_strings: str = "text"
+    ) -> ByteLevelBPETokenizer:
+        """An untrained tokenizer with the "plain" template, or with "chatml", whose marks are special tokens."""
+        if template != "chatml":
+            return cls(vocab_size, special_strings=special_strings)
+        tokenizer = cls(vocab_size, CHATML_SPECIAL_TOKENS, special_strings)
+        tokenizer.chat_template = CHATML_TEMPLATE
+        return tokenizer
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -143,7 +174,8 @@ class ByteLevelBPETokenizer:
         content["model"]["vocab"] = {token: index for index, token in enumerate(names)}
         content["model"]["merges"] = [[written(left), written(right)] for left, right in merges]
         engine = Tokenizer.from_str(json.dumps(content))
-        self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, self.chat_template))
+        template, strings = self.chat_template, self.special_strings
+        self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, template, special_strings=strings))
         return sample
 
     # -- text and ids --------------------------------------------------------------------------------------------------
@@ -178,9 +210,23 @@ class ByteLevelBPETokenizer:
         """The ids of many texts, encoded in parallel; see `encode`."""
         texts, encoder = [_replace_lone_surrogates(text) for text in texts], self._fast_encoder()
         ids = encoder.encode_batch(texts) if encoder else ids_of(self._engine, texts)
-        if not (add_special_tokens and self._adds_bos):
-            return ids
-        return [[self.bos_token_id, *one] for one in ids]
+        return self._with_prefix(ids) if add_special_tokens else ids
+
+    def encode_documents(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """The ids of documents of a corpus, as pretraining and its scores read them.
+
+        As `encode_batch`, unless `special_strings` is "special": then `<unk>`, `</s>` and the others, where they stand
+        in a document, are the special tokens, which is what some corpora mean by them (WikiText's rare words) and what
+        `transformers` reads. Prompts and conversations never are read so: a user's words are text.
+        """
+        if self._engine_of_documents is None:
+            return self.encode_batch(texts, add_special_tokens)
+        ids = ids_of(self._engine_of_documents, [_replace_lone_surrogates(text) for text in texts])
+        return self._with_prefix(ids) if add_special_tokens else ids
+
+    def _with_prefix(self, ids: list[list[int]]) -> list[list[int]]:
+        prefix = self.prefix_ids
+        return [[*prefix, *one] for one in ids] if prefix else ids
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of many texts as arrays, without special tokens; the fastest way to encode much.
@@ -233,10 +279,26 @@ class ByteLevelBPETokenizer:
         check_messages(messages)
         return self._chat_template.render(messages, add_generation_prompt)
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> dict[str, list[int]]:
+    @property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template takes tools, calls and results as they are; see `ChatTemplate.knows_tools`."""
+        return self._chat_template.knows_tools
+
+    @property
+    def template_marks(self) -> list[str]:
+        """The plain text with which a user would open a turn; see `ChatTemplate.marks`."""
+        return self._chat_template.marks(self._special_tokens)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, list[int]]:
         """The ids of a conversation and the labels to train on it.
 
-        Nothing is added to what the template renders. The ids of a prompt (`add_generation_prompt=True`) are an exact
+        Nothing is added to what the template renders. With a template that knows tools, `tools`, messages of the role
+        "tool" and `tool_calls` go into it as they are. The ids of a prompt (`add_generation_prompt=True`) are an exact
         prefix of the ids of the same conversation with its answer.
 
         Returns:
@@ -246,8 +308,8 @@ class ByteLevelBPETokenizer:
         Raises:
             UserError: a message is malformed, the template rejects the conversation, or it is not prefix-consistent.
         """
-        check_messages(messages)
-        segments = self._chat_template.segments(messages, self._special_tokens, add_generation_prompt)
+        check_messages(messages, (*ROLES, "tool") if self.template_knows_tools else ROLES)
+        segments = self._chat_template.segments(messages, self._special_tokens, add_generation_prompt, tools)
         plain = [text for segment in segments for text, is_special in segment.pieces if not is_special]
         plain_ids = iter(self.encode_batch(plain))
         input_ids: list[int] = []
@@ -296,6 +358,31 @@ class ByteLevelBPETokenizer:
         return self._role_id("eos_token")
 
     @property
+    def prefix_ids(self) -> list[int]:
+        """What `encode` puts before a text: the id of `bos_token`, or nothing."""
+        return [self.bos_token_id] if self._adds_bos else []
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The ids of all tokens that end an answer: `eos_token_id`, and what else the model that came with this
+        tokenizer was trained to end with (`generation_config.json`)."""
+        named = self._generation.get("eos_token_id")
+        named = named if isinstance(named, list) else [named]
+        others = (i for i in named if isinstance(i, int) and 0 <= i < self.vocab_size)
+        return tuple(dict.fromkeys((self.eos_token_id, *others)))
+
+    @property
+    def generation_defaults(self) -> dict[str, float]:
+        """The sampling settings that the model's makers recommend (`generation_config.json`), by the names of
+        `SamplingParams`; empty where they say nothing."""
+        if self._generation.get("do_sample") is False:
+            return {"temperature": 0.0}
+        if not self._generation.get("do_sample"):
+            return {}
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return {name: self._generation[name] for name in names if self._generation.get(name) is not None}
+
+    @property
     def pad_token_id(self) -> int:
         """The id that fills up a batch; the end-of-text token where the tokenizer has none of its own (GPT-2)."""
         pad = self._role_id("pad_token")
@@ -325,9 +412,13 @@ class ByteLevelBPETokenizer:
             "chat_template": self.chat_template,
             **self._roles,  # null for a role that no token plays, so that no loader assumes one
         }
-        if self.bos_token_id is not None and not self._adds_bos:
-            config["add_bos_token"] = False
+        if self.special_strings != "text":
+            config["special_strings"] = self.special_strings
+        if self.bos_token_id is not None and self._adds_bos != puts_first(self._engine, self._roles["bos_token"]):
+            config["add_bos_token"] = self._adds_bos
+        more = {"generation_config.json": json.dumps(self._generation, indent=2) + "\n"} if self._generation else {}
         return {
+            **more,
             "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
             "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
             "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"]),
@@ -343,7 +434,7 @@ class ByteLevelBPETokenizer:
         directory, files = Path(directory), self.to_files()
         try:
             with contextlib.ExitStack() as moves:  # made when all is written, in the order of SAVED_FILES
-                for name in reversed(SAVED_FILES):
+                for name in (*reversed(SAVED_FILES), *(files.keys() - set(SAVED_FILES))):
                     file = moves.enter_context(replacing(directory / name))
                     file.write(files[name].encode())
                     file.flush()  # a full disk shows here
@@ -429,8 +520,16 @@ class TokenizerTrainingConfig:
         4096, "how many tokens, the bytes and the special tokens included", at_least=BYTE_COUNT + len(SPECIAL_TOKENS)
     )
     min_frequency: int = option(2, "how often a pair must occur to become a token", at_least=1)
+    chat_template: str = option(
+        "plain", "how conversations are written; chatml: with marks that a user's text cannot hold", choices=TEMPLATES
+    )
     sample_bytes: int = option(
         SAMPLE_BYTES, "of more text than this, every second, fourth, … document is learned from; 0: all", at_least=0
+    )
+    special_strings: str = option(
+        "text",
+        "what strings such as <unk> and </s> are in the documents of a corpus: text, or special tokens, as in WikiText",
+        choices=SPECIAL_STRINGS,
     )
     output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer and a report on it")
 
@@ -460,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train a tokenizer on text files and save it."""
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
     documents = _SampledDocuments(config.input or ["data/pretrain/train"])
-    tokenizer = ByteLevelBPETokenizer(config.vocab_size)
+    tokenizer = ByteLevelBPETokenizer.with_template(config.vocab_size, config.chat_template, config.special_strings)
     sample = tokenizer.train(
         documents,
         config.min_frequency,
@@ -470,6 +569,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save(config.output_dir)
     figures = examine(tokenizer, documents.sample)
     write_report(figures, Path(config.output_dir))
+    special = [text for text in documents.sample if any(token in text for token in SPECIAL_TOKENS)]
+    if special and config.special_strings == "text":
+        share = len(special) / len(documents.sample)
+        print(
+            f"{share:.1%} of the documents of a sample hold the string of a special token, such as <unk>, which is "
+            "read as text; where the corpus means the token, add --special_strings special"
+        )
     if sample.step > 1:
         print(
             f"learned from one in {sample.step} of {sample.n_texts:,} texts, {sample.size / 1e6:.1f} of "

@@ -152,6 +152,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load has no exception type of its own for foreign content
         raise UserError(f"{path} is not a checkpoint of this project; give one that its trainers wrote") from error
+    if isinstance(content, dict) and "model_state_dict" in content:
+        raise UserError(
+            f'{path} holds a "model_state_dict" and not a whole checkpoint; docs/from_the_articles.md shows how its '
+            "weights become one"
+        )
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project; give one that its trainers wrote")
     return content
@@ -162,13 +167,14 @@ def load_model(
     device: torch.device | str = "cpu",
     base: str | Path | None = None,
     load_base: Callable[..., tuple[GPTModel, ByteLevelBPETokenizer, dict]] | None = None,
+    mapped: bool = False,
 ) -> tuple[GPTModel, ByteLevelBPETokenizer, dict]:
     """The model (in eval mode), its tokenizer and the checkpoint's dict. Adapters (LoRA) come merged into their base.
 
     Args:
         path: a checkpoint.
         device: where to put the model.
-        base, load_base: see `restore_model`.
+        base, load_base, mapped: see `restore_model`.
 
     Raises:
         UserError: as `load_checkpoint` and `restore_model`; or it is not a language model in full precision.
@@ -181,7 +187,7 @@ def load_model(
         raise UserError(f"{path} is a reward model, which writes no text; give a pretrained, sft or ppo checkpoint")
     if content["stage"] == "translate":
         raise UserError(f"{path} is an encoder–decoder; python -m inference.translate reads it")
-    model = restore_model(content, path, base=base, load_base=load_base)
+    model = restore_model(content, path, base=base, load_base=load_base, mapped=mapped)
     if "lora" in content:  # what is returned is a plain model
         content |= {"made_from": weight_fingerprint(content), "model": model.state_dict()}
         del content["lora"]
@@ -194,6 +200,7 @@ def restore_model(
     wrap: Callable[[GPTModel], nn.Module] = lambda model: model,
     base: str | Path | None = None,
     load_base: Callable[..., tuple[GPTModel, ByteLevelBPETokenizer, dict]] | None = None,
+    mapped: bool = False,
 ) -> nn.Module:
     """The model of a checkpoint in full precision, trained as a whole or with LoRA.
 
@@ -202,14 +209,21 @@ def restore_model(
         wrap: turns a GPT into the kind of model that the checkpoint holds, such as `RewardModel`.
         base: of adapters, the checkpoint that they belong to; None takes the recorded one.
         load_base: what loads it, `load_model` unless given. Beside a quantized base, adapters stay unmerged.
+        mapped: leave the weights of a whole model in the file, which must not be written into, and map them into memory
+            as they are used; for a model that is only read.
 
     Raises:
         UserError: another architecture; or the base is missing or has changed.
     """
     if "lora" not in content:
-        model = wrap(GPTModel.from_config(config_of(content, path)))
-        load_weights(model, content["model"], path)
-        return model
+        with torch.device("meta"):  # shapes without memory, which that of the weights takes the place of
+            model = wrap(GPTModel.from_config(config_of(content, path)))
+        state = content["model"] if mapped else {name: tensor.clone() for name, tensor in content["model"].items()}
+        load_weights(model, state, path, assign=True)
+        for part in model.modules():
+            if isinstance(part, GPTModel) and part.config.tie_embeddings and isinstance(part.lm_head, nn.Linear):
+                part.lm_head.weight = part.token_embedding.weight
+        return model.float()
     base_model, _, base_content = (load_base or load_model)(find_base(content, path, base))
     model = wrap(base_model)
     attach_lora(model, LoRAOptions(**{field.name: content["lora"][field.name] for field in fields(LoRAOptions)}))
@@ -303,7 +317,7 @@ def require_same_model(
     content: dict[str, Any], config: GPTConfig, tokenizer: ByteLevelBPETokenizer, path: Path
 ) -> None:
     """Refuse to continue from a checkpoint of another architecture or tokenizer, naming the differences."""
-    theirs, ours = content["config"], asdict(config)
+    theirs, ours = asdict(config_of(content, path)), asdict(config)
     differing = [name for name in ours if theirs.get(name) != ours[name] and name != "dropout"]
     if differing:
         listed = ", ".join(f"{name} {theirs.get(name)} there, {ours[name]} here" for name in differing)

@@ -159,7 +159,8 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
         said = _said_of(config_class, field.name)
         allowed, choices = _range(said["bounds"]), said["choices"]
         parser.add_argument(
-            f"--{field.name}",
+            f"--{field.name.rstrip('_')}",  # from_ is --from, which Python has taken as a name
+            dest=field.name,
             type=read,
             choices=choices,
             default=argparse.SUPPRESS,  # so that an option given by the user can be told from a default

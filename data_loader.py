@@ -192,14 +192,14 @@ def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Pa
         if part == "all" or in_validation_part(index, fraction) == (part == "val")
     )
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    before = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    before = tokenizer.prefix_ids
     shards: list[str] = []
     n_bytes = n_documents = in_shard = 0
     file = None
     with Progress("tokenizing", unit="B") as progress:
         while chunk := list(islice(documents, 2048)):
             ids: list[int] = []
-            for document_ids in tokenizer.encode_batch(chunk, add_special_tokens=False):
+            for document_ids in tokenizer.encode_documents(chunk):
                 ids += [*before, *document_ids, tokenizer.eos_token_id]
             if file is None or in_shard >= SHARD_TOKENS:
                 if file is not None:
@@ -214,7 +214,8 @@ def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Pa
             progress.update(size)
     if file is None:
         raise UserError(
-            f"{path} has no document in its {part} part; give more text, another --val_fraction, or --val_data_dir"
+            f"{path} has too few documents to set some aside: none is left for the {part} part; give more, another "
+            "--val_fraction, or validation text of its own"
         )
     file.close()
     manifest = {

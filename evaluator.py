@@ -120,7 +120,7 @@ class GPTEvaluator:
         stream = _Stream(self.model.config.max_seq_len)
         try:
             while chunk := list(islice(documents, 1024)):  # so that a corpus never has to fit into memory
-                encoded = self.tokenizer.encode_batch(chunk)
+                encoded = self.tokenizer.encode_documents(chunk)
                 if as_documents:
                     windows = [window for ids in encoded for window in self._windows(ids, stride)]
                 else:
@@ -148,13 +148,11 @@ class GPTEvaluator:
 
     def _with_ends(self, ids: list[int]) -> list[int]:
         """A document as it stands in a stream, see `data_loader.TokenShards`."""
-        start_token = self.tokenizer.bos_token_id
-        return [*([] if start_token is None else [start_token]), *ids, self.tokenizer.eos_token_id]
+        return [*self.tokenizer.prefix_ids, *ids, self.tokenizer.eos_token_id]
 
     def _windows(self, ids: list[int], stride: int) -> Iterator[Window]:
         """Windows that score each id of a document once."""
-        start_token = self.tokenizer.bos_token_id
-        inputs = [self.tokenizer.eos_token_id if start_token is None else start_token, *ids]
+        inputs = [*(self.tokenizer.prefix_ids or [self.tokenizer.eos_token_id]), *ids]
         scored = begin = 0
         while scored < len(ids):
             end = min(begin + self.model.config.max_seq_len, len(ids))

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from byte_level_bpe import IGNORED_LABEL
 from inference.sampling import sample_next
 from transformer_components import ARCHITECTURES as ARCHITECTURES  # which users import from here
-from transformer_components import POSITIONS, Cache, GPTConfig, KVCache, Part, TransformerDecoderLayer, make_norm
+from transformer_components import Cache, GPTConfig, KVCache, Part, TransformerDecoderLayer, make_norm, make_positions
 
 
 class GPTModel(Part):
@@ -48,7 +48,7 @@ class GPTModel(Part):
         self.config = config
         self.recompute_activations = False  # True trades time for memory in training
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.position_embedding = POSITIONS[config.position](config)
+        self.position_embedding = make_positions(config)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerDecoderLayer.from_config(config) for _ in range(config.n_layers))
         self.final_norm = make_norm(config.norm, config.d_model, config.norm_eps)
@@ -181,7 +181,7 @@ class GPTModel(Part):
             max_gen_len: at most so many new tokens a row; fewer where max_seq_len is reached.
             top_k: sample among the k likeliest tokens; 0 means among all.
             temperature: 0 always takes the likeliest token.
-            attention_mask: (B, T), 0 for padding; derived from `pad_token_id` if None.
+            attention_mask: (B, T), 0 for padding; if None, that is each row's first tokens if they are `pad_token_id`.
             eos_token_id: a row that produces it is finished.
             generator: source of randomness, on the model's device.
 
@@ -190,7 +190,9 @@ class GPTModel(Part):
         """
         batch_size, prompt_len = input_ids.shape
         pad_token_id = self.config.pad_token_id
-        mask = input_ids.ne(pad_token_id) if attention_mask is None else attention_mask.bool()
+        # What is padding stands on the left: further in, the same token may end a turn
+        derived = input_ids.ne(pad_token_id).cumsum(dim=1) > 0  # (B, T)
+        mask = derived if attention_mask is None else attention_mask.bool()
         longest = int(mask.sum(dim=1).max()) if prompt_len else 0  # padding takes no position
         if not 1 <= longest <= self.config.max_seq_len:
             raise ValueError(f"a prompt must have 1 to {self.config.max_seq_len} tokens, not {longest}")

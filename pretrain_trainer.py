@@ -150,9 +150,18 @@ def fit_machine(config: PretrainConfig) -> str:
 
 
 class GPTTrainer:
-    """Pretrains a GPT from a `PretrainConfig`: tokenizer, data, model and loop put together."""
+    """Pretrains a GPT from a `PretrainConfig`: tokenizer, data, model and loop put together.
+
+    Raises:
+        TypeError: something else was given, such as a model.
+    """
 
     def __init__(self, config: PretrainConfig) -> None:
+        if not isinstance(config, PretrainConfig):
+            raise TypeError(
+                f"GPTTrainer takes a PretrainConfig, from which it makes the model, not a {type(config).__name__}; "
+                "docs/from_the_articles.md shows how"
+            )
         self.config = config
         self.device = prepare_machine(config)
         self.val_path = config.val_data_dir or (SAMPLE_VAL if config.train_data_dir == SAMPLE_TRAIN else "")

@@ -158,15 +158,79 @@ def sinusoidal_positions(max_seq_len: int, d_model: int) -> torch.Tensor:
     return table
 
 
-def rotary_angles(max_seq_len: int, head_dim: int, theta: float) -> torch.Tensor:
+# What stretches rotary positions beyond the context that a model was trained with, by the names of `transformers`:
+# kind → the parameters that it must have, and those that it may have
+ROPE_SCALINGS: dict[str, tuple[set[str], set[str]]] = {
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor", "original_max_position_embeddings"}, set()),
+    "llama3": ({"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+}
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: dict[str, Any] | None = None, length: int = 0
+) -> tuple[torch.Tensor, float]:
+    """Radians a position of each pair of rotary positions, (K/2,), and what cosines and sines are multiplied by.
+
+    Args:
+        scaling: `GPTConfig.rope_scaling`. The kinds: linear, arXiv:2306.15595; dynamic, "NTK-aware", which depends on
+            the `length` of the text; yarn, arXiv:2309.00071, section 3; llama3, as Llama 3.1 came with.
+    """
+    scaling = scaling or {"rope_type": "none"}
+    kind, factor = scaling["rope_type"], scaling.get("factor", 1.0)
+    original = scaling.get("original_max_position_embeddings", 0)
+    if kind == "dynamic" and length > original:
+        theta *= (factor * length / original - (factor - 1)) ** (head_dim / (head_dim - 2))
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (K/2,)
+    if kind == "linear":
+        return frequency / factor, 1.0
+    if kind == "llama3":  # long waves are stretched, short ones are not, those between them are mixed
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = original * frequency / (2 * math.pi)  # of a wave within the original context
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - share) * frequency / factor + share * frequency, 1.0
+    if kind == "yarn":
+
+        def pair_that_turns(times: float) -> float:
+            return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+        first = pair_that_turns(scaling.get("beta_fast") or 32)
+        last = pair_that_turns(scaling.get("beta_slow") or 1)
+        if scaling.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        width = 0.001 if first == last else last - first
+        stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
+
+        def magnitude(weight: float) -> float:
+            return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+        magnitudes = [scaling.get(name) for name in ("mscale", "mscale_all_dim")]
+        usual = magnitude(magnitudes[0]) / magnitude(magnitudes[1]) if all(magnitudes) else magnitude(1)
+        attention_factor = scaling.get("attention_factor")
+        scale = usual if attention_factor is None else attention_factor
+        return frequency / factor * stretched + frequency * (1 - stretched), scale
+    return frequency, 1.0
+
+
+def rotary_angles(
+    max_seq_len: int, head_dim: int, theta: float, scaling: dict[str, Any] | None = None, length: int = 0
+) -> torch.Tensor:
     """Cosines and sines of rotary position embedding (RoFormer, arXiv:2104.09864), (2, max_seq_len, K).
 
     The two halves of a head are rotated against each other, as Llama's and Qwen's public weights expect.
+
+    Args:
+        scaling, length: see `rotary_frequencies`.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (K/2,)
+    frequency, scale = rotary_frequencies(head_dim, theta, scaling, length)  # (K/2,)
     angle = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequency)  # (max_seq_len, K/2)
     angle = torch.cat((angle, angle), dim=-1)  # (max_seq_len, K)
-    return torch.stack((angle.cos(), angle.sin()))
+    return torch.stack((angle.cos(), angle.sin())) * scale
 
 
 def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
@@ -185,7 +249,12 @@ class Positions(nn.Module):
     `transformers`, in alignment/transformers_names.py.
 
     `here` is a slice of positions, the same in all rows, or (B, T) int64.
+
+    Attributes:
+        depends_on_length: whether what a token gets depends on where the last one of its row stands.
     """
+
+    depends_on_length = False
 
     @classmethod
     def complaints(cls, config: GPTConfig) -> list[str]:
@@ -234,15 +303,69 @@ class RotaryPositions(Positions):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self._keep(lambda: rotary_angles(config.max_seq_len, config.head_dim, config.rope_theta))  # (2, max_seq_len, K)
+        sizes = config.max_seq_len, config.head_dim, config.rope_theta
+        self._keep(lambda: rotary_angles(*sizes, config.rope_scaling))  # (2, max_seq_len, K)
 
     @classmethod
     def complaints(cls, config: GPTConfig) -> list[str]:
-        return [f"rotary positions need an even head_dim, not {config.head_dim}"] if config.head_dim % 2 else []
+        complaints = [f"rotary positions need an even head_dim, not {config.head_dim}"] if config.head_dim % 2 else []
+        scaling = config.rope_scaling
+        if scaling is None:
+            return complaints
+        kind, given = scaling.get("rope_type"), scaling.keys() - {"rope_type"}
+        if kind not in ROPE_SCALINGS:
+            return [*complaints, f"rope_scaling must be of the type {', '.join(ROPE_SCALINGS)}, not {kind!r}"]
+        needed, possible = ROPE_SCALINGS[kind]
+        if missing := needed - given:
+            complaints.append(f"rope_scaling of the type {kind} lacks {', '.join(sorted(missing))}")
+        if unknown := given - needed - possible:
+            complaints.append(f"rope_scaling of the type {kind} has unknown {', '.join(sorted(unknown))}")
+        unfit = [name for name in given - {"truncate"} if not _is_positive(scaling[name])]
+        if unfit:
+            complaints.append(f"rope_scaling must have numbers above 0 for {', '.join(sorted(unfit))}")
+        elif not missing and kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            complaints.append("rope_scaling must have a high_freq_factor above its low_freq_factor")
+        elif kind == "dynamic" and config.head_dim < 4:
+            complaints.append("rope_scaling of the type dynamic needs a head_dim of 4 or more")
+        return complaints
 
     def rotary(self, here: slice | torch.Tensor) -> torch.Tensor:
         angles = self.table[:, here]  # (2, T, K) or (2, B, T, K)
         return angles if isinstance(here, slice) else angles.unsqueeze(2)  # (2, B, 1, T, K)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+
+
+class DynamicRotaryPositions(RotaryPositions):
+    """Rotary positions whose waves grow with a text that is longer than the original context ("dynamic" scaling).
+
+    The angles of all tokens of a forward pass depend on the last one's position. Each row of a batch has its own, so
+    that rows do not influence each other. Keys that are in a cache stay as they were, as in `transformers`: what comes
+    out depends on how a text is cut into passes, so the engine computes one request at a time, its prompt in one piece.
+    """
+
+    depends_on_length = True
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def rotary(self, here: slice | torch.Tensor) -> torch.Tensor:
+        original = self.config.rope_scaling["original_max_position_embeddings"]
+        if isinstance(here, slice):
+            return self._angles(here.stop)[:, here] if here.stop > original else super().rotary(here)
+        lengths = (here.max(dim=-1).values + 1).tolist()  # of each row
+        if max(lengths) <= original:
+            return super().rotary(here)
+        rows = [self._angles(length)[:, row] for length, row in zip(lengths, here, strict=True)]
+        return torch.stack(rows, dim=1).unsqueeze(2)  # (2, B, 1, T, K)
+
+    def _angles(self, length: int) -> torch.Tensor:
+        config = self.config
+        angles = rotary_angles(length, config.head_dim, config.rope_theta, config.rope_scaling, length)
+        return angles.to(self.table.device)  # (2, length, K)
 
 
 POSITIONS: dict[str, type[Positions]] = {
@@ -250,6 +373,12 @@ POSITIONS: dict[str, type[Positions]] = {
     "rotary": RotaryPositions,
     "sinusoidal": SinusoidalPositions,
 }
+
+
+def make_positions(config: GPTConfig) -> Positions:
+    """The positions of a model."""
+    is_dynamic = config.position == "rotary" and (config.rope_scaling or {}).get("rope_type") == "dynamic"
+    return (DynamicRotaryPositions if is_dynamic else POSITIONS[config.position])(config)
 
 # -- the description of a model ----------------------------------------------------------------------------------------
 
@@ -282,10 +411,16 @@ class GPTConfig:
     position: str = option("learned", "kind of positions", choices=POSITIONS)
     norm: str = option("layernorm", "kind of norms", choices=("layernorm", "rmsnorm"))
     activation: str = option("gelu", "kind of feed-forward networks", choices=("gelu", "swiglu"))
-    bias: bool = option(True, "whether linear layers have biases")
+    bias: bool = option(True, "whether linear layers have biases; the next three may say otherwise of some")
+    qkv_bias: bool | None = option(None, "whether query, key and value layers have biases; None: as bias says")
+    attention_output_bias: bool | None = option(None, "whether attention's output layers have biases; None: as bias")
+    mlp_bias: bool | None = option(None, "whether feed-forward networks have biases; None: as bias says")
     qk_norm: bool = option(False, "whether queries and keys pass a norm over each head")
     norm_eps: float = option(1e-5, "epsilon of all norms", above=0)
     rope_theta: float = option(10000.0, "base of the wave lengths of rotary positions", above=0)
+    rope_scaling: dict[str, Any] | None = option(
+        None, "what stretches rotary positions: a rope_type of ROPE_SCALINGS with its parameters; None: nothing"
+    )
     tie_embeddings: bool = option(True, "whether the output layer is the token embedding")
 
     def __post_init__(self) -> None:
@@ -294,6 +429,9 @@ class GPTConfig:
             self.d_ff = swiglu_width if self.activation == "swiglu" else 4 * self.d_model
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.d_model // max(1, self.n_heads)
+        for name in ("qkv_bias", "attention_output_bias", "mlp_bias"):
+            if getattr(self, name) is None:
+                setattr(self, name, self.bias)
         if complaints := beyond_bounds(self, prefix="") or self.complaints():
             raise ValueError("; ".join(complaints))
 
@@ -359,9 +497,9 @@ class MultiHeadAttention(Part):
         self,
         d_model: int,
         n_heads: int,
+        dropout: float = 0.0,
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
-        dropout: float = 0.0,
         **fields: Any,
     ) -> None:
         super().__init__()
@@ -370,10 +508,10 @@ class MultiHeadAttention(Part):
         )
         query_width, key_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.head_dim, self.dropout = config.head_dim, config.dropout
-        self.query_proj = nn.Linear(d_model, query_width, bias=config.bias)
-        self.key_proj = nn.Linear(d_model, key_width, bias=config.bias)
-        self.value_proj = nn.Linear(d_model, key_width, bias=config.bias)
-        self.output_proj = nn.Linear(query_width, d_model, bias=config.bias)
+        self.query_proj = nn.Linear(d_model, query_width, bias=config.qkv_bias)
+        self.key_proj = nn.Linear(d_model, key_width, bias=config.qkv_bias)
+        self.value_proj = nn.Linear(d_model, key_width, bias=config.qkv_bias)
+        self.output_proj = nn.Linear(query_width, d_model, bias=config.attention_output_bias)
         self.query_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -417,10 +555,10 @@ class FeedForwardNetwork(Part):
     def __init__(self, d_model: int, d_ff: int | None = None, dropout: float = 0.0, **fields: Any) -> None:
         super().__init__()
         config = GPTConfig.for_part(d_model=d_model, d_ff=d_ff, dropout=dropout, **fields)
-        self.up_proj = nn.Linear(d_model, config.d_ff, bias=config.bias)
+        self.up_proj = nn.Linear(d_model, config.d_ff, bias=config.mlp_bias)
         is_gated = config.activation == "swiglu"
-        self.gate_proj = nn.Linear(d_model, config.d_ff, bias=config.bias) if is_gated else None
-        self.down_proj = nn.Linear(config.d_ff, d_model, bias=config.bias)
+        self.gate_proj = nn.Linear(d_model, config.d_ff, bias=config.mlp_bias) if is_gated else None
+        self.down_proj = nn.Linear(config.d_ff, d_model, bias=config.mlp_bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

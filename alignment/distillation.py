@@ -218,12 +218,17 @@ def teacher_answers(
 
 
 def load_data(
-    config: DistillationConfig, teacher: GPTModel, tokenizer: ByteLevelBPETokenizer, context: GPTConfig
+    config: DistillationConfig,
+    teacher: GPTModel,
+    tokenizer: ByteLevelBPETokenizer,
+    context: GPTConfig,
+    students: ByteLevelBPETokenizer,
 ) -> tuple[TrainingData, TrainingData]:
     """Training and validation data: conversations, or windows of text.
 
     Args:
         context: of the model whose context is the limit, the student.
+        tokenizer, students: the teacher's and the student's, which may differ if the teacher writes texts.
     """
     if config.text_data:
         sources = [(config.text_data, "train"), (config.text_data, "val")]
@@ -242,7 +247,7 @@ def load_data(
     def make(conversations: list[list[Message]], account: Account) -> GPTSFTDataset:
         if config.from_text and account.source == config.data_path:
             conversations = teacher_answers(config, teacher, tokenizer, conversations, account)
-        return GPTSFTDataset(conversations, tokenizer, config.max_seq_len, account)
+        return GPTSFTDataset(conversations, students, config.max_seq_len, account)
 
     return load_parts(config, context, load_conversations, make, "conversations")
 
@@ -260,22 +265,22 @@ def distill(config: DistillationConfig | None = None, **settings: Any) -> dict[s
     teacher, tokenizer, _ = load_model(path, device)
     if config.student_model:
         student, student_tokenizer, _ = load_model(config.student_model)
-        if student_tokenizer.fingerprint != tokenizer.fingerprint:
+        if student_tokenizer.fingerprint != tokenizer.fingerprint and not config.from_text:
             raise UserError(
-                f"{config.student_model} and {config.teacher_model} have different tokenizers; train the student with "
-                "the teacher's"
+                f"{config.student_model} and {config.teacher_model} have different tokenizers, so their probabilities "
+                "are of different things; add --from_text, or train the student with the teacher's tokenizer"
             )
     else:
-        student = GPTModel.from_config(student_of(teacher.config, config))
+        student_tokenizer, student = tokenizer, GPTModel.from_config(student_of(teacher.config, config))
     fit_context(config, student)
-    if teacher.config.max_seq_len < config.max_seq_len:
+    if teacher.config.max_seq_len < config.max_seq_len and not config.from_text:
         limit = teacher.config.max_seq_len
         raise UserError(f"{config.teacher_model} reads at most {limit} tokens; use --max_seq_len {limit}")
-    data = load_data(config, teacher, tokenizer, student.config)
+    data = load_data(config, teacher, tokenizer, student.config, student_tokenizer)
     asked = teacher if config.alpha > 0 and not config.from_text else None
     model = DistillationModel(student, asked, config.alpha, config.temperature)
     lengths = getattr(data[0], "lengths", None)  # windows of text have none: they are all of one length
-    loop = DistillationLoop(config, model, student.config, tokenizer, "distill", *data, device, lengths)
+    loop = DistillationLoop(config, model, student.config, student_tokenizer, "distill", *data, device, lengths)
     return run(
         loop,
         f"a student of {student.num_parameters() / 1e6:.2f} M parameters learns from {config.teacher_model} "

@@ -82,7 +82,7 @@ def write_answers(
     policy: GPTModel,
     prompts: Batch,
     *,
-    eos_token_id: int,
+    end_token_ids: Sequence[int],
     max_gen_len: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
@@ -91,6 +91,7 @@ def write_answers(
 
     Args:
         prompts: {"input_ids", "attention_mask"}, (B, P), padded on the left.
+        end_token_ids: the tokens that end an answer.
         generator: on the CPU; where the seed of each answer comes from. None: torch's own.
 
     Returns:
@@ -103,12 +104,16 @@ def write_answers(
     """
     rows = [ids[seen.bool()].tolist() for ids, seen in zip(*prompts.values(), strict=True)]
     seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist()  # an answer does not depend on its batch
-    settings = [SamplingParams(max_gen_len, temperature, stop_token_ids=(eos_token_id,), seed=seed) for seed in seeds]
+    ends = tuple(end_token_ids)
+    settings = [SamplingParams(max_gen_len, temperature, stop_token_ids=ends, seed=seed) for seed in seeds]
     try:
         # A new engine each time: what it remembers of prompts belongs to the weights of this moment
         written = Engine(policy, None, max_running=len(rows)).run(rows, settings)
     except RequestFailed as failure:
-        raise UserError(f"the policy cannot write answers: {failure}; lower --lr") from failure
+        raise UserError(
+            f"the policy cannot write answers: {failure}; where training has made it so, lower --lr, and otherwise "
+            "start from another checkpoint"
+        ) from failure
     device, pad = prompts["input_ids"].device, torch.nn.utils.rnn.pad_sequence
     answers = [torch.tensor(generation.token_ids) for generation in written]
     answer_mask = pad([torch.ones_like(ids, dtype=torch.bool) for ids in answers], batch_first=True).to(
@@ -208,7 +213,7 @@ class RolloutLoop(TrainingLoop):
         answers = write_answers(
             self.model.policy,
             prompts,
-            eos_token_id=self.tokenizer.eos_token_id,
+            end_token_ids=self.tokenizer.end_token_ids,
             max_gen_len=self.config.max_gen_len,
             temperature=self.config.temperature,
             generator=generator,

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 
 from alignment.stage import InstructionData, StageConfig, load_parts, open_stage, run
+from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import option
 from data_loader import GPTSFTDataset
-from gpt_model import GPTModel
+from gpt_model import GPTConfig, GPTModel
 from lora import LoRAOptions
 from text.conversation_data import load_conversations
 from training.training_loop import TrainingLoop
@@ -41,11 +42,26 @@ def add_embedding_noise(model: GPTModel, alpha: float) -> None:
     def noisy(embedding: torch.nn.Embedding, arguments: tuple, embedded: torch.Tensor) -> torch.Tensor:
         if not embedding.training:
             return embedded
-        lengths = arguments[0].ne(model.config.pad_token_id).sum(dim=1)[:, None, None]  # (B, 1, 1)
+        seen = arguments[0].ne(model.config.pad_token_id)  # (B, T); inside a row the same token may end a turn
+        lengths = seen.flip(1).cumsum(dim=1).gt(0).sum(dim=1)[:, None, None]  # (B, 1, 1)
         size = alpha / (lengths * embedded.size(-1)).sqrt()
         return embedded + size * torch.empty_like(embedded).uniform_(-1, 1)  # (B, T, D)
 
     model.token_embedding.register_forward_hook(noisy)
+
+
+def load_data(
+    config: SFTConfig, model: GPTConfig, tokenizer: ByteLevelBPETokenizer, quiet: bool = False
+) -> tuple[GPTSFTDataset, GPTSFTDataset]:
+    """The conversations to train on, and those held out; see `stage.load_parts`."""
+    return load_parts(
+        config,
+        model,
+        load_conversations,
+        lambda conversations, account: GPTSFTDataset(conversations, tokenizer, config.max_seq_len, account),
+        "conversations",
+        quiet=quiet,
+    )
 
 
 def sft_finetune(config: SFTConfig | None = None, **settings: Any) -> dict[str, float]:
@@ -61,13 +77,7 @@ def sft_finetune(config: SFTConfig | None = None, **settings: Any) -> dict[str, 
     model, tokenizer, device = open_stage(config)
     if config.neftune_alpha:
         add_embedding_noise(model, config.neftune_alpha)
-    train_data, val_data = load_parts(
-        config,
-        model.config,
-        load_conversations,
-        lambda conversations, account: GPTSFTDataset(conversations, tokenizer, config.max_seq_len, account),
-        "conversations",
-    )
+    train_data, val_data = load_data(config, model.config, tokenizer)
     loop = TrainingLoop(
         config, model, model.config, tokenizer, "sft", train_data, val_data, device, lengths=train_data.lengths
     )

@@ -1,19 +1,26 @@
 """Our models in Hugging Face `transformers`: what their weights and sizes are called there.
 
-One table for everything that leaves this project or is compared with others: adapters for `peft`, the same weights in
-another program, the tests of parity. A further family of models is one more column.
+One table for everything that comes into this project, leaves it or is compared with others: models and adapters, the
+same weights in another program, the tests of parity. A further family of models is one more column.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from command_line import UserError
-from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
+from gpt_model import GPTConfig, GPTModel
 
-MODELS = {"gpt2": "GPT2LMHeadModel", "modern": "Qwen3ForCausalLM"}  # by architecture; the columns below, too
+MODELS = {  # by architecture
+    "gpt2": "GPT2LMHeadModel",
+    "modern": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+COLUMNS = {"gpt2": 1, "modern": 2, "llama": 2, "qwen2": 2}  # of the tables below
 TRANSPOSED = ("gpt2",)  # whose layers have matrices (in, out)
 
 # Parts with weights; # is the number of a layer. Several of ours with one name stand in it below one another
@@ -48,23 +55,44 @@ SIZES = """
 """
 
 
+LLAMA_LIKE = dict(position="rotary", norm="rmsnorm", activation="swiglu")
+# What an architecture says of each of our switches; of those that it leaves open nothing
+SWITCHES: dict[str, dict[str, Any]] = {
+    "gpt2": dict(
+        position="learned", norm="layernorm", activation="gelu", qk_norm=False, qkv_bias=True,
+        attention_output_bias=True, mlp_bias=True,
+    ),
+    "modern": dict(LLAMA_LIKE, qk_norm=True, mlp_bias=False),
+    "llama": dict(LLAMA_LIKE, qk_norm=False),
+    "qwen2": dict(LLAMA_LIKE, qk_norm=False, qkv_bias=True, attention_output_bias=False, mlp_bias=False),
+}  # fmt: skip
+
+
 def column(table: str, architecture: str) -> list[tuple[str, str]]:
     """(ours, theirs) of whatever an architecture has of a table."""
     rows = [line.split() for line in table.strip().splitlines()]
-    number = 1 + list(MODELS).index(architecture)
+    number = COLUMNS[architecture]
     return [(row[0], row[number]) for row in rows if row[number] != "-"]
 
 
 def architecture_of(config: GPTConfig) -> str:
-    """ "gpt2" or "modern".
+    """A key of `MODELS`.
 
     Raises:
         UserError: `transformers` has no such model.
     """
-    for architecture, switches in ARCHITECTURES.items():
-        if all(getattr(config, name) == value for name, value in switches.items() if name != "norm_eps"):
+    for architecture, switches in SWITCHES.items():
+        fits = all(getattr(config, name) == value for name, value in switches.items())
+        if architecture == "gpt2":  # has no other kinds of heads
+            fits = fits and config.n_kv_heads == config.n_heads and config.head_dim * config.n_heads == config.d_model
+        elif architecture != "qwen2":  # has one setting for all layers of attention
+            fits = fits and config.qkv_bias == config.attention_output_bias
+        if fits:
             return architecture
-    raise UserError(f"transformers has no such model; it has those of the architectures {' and '.join(MODELS)}")
+    names = list(MODELS)
+    raise UserError(
+        f"transformers has no such model; it has those of the architectures {', '.join(names[:-1])} and {names[-1]}"
+    )
 
 
 def parts_of(config: GPTConfig) -> dict[str, list[str]]:
@@ -76,16 +104,73 @@ def parts_of(config: GPTConfig) -> dict[str, list[str]]:
     return parts
 
 
-def weights_for_transformers(state: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    """The weights of a whole model under the names and in the shapes of `transformers`."""
-    is_transposed, weights = architecture_of(config) in TRANSPOSED, {}
+def each_for_transformers(
+    state: dict[str, torch.Tensor], config: GPTConfig
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]:
+    """The weights of a whole model under the names of `transformers`: name, shape, and what makes the tensor."""
+    is_transposed = architecture_of(config) in TRANSPOSED
     for theirs, ours in parts_of(config).items():
         for kind in ("weight", "bias"):
             if f"{ours[0]}.{kind}" in state:
-                weight = torch.cat([state[f"{name}.{kind}"] for name in ours])
-                in_layer = ours[0].startswith("layers.") and weight.ndim == 2
-                weights[f"{theirs}.{kind}"] = weight.mT if is_transposed and in_layer else weight
-    return weights
+                parts = [state[f"{name}.{kind}"] for name in ours]
+                shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+                turned = is_transposed and ours[0].startswith("layers.") and len(shape) == 2
+
+                def make(parts: list[torch.Tensor] = parts, turned: bool = turned) -> torch.Tensor:
+                    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+                    return whole.mT if turned else whole
+
+                yield f"{theirs}.{kind}", shape[::-1] if turned else shape, make
+
+
+def weights_for_transformers(state: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+    """The weights of a whole model under the names and in the shapes of `transformers`."""
+    return {name: make() for name, _, make in each_for_transformers(state, config)}
+
+
+def weights_from_transformers(
+    config: GPTConfig, read: Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a whole model by our names, the tied ones once, a tensor of theirs at a time.
+
+    Args:
+        read: theirs → the tensor.
+    """
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPTModel.from_config(config).state_dict().items()}
+    if config.tie_embeddings:
+        del shapes["lm_head.weight"]
+    is_transposed = architecture_of(config) in TRANSPOSED
+    for theirs, ours in parts_of(config).items():
+        for kind in ("weight", "bias"):
+            names = [f"{name}.{kind}" for name in ours if f"{name}.{kind}" in shapes]
+            if names:
+                weight = read(f"{theirs}.{kind}")
+                in_layer = names[0].startswith("layers.") and weight.ndim == 2
+                rows = (weight.mT if is_transposed and in_layer else weight).split([shapes[name][0] for name in names])
+                yield from zip(names, rows, strict=True)
+
+
+def settings_for_transformers(config: GPTConfig) -> dict[str, Any]:
+    """What `config.json` says of a model: sizes, biases, positions.
+
+    Raises:
+        UserError: `transformers` has no such model.
+    """
+    architecture = architecture_of(config)
+    settings = {theirs: getattr(config, ours) for ours, theirs in column(SIZES, architecture)}
+    if architecture == "gpt2":
+        return settings | {"activation_function": "gelu_new"}
+    settings |= {"hidden_act": "silu", "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+    if architecture != "qwen2":
+        settings["attention_bias"] = config.qkv_bias
+    if architecture == "llama":
+        settings["mlp_bias"] = config.mlp_bias
+    if config.rope_scaling and config.rope_scaling["rope_type"] == "dynamic":  # means the original context there
+        settings["max_position_embeddings"] = config.rope_scaling["original_max_position_embeddings"]
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    settings["rope_parameters"] = {**scaling, "rope_theta": config.rope_theta}
+    return settings
 
 
 def in_transformers(model: GPTModel, **settings: Any) -> Any:
@@ -99,11 +184,9 @@ def in_transformers(model: GPTModel, **settings: Any) -> Any:
     """
     import transformers  # needed here only, and slow to import
 
-    config, architecture = model.config, architecture_of(model.config)
-    settings |= {theirs: getattr(config, ours) for ours, theirs in column(SIZES, architecture)}
-    if architecture != "gpt2":
-        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    kind = getattr(transformers, MODELS[architecture])
+    config = model.config
+    settings |= settings_for_transformers(config)
+    kind = getattr(transformers, MODELS[architecture_of(config)])
     theirs = kind(kind.config_class(**settings)).eval()
     theirs.load_state_dict(weights_for_transformers(model.state_dict(), config), strict=True)
     return theirs

@@ -84,8 +84,11 @@ class Engine:
             if value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
         refuse_other_forward(model)
+        if model.position_embedding.depends_on_length:
+            # One request at a time, its prompt in one piece: what is computed with others would depend on these
+            max_running, prefill_chunk, reuse_prefixes = 1, model.config.max_seq_len, False
         self.model, self.tokenizer = model, tokenizer
-        self.eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
+        self.end_token_ids = () if tokenizer is None else tokenizer.end_token_ids
         self.max_running, self.max_waiting, self.prefill_chunk = max_running, max_waiting, prefill_chunk
         config, context = model.config, model.config.max_seq_len
         self.device = model.device
@@ -484,7 +487,7 @@ class Engine:
         request.context.append(token_id)
         if log_prob is not None:
             request.log_probs.append(log_prob)
-        if token_id in params.stop_token_ids or (token_id == self.eos_token_id and not params.ignore_eos):
+        if token_id in params.stop_token_ids or (token_id in self.end_token_ids and not params.ignore_eos):
             return self._finish(request, "stop")
         if request.text is not None:
             piece = request.text.push(token_id)

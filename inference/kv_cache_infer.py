@@ -15,7 +15,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
@@ -129,7 +133,7 @@ def _searched(
         raise UserError("; ".join(complaints))
     if not prompt:
         raise UserError("the prompt is empty; give at least one character to go on from")
-    ends = {*params.stop_token_ids, *(() if params.ignore_eos else (tokenizer.eos_token_id,))}
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.end_token_ids)}
     found = beam_search(
         model,
         encode_prompt(tokenizer, prompt, chat),

@@ -2,6 +2,7 @@
 
     locust -f inference/load_test.py -u 50 -r 10 -t 10m --host http://localhost:8000
     locust -f inference/load_test.py --headless -u 50 -r 10 -t 1m --host http://localhost:8000
+    python inference/load_test.py -u 50 -r 10 -t 10m --host http://localhost:8000     # the same
 
 Each simulated user asks a question, with changing sampling settings (requests of all kinds are computed together),
 checks that the answer has the promised shape, thinks for a moment and asks again. Now and then it looks at `/health`,
@@ -11,6 +12,7 @@ service protects itself, but the user was not served, so it is a failure too.
 
 import json
 import random
+import sys
 from pathlib import Path
 
 from locust import HttpUser, between, task
@@ -81,3 +83,10 @@ class GPTInferenceUser(HttpUser):
             seconds = response.elapsed.total_seconds()
             if response.status_code == 200 and seconds > HEALTH_SECONDS:
                 response.failure(f"/health took longer than {HEALTH_SECONDS:g} s")
+
+
+if __name__ == "__main__":
+    from locust.main import main
+
+    sys.argv[1:1] = ["-f", __file__]
+    main()

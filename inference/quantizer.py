@@ -25,6 +25,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
 import torch.nn as nn
 
@@ -45,7 +48,7 @@ from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
 from inference.engine import Engine
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
-from inference.kernels.linear_products import DTYPES
+from inference.kernels.linear_products import DTYPES, kind_of
 from inference.sampling import SamplingParams
 from seq2seq_model import Seq2SeqConfig, Transformer
 from text.account import Account
@@ -53,6 +56,7 @@ from text.conversation_data import RecordOptions, load_conversations, parse_colu
 from text.text_files import holds_records, iter_documents
 from transformer_components import Positions
 
+HALF = ("fp16", "bf16")
 QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
 MAX_PERPLEXITY_RISE = 0.005
 MIN_SPEEDUP = 1.05
@@ -146,7 +150,7 @@ def save_quantized_model(model: GPTModel, path: str | Path, checkpoint: dict[str
 
 def _compact(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's tokenizer without what its other files repeat: beside a small model that is a twentieth."""
-    files = {name: tokenizer["files"][name] for name in ("tokenizer_config.json", "tokenizer.json")}
+    files = {name: text for name, text in tokenizer["files"].items() if name not in ("vocab.json", "merges.txt")}
     whole = json.loads(files["tokenizer.json"])
     files["tokenizer.json"] = json.dumps(whole, ensure_ascii=False, separators=(",", ":"))
     return {**tokenizer, "files": files}
@@ -166,6 +170,10 @@ def _quantized_model(content: dict[str, Any], path: str | Path, device: torch.de
     kind = content.get("quantization")
     if kind not in QUANTIZED:
         raise UserError(f"{path} is not quantized; run python -m inference.quantizer --model_path {path} first")
+    return _mapped_model(content, path, kind, device)
+
+
+def _mapped_model(content: dict[str, Any], path: str | Path, kind: str, device: torch.device | str) -> GPTModel:
     with torch.device("meta"):  # shapes without memory
         model = prepare_for_inference(GPTModel.from_config(config_of(content, path)), kind)
     load_weights(model, content["model"], path, assign=True)
@@ -179,6 +187,8 @@ def load_any(
 ) -> tuple[GPTModel, ByteLevelBPETokenizer, dict[str, Any]]:
     """The model of a checkpoint, quantized or not, prepared for inference; its tokenizer; and the checkpoint's dict.
 
+    Weights that came in as FP16 or BF16 (`exchange.import_model`) stay so, in the file until they are used.
+
     Args:
         base: of adapters (LoRA), the model that they belong to, in full precision or quantized; None takes the recorded
             one. Into full precision they are merged, beside quantized layers they are attached.
@@ -187,8 +197,12 @@ def load_any(
         UserError: as `checkpoint.load_model`.
     """
     content = load_checkpoint(path)
+    kind = kind_of(content["model"].get("token_embedding.weight", torch.empty(0)))
+    if kind in HALF and not content.get("quantization") and "lora" not in content and content["stage"] != "reward":
+        content["quantization"] = kind  # so that adapters stay beside its weights, which would round a sum
+        return _mapped_model(content, path, kind, device), tokenizer_of(content), content
     if not content.get("quantization"):
-        model, tokenizer, content = load_model(path, device, base, load_any)
+        model, tokenizer, content = load_model(path, device, base, load_any, mapped=True)
         beside_quantized = quantization_of(model) is not None
         return model if beside_quantized else prepare_for_inference(model), tokenizer, content
     require_tokenizer(content, path)

@@ -83,7 +83,7 @@ def test_a_long_corpus_is_cut_into_several_shards_that_read_as_one(corpus, token
 def test_a_large_vocabulary_has_room_in_the_shards(text_file, tokenizer, tmp_path, monkeypatch):
     """Ids beyond 65,535 need four bytes."""
     monkeypatch.setattr(ByteLevelBPETokenizer, "__len__", lambda self: 70_000)
-    monkeypatch.setattr(ByteLevelBPETokenizer, "encode_batch", lambda self, texts, **_: [[69_999] for _ in texts])
+    monkeypatch.setattr(ByteLevelBPETokenizer, "encode_documents", lambda self, texts, **_: [[69_999] for _ in texts])
     shards = tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
     assert all_tokens(shards)[:3] == [BOS, 69_999, EOS]
 
@@ -290,7 +290,7 @@ def test_a_text_too_small_to_be_divided_says_so(part, tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("a\n")
     fraction = 0.5 if part == "train" else 0.0
-    with pytest.raises(UserError, match=f"has no document in its {part} part; give more text, another --val_fraction"):
+    with pytest.raises(UserError, match=f"too few documents .*: none is left for the {part} part; give more"):
         tokenize_to_shards(path, tokenizer, tmp_path / "shards", part=part, val_fraction=fraction)
     assert shard_folders(tmp_path / "shards") == []
 

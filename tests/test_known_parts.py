@@ -319,7 +319,10 @@ def test_the_configuration_changes_afterwards(architecture, name):
     """The modules say what is computed. Where the cache no longer fits to them, the engine says so."""
     model = make(architecture)
     value = getattr(model.config, name)
-    changed = not value if isinstance(value, bool) else "new" if isinstance(value, str) else 2 * value
+    if value is None:
+        changed = {"rope_type": "linear", "factor": 3.0}
+    else:
+        changed = not value if isinstance(value, bool) else "new" if isinstance(value, str) else 2 * value
     setattr(model.config, name, changed)
     try:
         expected = generated(model)

@@ -20,7 +20,9 @@ LAYERS = (
     ("inference",),
     ("evaluation",),
     ("alignment",),
-    ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline", "machine.__main__"),
+    ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline", "text.inspect", "machine.__main__",
+     "api_demo"),
+    ("exchange",),
     ("pipeline", "benchmarks", "data", "docs"),
 )
 

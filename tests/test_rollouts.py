@@ -57,7 +57,7 @@ def test_answers_stand_behind_their_prompts_and_are_cut_at_the_stop_token(tokeni
     prompts["attention_mask"][::2, 0] = 0
     model.lm_head.weight.data[2] *= 3  # some rows end early, some do not
     torch.manual_seed(0)
-    answers = write_answers(model, prompts, eos_token_id=2, max_gen_len=6)
+    answers = write_answers(model, prompts, end_token_ids=(2,), max_gen_len=6)
     assert torch.equal(answers["input_ids"][:, :3], prompts["input_ids"])
     assert torch.equal(answers["attention_mask"][:, :3], prompts["attention_mask"])
     assert 0 < answers["ended"].float().mean() < 1
@@ -74,7 +74,7 @@ def test_answers_are_drawn_from_the_policys_whole_distribution(tokenizer, random
     model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=48)
     prompts = {"input_ids": torch.tensor([[5, 6, 7]] * 4000), "attention_mask": torch.ones(4000, 3).long()}
     torch.manual_seed(0)
-    first = write_answers(model, prompts, eos_token_id=2, max_gen_len=1, temperature=0.5)["input_ids"][:, 3]
+    first = write_answers(model, prompts, end_token_ids=(2,), max_gen_len=1, temperature=0.5)["input_ids"][:, 3]
     expected = (model(prompts["input_ids"][:1])["logits"][0, -1] / 0.5).softmax(-1)
     frequencies = torch.bincount(first, minlength=len(tokenizer)) / 4000
     assert (frequencies - expected).abs().sum() < 0.15, "total variation of chance alone is about 0.1"
@@ -86,7 +86,7 @@ def test_weights_that_are_not_finite_are_reported(tokenizer, random_model):
     model.final_norm.weight.data.fill_(float("nan"))
     prompts = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
     with pytest.raises(UserError, match="the policy cannot write answers: .*not finite.*; lower --lr"):
-        write_answers(model, prompts, eos_token_id=2, max_gen_len=3)
+        write_answers(model, prompts, end_token_ids=(2,), max_gen_len=3)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])

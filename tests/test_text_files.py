@@ -225,12 +225,13 @@ def test_wrong_records_are_named(name, content, complaint, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.json", "[]", True),
+        ("a.json", '[{"messages": []}]', True),
+        ("a.json", '[{"text": "hi"}]', False),
         ("a.jsonl", '\n{"messages": []}\n', True),
         ("a.jsonl.gz", '{"id": 1, "text": "hi"}\n', False),
         ("a.txt", "[]", False),
         ("a.txt.gz", "hi", False),
-        ("a.csv", "instruction,output\n", True),
+        ("a.csv", "instruction,output\na,b\n", True),
     ],
 )
 def test_records_are_told_from_documents(name, content, expected, tmp_path):

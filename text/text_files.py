@@ -369,20 +369,20 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
-def holds_records(path: str | Path) -> bool:
-    """Whether the first file of a data path holds records (conversations, preferences) and no documents.
-
-    JSON, CSV and, where nothing is called "text" in it, JSONL and parquet do.
-    """
+def holds_records(path: str | Path, text_field: str = "text") -> bool:
+    """Whether the first file of a data path holds records (conversations, preferences) and no documents: its first
+    record has no text in `text_field`."""
     file = resolve_files(path, tuple(dict.fromkeys(TEXT_ENDINGS + RECORD_ENDINGS)))[0]
+    if ".txt" in file.suffixes:
+        return False
     if file.suffix == ".parquet":
-        return "text" not in _pyarrow(file).parquet.ParquetFile(file).schema_arrow.names
-    if ".jsonl" not in file.suffixes:
-        return ".txt" not in file.suffixes
-    with _reading(file), _open_text(file) as stream:
-        line = next((line for line in stream if line.strip()), "{}")
-    first = parse_json(line, f"record 1 of {file}")
-    return not (isinstance(first, dict) and isinstance(first.get("text"), str))
+        return text_field not in _pyarrow(file).parquet.ParquetFile(file).schema_arrow.names
+    if ".jsonl" in file.suffixes:  # may be large
+        with _reading(file), _open_text(file) as stream:
+            first = parse_json(next((line for line in stream if line.strip()), "{}"), f"record 1 of {file}")
+    else:
+        _, first = next(iter_records(file))
+    return not (isinstance(first, dict) and isinstance(first.get(text_field), str))
 
 
 def _is_json_lines(text: str) -> bool:

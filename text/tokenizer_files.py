@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -18,7 +19,10 @@ from text.chat_template import DEFAULT_CHAT_TEMPLATE
 
 # What `save` writes, in this order: while tokenizer.json is missing, the folder does not load.
 SAVED_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json")
-KNOWN_FILES = (*SAVED_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+KNOWN_FILES = (
+    *SAVED_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"
+)  # fmt: skip
+SPECIAL_STRINGS = ("text", "special")  # what the strings of special tokens are in the documents of a corpus
 SPECIAL_ROLES = ("bos_token", "pad_token", "eos_token", "unk_token")
 
 # Qwen2's pattern: contractions, words, single digits, punctuation, line breaks, spaces.
@@ -37,12 +41,16 @@ class TokenizerParts:
         roles: the special token that plays each of `SPECIAL_ROLES`, or None.
         adds_bos: whether a text is encoded with `bos_token` before it.
         chat_template: a Jinja template.
+        generation: what a `generation_config.json` says of the model's end tokens and of sampling; empty without one.
+        special_strings: one of `SPECIAL_STRINGS`.
     """
 
     engine: Tokenizer
     roles: dict[str, str | None]
     adds_bos: bool
     chat_template: str
+    generation: dict[str, Any] = field(default_factory=dict)
+    special_strings: str = "text"
 
 
 def byte_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -96,8 +104,21 @@ def _read(files: Mapping[str, str]) -> TokenizerParts:
         template = {entry["name"]: entry["template"] for entry in template}["default"]
     if not isinstance(template, str):
         raise UserError(f"its chat_template must be a Jinja text, not {template!r}")
-    adds_bos = roles["bos_token"] is not None and config.get("add_bos_token") is not False
-    return TokenizerParts(engine, roles, adds_bos, template)
+    adds_bos = config.get("add_bos_token")
+    if adds_bos is None:
+        adds_bos = "tokenizer.json" not in files or puts_first(engine, roles["bos_token"])
+    generation = _parse_object(files, "generation_config.json")
+    adds_bos = bool(adds_bos) and roles["bos_token"] is not None
+    special_strings = config.get("special_strings", "text")
+    if special_strings not in SPECIAL_STRINGS:
+        raise UserError(f'its special_strings must be "text" or "special", not {special_strings!r}')
+    return TokenizerParts(engine, roles, adds_bos, template, generation, special_strings)
+
+
+def puts_first(engine: Tokenizer, token: str | None) -> bool:
+    """Whether an engine by itself begins each text with this token."""
+    engine.no_padding()
+    return token is not None and engine.encode("", add_special_tokens=True).tokens[:1] == [token]
 
 
 def _parse_object(files: Mapping[str, str], name: str) -> dict:
@@ -119,7 +140,10 @@ def _engine_from_json(files: Mapping[str, str]) -> Tokenizer:
     content = _parse_object(files, "tokenizer.json")
     model = content.get("model") or {}
     if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(content.get("decoder")):
-        raise UserError(f"tokenizer.json is not a byte-level BPE tokenizer (its model is {model.get('type')})")
+        raise UserError(
+            f"tokenizer.json is not a byte-level BPE tokenizer (its model is {model.get('type')}); GPT-2, Llama 3, "
+            "SmolLM2, Qwen2 and Qwen3 have one, while Llama 1 and 2, TinyLlama and Mistral have SentencePiece's"
+        )
     try:
         return Tokenizer.from_str(files["tokenizer.json"])
     except Exception as error:  # the Rust library raises nothing more precise

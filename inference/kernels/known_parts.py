@@ -93,7 +93,8 @@ _as_written: dict[type, dict[str, object]] = {}  # what a class held when all it
 # Of the configuration; a further field must have its default value, which is what models had before there was the field
 FIELDS = {
     "vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "dropout", "pad_token_id", "n_kv_heads",
-    "head_dim", "position", "norm", "activation", "bias", "qk_norm", "norm_eps", "rope_theta", "tie_embeddings",
+    "head_dim", "position", "norm", "activation", "bias", "qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm",
+    "norm_eps", "rope_theta", "rope_scaling", "tie_embeddings",
 }  # fmt: skip
 CHOICES = {
     "position": {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions, "rotary": RotaryPositions},
