@@ -281,13 +281,14 @@ def _utf8_length(text: str) -> int:
 def _with_ends(ids: np.ndarray, borders: np.ndarray, prefix: list[int], eos_token_id: int, dtype: type) -> np.ndarray:
     """Ids of documents one after another, cut at `borders` (N + 1,), with a prefix before and `</s>` after each one."""
     lengths, more = np.diff(borders), len(prefix) + 1
-    result = np.empty(len(ids) + more * len(lengths), dtype)
-    # Each token moves on by what is put in before it
-    result[np.arange(len(ids)) + np.repeat(np.arange(len(lengths)) * more + more - 1, lengths)] = ids
-    ends = np.cumsum(lengths + more)
-    result[ends - 1] = eos_token_id
+    ends = np.cumsum(lengths + more) - 1
+    result = np.full(len(ids) + more * len(lengths), eos_token_id, dtype)
+    is_text = np.ones(len(result), bool)
+    is_text[ends] = False
     for place, token in enumerate(prefix):
-        result[ends - lengths - more + place] = token
+        here = ends - lengths - (len(prefix) - place)
+        result[here], is_text[here] = token, False
+    result[is_text] = ids
     return result
 
 

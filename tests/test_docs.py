@@ -75,6 +75,8 @@ def python_commands(page):
     for words in (shlex.split(line, comments=True) for line in lines):
         for place, word in enumerate(words):
             script = words[place + 1].replace(".", "/") + ".py" if word == "-m" else word
+            if word == "-m" and (ROOT / script.removesuffix(".py") / "__main__.py").is_file():
+                script = f"{script.removesuffix('.py')}/__main__.py"
             if script.endswith(".py"):
                 yield script, words[place + (2 if word == "-m" else 1) :]
                 break
