@@ -14,6 +14,7 @@
     GET  /health, /ready         whether the process is sound, and whether it can answer now
     GET  /metrics                for Prometheus
     POST /admin/reload           another model, without dropping a request
+    GET  /                       the chat page
     GET  /docs                   all of this, as a page to try it on
 
 Every error is `{"error": {"message", "type", "param", "code"}}` with a sentence that says what was wrong.
@@ -59,6 +60,7 @@ from inference.service.logs import install
 from inference.service.model_server import FAILED, LOADED, Service
 from inference.service.requests import DetokenizeRequest, GenerateRequest, ReloadRequest, TokenizeRequest
 from inference.service.settings import ServiceSettings, end_process
+from inference.service.static_page import add_page
 from inference.service.structured import AnswerForm, grammar_form, json_form, regex_form
 
 __all__ = ["GenerateRequest", "app"]
@@ -95,10 +97,10 @@ async def lifespan(application: FastAPI) -> AsyncIterator[dict[str, Service]]:
     """Hand the service to the requests, and load its model meanwhile; at the end, stop the engine."""
     try:
         settings = application.state.settings or ServiceSettings.read()
+        service = Service(settings)
     except UserError as error:
         end_process(str(error), 2)
     install(settings.log_format)
-    service = Service(settings)
     service.max_connections = possible_connections(settings.max_connections)
     service.start()
     try:
@@ -136,6 +138,7 @@ app.add_middleware(Gate)
 app.add_middleware(CrossOrigin)
 for part in (openai_api, metrics, documentation):
     app.include_router(part.router)
+add_page(app)
 
 
 @app.exception_handler(HTTPException)
