@@ -125,18 +125,18 @@ def cpu_fingerprint() -> str:
 def _load(source: Path) -> ctypes.CDLL:
     if library := prebuilt_library(source):
         return ctypes.CDLL(str(library))
-    compiler = _compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
+    command = compiler()
+    version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
     link_flags = _link_flags()
     key = hashlib.sha256(_whole_text(source) + version)
     compile_flags = [*COMPILE_FLAGS, *compiler_flags()]
-    key.update(repr((compiler, compile_flags, link_flags, cpu_fingerprint())).encode())
+    key.update(repr((command, compile_flags, link_flags, cpu_fingerprint())).encode())
     library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if _is_intact(library):
         return ctypes.CDLL(str(library))
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / library.name
-        _compile(source, compiler, compile_flags, result)
+        _compile(source, command, compile_flags, result)
         try:
             _store(result, library)
         except OSError:  # a home that cannot be written to: this process loads what it compiled, the next one compiles
@@ -144,11 +144,11 @@ def _load(source: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _compile(source: Path, compiler: list[str], flags: list[str], result: Path) -> None:
+def _compile(source: Path, command: list[str], flags: list[str], result: Path) -> None:
     """Make a library of a C file."""
     compiled = result.with_suffix(".o")
-    _run([*compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(compiled)])
-    _run([*compiler, "-shared", str(compiled), *_link_flags(), "-lm", "-o", str(result)])
+    _run([*command, *flags, "-fopenmp", "-c", str(source), "-o", str(compiled)])
+    _run([*command, "-shared", str(compiled), *_link_flags(), "-lm", "-o", str(result)])
     compiled.unlink()
 
 
@@ -179,7 +179,7 @@ def prebuild(source: Path, level: str, folder: Path) -> Path:
     """
     path = prebuilt_path(source, level, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _compile(source.resolve(), _compiler(), [*COMPILE_FLAGS, *CPU_LEVELS[level].compiler_flags], path)
+    _compile(source.resolve(), compiler(), [*COMPILE_FLAGS, *CPU_LEVELS[level].compiler_flags], path)
     return path
 
 
@@ -190,7 +190,7 @@ def _whole_text(source: Path) -> bytes:
     return b"".join([text, *(_whole_text(source.with_name(name.decode())) for name in included)])
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """The command of the C compiler: what the variable CC says, or the first that is found."""
     if "CC" not in os.environ and sys.platform in NO_OPENMP:
         raise RuntimeError(NO_OPENMP[sys.platform])
