@@ -57,7 +57,7 @@ def names_in(text):
 
 def settings_of(script):
     """The class of settings that a script's command line is made from."""
-    (name,) = re.findall(r"= parse_config\((\w+),", (ROOT / script).read_text(encoding="utf-8"))
+    (name,) = re.findall(r"= parse_config\((\w+), argv,", (ROOT / script).read_text(encoding="utf-8"))
     return getattr(importlib.import_module(script.removesuffix(".py").replace("/", ".")), name)
 
 
