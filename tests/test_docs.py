@@ -63,9 +63,9 @@ def settings_of(script):
 
 def scripts():
     """Every script that reads its options by `parse_config`, but for finetune.py, which has several sets of them."""
-    folders = (ROOT, ROOT / "benchmarks", *(path.parent for path in ROOT.glob("[!.]*/__init__.py")))
+    folders = (ROOT, ROOT / "benchmarks", *(path.parent for path in ROOT.glob("[!.]*/**/__init__.py")))
     there = [path for folder in folders for path in folder.glob("*.py")]
-    found = [path for path in there if " = parse_config(" in path.read_text(encoding="utf-8")]
+    found = [path for path in there if re.search(r" = parse_config\(\w+, argv,", path.read_text(encoding="utf-8"))]
     return {str(path.relative_to(ROOT)) for path in found} - {"command_line.py", "finetune.py"}
 
 
