@@ -97,7 +97,7 @@ def encoding(tokenizer: ByteLevelBPETokenizer, texts: list[str], config: BenchCo
     peers: dict[str, Callable[[list[str]], object]] = {
         "ours, arrays": lambda some: tokenizer.encode_arrays(some),
         "ours, lists": lambda some: tokenizer.encode_batch(some),
-        "tokenizers": lambda some: [encoding.ids for encoding in engine.encode_batch_fast(some, add_special_tokens=False)],
+        "tokenizers": lambda some: [one.ids for one in engine.encode_batch_fast(some, add_special_tokens=False)],
     }
     if find_spec("gigatoken"):
         import gigatoken
