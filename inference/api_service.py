@@ -30,6 +30,7 @@ settings of its own. When a client leaves, its request gives its place away with
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -62,6 +63,7 @@ from inference.service.requests import DetokenizeRequest, GenerateRequest, Reloa
 from inference.service.settings import ServiceSettings, end_process
 from inference.service.static_page import add_page
 from inference.service.structured import AnswerForm, grammar_form, json_form, regex_form
+from inference.service.workers import Workers
 
 __all__ = ["GenerateRequest", "app"]
 
@@ -103,6 +105,7 @@ async def lifespan(application: FastAPI) -> AsyncIterator[dict[str, Service]]:
     install(settings.log_format)
     service.max_connections = possible_connections(settings.max_connections)
     service.start()
+    service.background(metrics.share(service))
     try:
         yield {"service": service}
     finally:
@@ -264,6 +267,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"the service cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; choose "
             "another --port or --host"
         ) from None
+    if settings.workers > 1:
+        sys.exit(Workers(serve, settings, listener).run())
+    serve(settings, listener)
+
+
+def serve(settings: ServiceSettings, listener: socket.socket) -> None:
+    """Answer those who come to this socket until Ctrl-C or SIGTERM."""
+    install(settings.log_format)
     app.state.settings = settings
     Server(app, settings).run(sockets=[listener])
 

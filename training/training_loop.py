@@ -69,6 +69,7 @@ class TrainingLoop:
 
     shown = ("loss", "lr")  # what stands beside the progress
     epoch_figures = ("loss", "val_loss")  # of training and of validation, for the line of an epoch
+    extra: dict[str, Any] = {}  # what else every checkpoint says
     published = ""  # the part of the model that the best checkpoint consists of; empty: all of it
 
     def __init__(
@@ -431,6 +432,7 @@ class TrainingLoop:
             training_state=training_state,
             lora=self.lora,
             **({"data": {name: account.as_dict() for name, account in self.accounts.items()}} if self.accounts else {}),
+            **self.extra,
         )
 
     def inputs(self) -> Inputs:

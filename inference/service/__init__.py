@@ -13,6 +13,7 @@ conversations   messages and tools → prompt; answers → calls
 model_server    loading, asking and exchanging the model
 answers         whole answers and streamed ones
 openai_api      the routes under /v1
+workers         several processes behind one port
 metrics         /metrics
 documentation   /docs and /openapi.json
 static_page     the chat page, whose files are in page/

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +200,8 @@ class Service:
             classifier = load_filter_classifier(settings.classifier, settings.classifier_forbids)
         lists = [Path(path) for path in settings.filters]
         self.filters = Filters.load(lists, classifier) if lists or classifier else None
+        self.statuses: Counter[tuple[str, int]] = Counter()  # (route, status) → requests
+        self.rejected: Counter[str] = Counter()  # why → requests
         self._is_draining = False
         self._answers: set[Answer] = set()
         self._tasks: set[asyncio.Task] = set()
@@ -209,12 +211,13 @@ class Service:
 
     def start(self) -> None:
         """Load the model in a thread, so that the port is open meanwhile."""
-        self._background(self._load())
-        self._background(self._watch())
+        self.background(self._load())
+        self.background(self._watch())
         if self.filters:
-            self._background(self._read_edits())
+            self.background(self._read_edits())
 
-    def _background(self, work: Any) -> None:
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work that goes on until the service ends."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -403,7 +406,7 @@ class Service:
                 raise ApiError(400, str(error), "model_path") from None
             self.settings.model_path, self.served = path, new
             logger.info("serving %s from now on; %s answers what it has taken", path, old.path)
-            self._background(self._retire(old))
+            self.background(self._retire(old))
             return new
 
     async def _retire(self, old: ServedModel) -> None:

@@ -34,6 +34,7 @@ class ServiceSettings:
     served_model_name: list[str] = option(list, "what clients call the model, then aliases; default: the file's name")
     host: str = option("127.0.0.1", "the address to listen on; 0.0.0.0: all of the machine's")
     port: int = option(8000, "the port to listen on; 0: any free one", at_least=0, at_most=65535)
+    workers: int = option(1, "processes that serve, with the weights in memory once", at_least=1, at_most=256)
     device: str = option("auto", "auto, cpu, cuda or mps")
     num_threads: int = option(0, "CPU threads; 0: all cores but one, left to the event loop", at_least=0, at_most=256)
     max_batch: int = option(8, "requests that are computed together", at_least=1, at_most=1024)
@@ -58,6 +59,7 @@ class ServiceSettings:
         "escape", "text that would open a turn in a prompt: break it, refuse it, or keep it", choices=MARK_POLICIES
     )
     log_format: str = option("text", "json: one object a line", choices=["text", "json"])
+    metrics_folder: str | None = option(None, "where several workers leave their metrics for each other; set by them")
     log_texts: bool = option(False, "write prompts and answers into the log")
 
     def __post_init__(self) -> None:
