@@ -290,10 +290,13 @@ def check_records(config: PipelineConfig) -> None:
         (config.pairwise_test, parse_preference),
     )
     for path, parse in read_by:
+        if not path:
+            continue
         account = Account(path, skips_bad_records=config.skip_bad_records)
-        if path and not load_records(path, parse, account, parse_columns(config.columns)):
+        if not load_records(path, parse, account, parse_columns(config.columns)):
             reasons = ", ".join(account.left_out)
-            raise UserError(f"{path} has no record of use ({reasons}); {account.first_bad or 'give others'}")
+            raise UserError(f"{path} has no record of use ({reasons}); {account.bad.first or 'give others'}")
+        print(*account.sentences()[:1], sep="\n", flush=True)
 
 
 def data_of_stages(

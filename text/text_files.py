@@ -69,9 +69,10 @@ class UnreadRecords:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.path, self.count = path and Path(path), 0
+        self.path, self.count, self.first = path and Path(path), 0, ""
 
     def add(self, why: str, text: str) -> None:
+        self.first = self.first or why
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a" if self.count else "w", encoding="utf-8", errors="replace") as file:
