@@ -134,7 +134,7 @@ def test_a_student_that_is_the_teacher_has_no_divergence_and_alone_it_learns_the
     batch = batch_of(tokenizer)
     assert DistillationModel(teacher, teacher, 1.0, 2.0)(**batch)["loss"].item() == pytest.approx(0.0, abs=1e-5)
     alone = DistillationModel(student, None, 0.0, 2.0)(**batch)
-    assert set(alone) == {"loss"}
+    assert set(alone) == {"loss", "token_accuracy"}
     assert alone["loss"].item() == pytest.approx(student(**batch)["loss"].item(), rel=1e-5)
 
 
