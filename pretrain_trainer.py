@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -265,15 +266,21 @@ class GPTTrainer:
 
 def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
     """The tokenizer of `--tokenizer_dir`. The default folder is filled from the training text if it is not there."""
+    place, source = config.tokenizer_dir, config.train_data_dir
     if "tokenizer_dir" not in config.given:
-        with holding(config.tokenizer_dir):  # of two runs that start together one trains, and the other loads
-            if not (Path(config.tokenizer_dir) / "tokenizer.json").is_file():
-                place, source = config.tokenizer_dir, config.train_data_dir
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(holding(place))  # of two runs that start together one trains, the other loads
+            except OSError as error:
+                raise UserError(
+                    f"{place} cannot be written to ({error.strerror}); name another --tokenizer_dir"
+                ) from error
+            if not (Path(place) / "tokenizer.json").is_file():
                 print(f"no tokenizer in {place} yet: training one of 4096 tokens on {source}", flush=True)
                 tokenizer = ByteLevelBPETokenizer(vocab_size=4096)
                 tokenizer.train(iter_documents(source, config), min_frequency=2, show_progress=True)
                 tokenizer.save(place)
-    return ByteLevelBPETokenizer.from_pretrained(config.tokenizer_dir)
+    return ByteLevelBPETokenizer.from_pretrained(place)
 
 
 def main(argv: list[str] | None = None) -> None:
