@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model, require_same_model
-from command_line import UserError, beyond_bounds, complaints_about, option, parse_config, replacing, run_main
+from command_line import UserError, beyond_bounds, complaints_about, holding, option, parse_config, replacing, run_main
 from data_loader import GPTPretrainDataset, MixedDataset, TokenShards, joined_shards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
@@ -239,7 +240,8 @@ class GPTTrainer:
         """Continue the beginnings of validation documents, spread over the whole text, into `samples.txt`."""
         length = min(n_prompt, self.config.max_seq_len // 2)
         starts = self.val_shards.spread_documents(n_samples, self.tokenizer.eos_token_id)
-        prompts = [self.tokenizer.decode(self.val_shards.slice(start, start + length).tolist()) for start in starts]
+        beginnings = [self.val_shards.slice(start, start + length).tolist() for start in starts]
+        prompts = [self.tokenizer.decode(ids).rstrip("\ufffd") for ids in beginnings]  # a character may be cut in two
         settings = {"max_gen_len": self.config.sample_tokens, "temperature": 0.8, "top_k": 50, "seed": self.config.seed}
         texts = generate_texts(model, self.tokenizer, prompts, chat=False, **settings)
         path = Path(self.config.output_dir) / "samples.txt"
@@ -274,15 +276,23 @@ class GPTTrainer:
 
 def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
     """The tokenizer of `--tokenizer_dir`. The default folder is filled from the training text if it is not there."""
-    if (Path(config.tokenizer_dir) / "tokenizer.json").is_file() or "tokenizer_dir" in config.given:
-        return ByteLevelBPETokenizer.from_pretrained(config.tokenizer_dir)
-    sources = [path for path, _ in parse_sources(config.train_data_dir)]
-    print(f"no tokenizer in {config.tokenizer_dir} yet: training one of 4096 tokens on {' and '.join(sources)}")
-    tokenizer = ByteLevelBPETokenizer(vocab_size=4096)
-    documents = (document for path in sources for document in iter_documents(path, config))
-    tokenizer.train(documents, min_frequency=2, show_progress=True)
-    tokenizer.save(config.tokenizer_dir)
-    return tokenizer
+    place, sources = config.tokenizer_dir, [path for path, _ in parse_sources(config.train_data_dir)]
+    if "tokenizer_dir" not in config.given:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(holding(place))  # of two runs that start together one trains, the other loads
+            except OSError as error:
+                raise UserError(
+                    f"{place} cannot be written to ({error.strerror}); name another --tokenizer_dir"
+                ) from error
+            if not (Path(place) / "tokenizer.json").is_file():
+                name = " and ".join(sources)
+                print(f"no tokenizer in {place} yet: training one of 4096 tokens on {name}", flush=True)
+                tokenizer = ByteLevelBPETokenizer(vocab_size=4096)
+                documents = (document for path in sources for document in iter_documents(path, config))
+                tokenizer.train(documents, min_frequency=2, show_progress=True)
+                tokenizer.save(place)
+    return ByteLevelBPETokenizer.from_pretrained(place)
 
 
 def main(argv: list[str] | None = None) -> None:

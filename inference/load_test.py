@@ -10,7 +10,8 @@ API and are streamed: the time to the first token and the times between tokens a
 it looks at `/health`, which has to stay quick however busy the model is. A full queue (429) is counted under a name of
 its own: it is how the service protects itself, but the user was not served, so it is a failure too.
 
-The variable API_KEY is sent to a service that asks for one.
+`--tags openai` asks for nothing but what other servers with OpenAI's API have, too. The variable API_KEY is sent to a
+service that asks for a key.
 """
 
 import json
@@ -21,7 +22,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from locust import HttpUser, between, task
+from locust import HttpUser, between, tag, task
 from locust.clients import ResponseContextManager
 
 TEST_QUESTIONS = Path(__file__).parent.parent / "data" / "sft" / "sft_test.json"
@@ -121,6 +122,7 @@ class GPTInferenceUser(HttpUser):
         if complaint:
             response.failure(complaint)
 
+    @tag("openai")
     @task(5)
     def chat(self) -> None:
         """Ask one question of the chat API and read the answer as it is written."""
@@ -147,6 +149,7 @@ class GPTInferenceUser(HttpUser):
         event = {"request_type": "stream", "name": name, "response_time": seconds * 1000, "response_length": 0}
         self.environment.events.request.fire(**event, exception=None, context={})
 
+    @tag("openai")
     @task(1)
     def health(self) -> None:
         """Look at the service's state, which must answer at once even while the model computes."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
-if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from command_line import UserError, option, parse_config, replacing, require_file, run_main
 from data_loader import pad_rows
 from inference.quantizer import load_translator

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -178,11 +179,11 @@ def tokenize():
     sys.stdout.flush()
 
 def pause_in_the_middle():  # after the first chunk
-    encode, chunks = ByteLevelBPETokenizer.encode_batch, []
-    def encode_first(self, *arguments, **settings):
-        chunks.append(at_once.pause_instead() if chunks else encode(self, *arguments, **settings))
+    encode, chunks = ByteLevelBPETokenizer.encode_arrays, []
+    def encode_first(*arguments):
+        chunks.append(at_once.pause_instead() if chunks else encode(*arguments))
         return chunks[-1]
-    ByteLevelBPETokenizer.encode_batch, data_loader.SHARD_TOKENS = encode_first, 1
+    ByteLevelBPETokenizer.encode_arrays, data_loader.SHARD_TOKENS = encode_first, 1
 
 for folder in folders:
     at_once.three_at_once(tokenize, pause_in_the_middle, lambda: any(Path(folder).rglob("*.bin")))
@@ -571,6 +572,51 @@ def test_similar_lengths_share_a_batch():
     longest = [max(lengths[index] for index in bucketed.batch(step)) for step in range(len(bucketed))]
     rises = sum(later > earlier for earlier, later in zip(longest, longest[1:], strict=False))
     assert 30 < rises < 70
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_workers_prepare_the_same_batches(kind, text_file, tokenizer, tmp_path):
+    """In processes of their own, each batch once and in the same order."""
+    records = [{"instruction": f"question {k}", "response": f"answer {k}"} for k in range(9)]
+    (tmp_path / "sft.json").write_text(json.dumps(records))
+
+    def batches(num_workers):
+        if kind == "sft":
+            return list(create_sft_dataloader(tmp_path / "sft.json", tokenizer, 2, 64, num_workers=num_workers))
+        folder = tmp_path / "shards"
+        return list(create_pretrain_dataloader(text_file, tokenizer, 2, 16, shard_dir=folder, num_workers=num_workers))
+
+    alone, together = batches(0), batches(2)
+    assert len(alone) == len(together) > 3
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_for_workers_that_start_anew_a_corpus_is_its_files(text_file, tokenizer, tmp_path):
+    """On Windows and macOS a data set is sent to its workers: the names of mapped files, not what is in them."""
+    text_file.write_text(text_file.read_text() * 200)
+    shards = tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
+    sent = pickle.dumps(shards)
+    assert len(sent) < 1000 < shards.arrays[0].nbytes
+    assert all_tokens(pickle.loads(sent)) == all_tokens(shards)
+    small = TokenShards([np.arange(5, dtype=np.uint16)], 5, 1)
+    assert all_tokens(pickle.loads(pickle.dumps(small))) == [0, 1, 2, 3, 4]
+
+
+def test_documents_are_found_all_over_the_text():
+    """The first one, and those after evenly spread places; never the end of the text, nor a long document's middle."""
+    eos = 9
+    documents = [[1, 2, eos]] * 10 + [[3] * 30 + [eos]] + [[4, eos]] * 20
+    ids = np.array([token for document in documents for token in document], dtype=np.uint16)
+    begins = {0, *(np.flatnonzero(ids == eos) + 1).tolist()} - {len(ids)}
+    for arrays in ([ids], [ids[:17], ids[17:60], ids[60:]]):
+        shards = TokenShards(arrays, 1, len(documents))
+        for n in (1, 2, 3, 7):
+            starts = shards.spread_documents(n, eos)
+            assert starts[0] == 0 and starts[-1] >= len(ids) * (n - 1) // n
+            assert set(starts) <= begins and n - 1 <= len(starts) <= n, "two places may be in one long document"
+    one_long = TokenShards([np.array([3] * 99 + [eos], dtype=np.uint16)], 1, 1)
+    assert one_long.spread_documents(3, eos) == one_long.spread_documents(3, eos, search=4) == [0]
 
 
 # ----------------------------------------------------------------------------------------------------- work cut by size
