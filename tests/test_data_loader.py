@@ -748,3 +748,38 @@ def test_sources_and_their_weights_are_read(tmp_path):
     for wrong, words in (("a:1\nb", "give each one or none"), ("a:1\nb:-1", "must be above 0")):
         with pytest.raises(UserError, match=words):
             parse_sources(wrong)
+
+
+# ------------------------------------------------------------------------------------------------------ bounded memory
+
+TOKENIZE_IN_BOUNDS = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from byte_level_bpe import ByteLevelBPETokenizer
+from data_loader import tokenize_to_shards
+import data_loader, text.fast_encoding
+
+data_loader.CHUNK_CHARACTERS, text.fast_encoding.FRESH_AFTER = int(sys.argv[4]), 4 * int(sys.argv[4])
+tokenizer = ByteLevelBPETokenizer(300)
+tokenizer.encode_arrays(["hello"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+shards = tokenize_to_shards(sys.argv[2], tokenizer, sys.argv[3])
+print(shards.n_bytes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """CORPUS_MB=4000 before pytest tries it with a corpus that is larger than memory: 1.5 GB at most are taken then."""
+    megabytes = int(os.environ.get("CORPUS_MB", "0"))
+    size, chunk, limit = (megabytes, 4_000_000, 1500) if megabytes else (12, 250_000, 100)
+    generator = np.random.default_rng(0)
+    with (tmp_path / "large.txt").open("w", encoding="utf-8") as file:
+        for _ in range(size):  # a megabyte of clauses that hardly come twice, as in verse
+            codes = generator.integers(0x4E00, 0x9000, 1_000_000 // 3)
+            codes[6::7], codes[60::61] = ord("，"), ord("\n")
+            file.write("".join(map(chr, codes)))
+    command = [sys.executable, "-c", TOKENIZE_IN_BOUNDS, str(ROOT), "large.txt", "shards", str(chunk)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    n_bytes, grown = map(int, done.stdout.split())
+    assert n_bytes > 0.9e6 * size and grown < limit
