@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -29,13 +30,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from command_line import UserError, option, parse_config, replacing, run_main
 from progress import Progress, told_from_outside
 from text.bpe_training import TextSample, byte_of_character, learn_merges, written
-from text.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate, Message, check_messages
+from text.chat_template import (
+    CHATML_SPECIAL_TOKENS,
+    CHATML_TEMPLATE,
+    DEFAULT_CHAT_TEMPLATE,
+    ROLES,
+    TEMPLATES,
+    ChatTemplate,
+    Message,
+    check_messages,
+)
 from text.fast_encoding import FastEncoder, fast_encoder, ids_of
-from text.text_files import iter_documents
+from text.text_files import ReadingOptions, UnreadRecords, iter_documents
 from text.tokenizer_files import (
     KNOWN_FILES,
     SAVED_FILES,
     SPECIAL_ROLES,
+    SPECIAL_STRINGS,
     TokenizerParts,
     byte_pre_tokenizer,
     puts_first,
@@ -58,12 +69,15 @@ class ByteLevelBPETokenizer:
         vocab_size: how many tokens training aims at, special tokens and the 256 bytes included.
         special_tokens: their ids are 0, 1, 2, …; the first four are the beginning of a text, padding, the end of a
             text, and unknown.
+        special_strings: what the strings of special tokens are in the documents of a corpus, see `encode_documents`.
 
     Raises:
         UserError: vocab_size leaves no room for the bytes, or the special tokens are unusable.
     """
 
-    def __init__(self, vocab_size: int = 4096, special_tokens: Sequence[str] = SPECIAL_TOKENS):
+    def __init__(
+        self, vocab_size: int = 4096, special_tokens: Sequence[str] = SPECIAL_TOKENS, special_strings: str = "text"
+    ):
         special_tokens = tuple(special_tokens)
         smallest = BYTE_COUNT + len(special_tokens)
         if vocab_size < smallest:
@@ -83,7 +97,7 @@ class ByteLevelBPETokenizer:
             single=[special_tokens[0], "$A"], special_tokens=[(special_tokens[0], 0)]
         )
         roles = dict(zip(SPECIAL_ROLES, special_tokens, strict=False))
-        self._adopt(TokenizerParts(engine, roles, adds_bos=True, chat_template=DEFAULT_CHAT_TEMPLATE))
+        self._adopt(TokenizerParts(engine, roles, True, DEFAULT_CHAT_TEMPLATE, special_strings=special_strings))
 
     def _adopt(self, parts: TokenizerParts) -> None:
         self._engine, self._roles, self._adds_bos = parts.engine, parts.roles, parts.adds_bos
@@ -91,6 +105,10 @@ class ByteLevelBPETokenizer:
         self._engine.encode_special_tokens = True  # its name misleads: their strings in a text are encoded as text
         self._engine.no_padding()
         self._engine.no_truncation()
+        self.special_strings = parts.special_strings
+        self._engine_of_documents: Tokenizer | None = None
+        if parts.special_strings == "special":  # an engine of its own: a switch would reach other threads' prompts
+            self._engine_of_documents = Tokenizer.from_str(self._engine.to_str())
         self._chat_template = ChatTemplate(parts.chat_template, parts.roles)
         added = self._engine.get_added_tokens_decoder().values()
         self._special_tokens = [token.content for token in added if token.special]
@@ -98,6 +116,17 @@ class ByteLevelBPETokenizer:
         self._bytes_of_tokens: dict[int, bytes] | None = None  # made when it is first asked for
         self._encoder: FastEncoder | None = None
         self._encoder_is_known = False  # it, too, is made when something is to be encoded
+
+    @classmethod
+    def with_template(
+        cls, vocab_size: int, template: str, special_strings: str = "text"
+    ) -> ByteLevelBPETokenizer:
+        """An untrained tokenizer with the "plain" template, or with "chatml", whose marks are special tokens."""
+        if template != "chatml":
+            return cls(vocab_size, special_strings=special_strings)
+        tokenizer = cls(vocab_size, CHATML_SPECIAL_TOKENS, special_strings)
+        tokenizer.chat_template = CHATML_TEMPLATE
+        return tokenizer
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +174,8 @@ class ByteLevelBPETokenizer:
         content["model"]["vocab"] = {token: index for index, token in enumerate(names)}
         content["model"]["merges"] = [[written(left), written(right)] for left, right in merges]
         engine = Tokenizer.from_str(json.dumps(content))
-        self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, self.chat_template))
+        template, strings = self.chat_template, self.special_strings
+        self._adopt(TokenizerParts(engine, self._roles, self._adds_bos, template, special_strings=strings))
         return sample
 
     # -- text and ids --------------------------------------------------------------------------------------------------
@@ -180,19 +210,34 @@ class ByteLevelBPETokenizer:
         """The ids of many texts, encoded in parallel; see `encode`."""
         texts, encoder = [_replace_lone_surrogates(text) for text in texts], self._fast_encoder()
         ids = encoder.encode_batch(texts) if encoder else ids_of(self._engine, texts)
-        prefix = self.prefix_ids if add_special_tokens else []
+        return self._with_prefix(ids) if add_special_tokens else ids
+
+    def encode_documents(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """The ids of documents of a corpus, as pretraining and its scores read them.
+
+        As `encode_batch`, unless `special_strings` is "special": then `<unk>`, `</s>` and the others, where they stand
+        in a document, are the special tokens, which is what some corpora mean by them (WikiText's rare words) and what
+        `transformers` reads. Prompts and conversations never are read so: a user's words are text.
+        """
+        if self._engine_of_documents is None:
+            return self.encode_batch(texts, add_special_tokens)
+        ids = ids_of(self._engine_of_documents, [_replace_lone_surrogates(text) for text in texts])
+        return self._with_prefix(ids) if add_special_tokens else ids
+
+    def _with_prefix(self, ids: list[list[int]]) -> list[list[int]]:
+        prefix = self.prefix_ids
         return [[*prefix, *one] for one in ids] if prefix else ids
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of many texts as arrays, without special tokens; the fastest way to encode much.
+        """The ids of documents of a corpus (see `encode_documents`) as arrays; the fastest way to encode much.
 
         Returns:
             All ids, one text after another, (M,) uint32; where each text begins and the last one ends, (N + 1,) int64.
         """
         texts, encoder = [_replace_lone_surrogates(text) for text in texts], self._fast_encoder()
-        if encoder and texts:
+        if encoder and texts and self._engine_of_documents is None:
             return encoder.encode_arrays(texts)
-        ids = ids_of(self._engine, texts)
+        ids = ids_of(self._engine_of_documents or self._engine, texts)
         borders = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         return np.fromiter(chain.from_iterable(ids), np.uint32, borders[-1]), borders
 
@@ -234,10 +279,26 @@ class ByteLevelBPETokenizer:
         check_messages(messages)
         return self._chat_template.render(messages, add_generation_prompt)
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> dict[str, list[int]]:
+    @property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template takes tools, calls and results as they are; see `ChatTemplate.knows_tools`."""
+        return self._chat_template.knows_tools
+
+    @property
+    def template_marks(self) -> list[str]:
+        """The plain text with which a user would open a turn; see `ChatTemplate.marks`."""
+        return self._chat_template.marks(self._special_tokens)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, list[int]]:
         """The ids of a conversation and the labels to train on it.
 
-        Nothing is added to what the template renders. The ids of a prompt (`add_generation_prompt=True`) are an exact
+        Nothing is added to what the template renders. With a template that knows tools, `tools`, messages of the role
+        "tool" and `tool_calls` go into it as they are. The ids of a prompt (`add_generation_prompt=True`) are an exact
         prefix of the ids of the same conversation with its answer.
 
         Returns:
@@ -247,8 +308,8 @@ class ByteLevelBPETokenizer:
         Raises:
             UserError: a message is malformed, the template rejects the conversation, or it is not prefix-consistent.
         """
-        check_messages(messages)
-        segments = self._chat_template.segments(messages, self._special_tokens, add_generation_prompt)
+        check_messages(messages, (*ROLES, "tool") if self.template_knows_tools else ROLES)
+        segments = self._chat_template.segments(messages, self._special_tokens, add_generation_prompt, tools)
         plain = [text for segment in segments for text, is_special in segment.pieces if not is_special]
         plain_ids = iter(self.encode_batch(plain))
         input_ids: list[int] = []
@@ -351,6 +412,8 @@ class ByteLevelBPETokenizer:
             "chat_template": self.chat_template,
             **self._roles,  # null for a role that no token plays, so that no loader assumes one
         }
+        if self.special_strings != "text":
+            config["special_strings"] = self.special_strings
         if self.bos_token_id is not None and self._adds_bos != puts_first(self._engine, self._roles["bos_token"]):
             config["add_bos_token"] = self._adds_bos
         more = {"generation_config.json": json.dumps(self._generation, indent=2) + "\n"} if self._generation else {}
@@ -449,7 +512,7 @@ def _replace_lone_surrogates(text: str) -> str:
 
 
 @dataclass
-class TokenizerTrainingConfig:
+class TokenizerTrainingConfig(ReadingOptions):
     """Options of `python byte_level_bpe.py`."""
 
     input: list[str] = option(list, "text files, folders of them, or names without ending; none: the sample data")
@@ -457,25 +520,36 @@ class TokenizerTrainingConfig:
         4096, "how many tokens, the bytes and the special tokens included", at_least=BYTE_COUNT + len(SPECIAL_TOKENS)
     )
     min_frequency: int = option(2, "how often a pair must occur to become a token", at_least=1)
+    chat_template: str = option(
+        "plain", "how conversations are written; chatml: with marks that a user's text cannot hold", choices=TEMPLATES
+    )
     sample_bytes: int = option(
         SAMPLE_BYTES, "of more text than this, every second, fourth, … document is learned from; 0: all", at_least=0
+    )
+    special_strings: str = option(
+        "text",
+        "what strings such as <unk> and </s> are in the documents of a corpus: text, or special tokens, as in WikiText",
+        choices=SPECIAL_STRINGS,
     )
     output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer and a report on it")
 
     def validate(self) -> list[str]:
-        return [f"--output_dir {self.output_dir} is a file; name a folder"] if Path(self.output_dir).is_file() else []
+        complaints = self.reading_complaints()
+        if Path(self.output_dir).is_file():
+            complaints.append(f"--output_dir {self.output_dir} is a file; name a folder")
+        return complaints
 
 
 class _SampledDocuments:
     """Passes documents through and keeps a uniform sample of them (Vitter 1985, algorithm R)."""
 
-    def __init__(self, paths: Sequence[str], size: int = 2000, max_characters: int = 4096):
-        self.paths, self.size, self.max_characters = paths, size, max_characters
+    def __init__(self, paths: Sequence[str], reading: ReadingOptions, unread: UnreadRecords):
+        self.paths, self.reading, self.unread, self.size, self.max_characters = paths, reading, unread, 2000, 4096
         self.sample: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
         generator = random.Random(0)
-        documents = (document for path in self.paths for document in iter_documents(path))
+        documents = (document for path in self.paths for document in iter_documents(path, self.reading, self.unread))
         for count, document in enumerate(documents, start=1):
             yield document
             if len(self.sample) < self.size:
@@ -487,8 +561,9 @@ class _SampledDocuments:
 def main(argv: list[str] | None = None) -> None:
     """Train a tokenizer on text files and save it."""
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
-    documents = _SampledDocuments(config.input or ["data/pretrain/train"])
-    tokenizer = ByteLevelBPETokenizer(config.vocab_size)
+    unread = UnreadRecords(Path(config.output_dir) / "left_out.jsonl")
+    documents = _SampledDocuments(config.input or ["data/pretrain/train"], config, unread)
+    tokenizer = ByteLevelBPETokenizer.with_template(config.vocab_size, config.chat_template, config.special_strings)
     sample = tokenizer.train(
         documents,
         config.min_frequency,
@@ -498,6 +573,15 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save(config.output_dir)
     figures = examine(tokenizer, documents.sample)
     write_report(figures, Path(config.output_dir))
+    if unread.count:
+        print(unread)
+    special = [text for text in documents.sample if any(token in text for token in SPECIAL_TOKENS)]
+    if special and config.special_strings == "text":
+        share = len(special) / len(documents.sample)
+        print(
+            f"{share:.1%} of the documents of a sample hold the string of a special token, such as <unk>, which is "
+            "read as text; where the corpus means the token, add --special_strings special"
+        )
     if sample.step > 1:
         print(
             f"learned from one in {sample.step} of {sample.n_texts:,} texts, {sample.size / 1e6:.1f} of "

@@ -152,6 +152,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load has no exception type of its own for foreign content
         raise UserError(f"{path} is not a checkpoint of this project; give one that its trainers wrote") from error
+    if isinstance(content, dict) and "model_state_dict" in content:
+        raise UserError(
+            f'{path} holds a "model_state_dict" and not a whole checkpoint; docs/from_the_articles.md shows how its '
+            "weights become one"
+        )
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project; give one that its trainers wrote")
     return content

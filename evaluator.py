@@ -120,7 +120,7 @@ class GPTEvaluator:
         stream = _Stream(self.model.config.max_seq_len)
         try:
             while chunk := list(islice(documents, 1024)):  # so that a corpus never has to fit into memory
-                encoded = self.tokenizer.encode_batch(chunk)
+                encoded = self.tokenizer.encode_documents(chunk)
                 if as_documents:
                     windows = [window for ids in encoded for window in self._windows(ids, stride)]
                 else:

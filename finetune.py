@@ -6,16 +6,19 @@
     python finetune.py --mode dpo    --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode kto    --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode distill --teacher_model models/sft/sft_best.pth
+    python finetune.py --mode classify --data_path labelled.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode rlhf   # the reward model, then PPO
     python finetune.py --mode grpo   --reward evaluation/answer_checker.py:preference_reward
 
-`python finetune.py --mode sft --help` lists the options of a mode.
+`python finetune.py --mode sft --help` lists the options of a mode. Where the data is preferences, `--data_path` is
+another name of `--pairwise_data`.
 """
 
 from __future__ import annotations
 
 import sys
 
+from alignment.classify import ClassifyConfig, classify
 from alignment.distillation import DistillationConfig, distill
 from alignment.dpo import DPOConfig, dpo
 from alignment.grpo import GRPOConfig, train_grpo
@@ -34,6 +37,7 @@ MODES = {
     "ppo": (PPOConfig, rlhf_ppo, "Align with preferences by PPO, given a reward model."),
     "dpo": (DPOConfig, dpo, "Align with preferences by DPO, without a reward model."),
     "kto": (KTOConfig, kto, "Align with answers that are called good or bad, by KTO."),
+    "classify": (ClassifyConfig, classify, "Train a classifier of texts, which can serve as a filter."),
     "distill": (DistillationConfig, distill, "Teach a small model what a larger one knows."),
     "rlhf": (PPOConfig, rlhf_ppo, "Train a reward model, then align with preferences by PPO."),
     "grpo": (GRPOConfig, train_grpo, "Learn from a reward function of your own by GRPO."),
@@ -57,11 +61,27 @@ def split_mode(argv: list[str]) -> tuple[str, list[str]]:
     raise UserError(f"--mode is missing; it must be {modes}")
 
 
+def name_preferences(config_class: type, argv: list[str]) -> list[str]:
+    """The arguments with `--data_path` (and `--val_data_path`) called what the stage calls its data.
+
+    Raises:
+        UserError: both names are used.
+    """
+    renamed = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        own_name = {"--data_path": f"--{config_class.data}", "--val_data_path": f"--val_{config_class.data}"}.get(name)
+        if own_name not in (None, name) and any(other.partition("=")[0] == own_name for other in argv):
+            raise UserError(f"{name} and {own_name} are two names of one thing here; give one of them")
+        renamed.append(f"{own_name or name}{equals}{value}")
+    return renamed
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     mode, rest = split_mode(sys.argv[1:] if argv is None else argv)
     config_class, run, description = MODES[mode]
-    config = parse_config(config_class, rest, description=description)
+    config = parse_config(config_class, name_preferences(config_class, rest), description=description)
     if mode == "ppo" and not config.reward_model:
         raise UserError("--mode ppo needs --reward_model PATH; --mode rlhf trains one first")
     run(config)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from typing import Any, ClassVar
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model, require_same_model
-from command_line import UserError, beyond_bounds, complaints_about, option, parse_config, replacing, run_main
+from command_line import UserError, beyond_bounds, complaints_about, holding, option, parse_config, replacing, run_main
 from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
 from machine import resolve_device
-from text.text_files import iter_documents, resolve_files
+from text.text_files import ReadingOptions, iter_documents, resolve_files
 from training import ranks
 from training.interruptions import advice_if_out_of_memory
 from training.training_config import TrainingConfig, prepare_machine
@@ -32,7 +33,7 @@ STEP = re.compile(r"--- step (\d+)$")  # heads the samples of an evaluation
 
 
 @dataclass
-class PretrainConfig(TrainingConfig):
+class PretrainConfig(TrainingConfig, ReadingOptions):
     """Settings of a pretraining run."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -74,11 +75,14 @@ class PretrainConfig(TrainingConfig):
     batch_size: int = option(32, "windows of one forward pass on one rank")
     lr: float = option(4e-3, "peak learning rate")
     epochs: float = option(5.0, "passes over the training text, if --max_steps is 0")
+    separate_documents: bool = option(False, "documents that share a window do not see each other")
     sample_tokens: int = option(48, "tokens of the samples written at every evaluation; 0: none", at_least=0)
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
-        complaints = super().validate()
+        complaints = super().validate() + self.reading_complaints()
+        if self.separate_documents and "pp" in self.parallel:
+            complaints.append("--separate_documents does not go with --parallel pp; drop one")
         if not beyond_bounds(self):
             try:
                 self.model_config(vocab_size=4096, pad_token_id=1)
@@ -150,9 +154,18 @@ def fit_machine(config: PretrainConfig) -> str:
 
 
 class GPTTrainer:
-    """Pretrains a GPT from a `PretrainConfig`: tokenizer, data, model and loop put together."""
+    """Pretrains a GPT from a `PretrainConfig`: tokenizer, data, model and loop put together.
+
+    Raises:
+        TypeError: something else was given, such as a model.
+    """
 
     def __init__(self, config: PretrainConfig) -> None:
+        if not isinstance(config, PretrainConfig):
+            raise TypeError(
+                f"GPTTrainer takes a PretrainConfig, from which it makes the model, not a {type(config).__name__}; "
+                "docs/from_the_articles.md shows how"
+            )
         self.config = config
         self.device = prepare_machine(config)
         self.val_path = config.val_data_dir or (SAMPLE_VAL if config.train_data_dir == SAMPLE_TRAIN else "")
@@ -164,8 +177,9 @@ class GPTTrainer:
                 self.train_shards, self.val_shards = self._tokenize()
             ranks.barrier()
         gpt_config = config.model_config(len(self.tokenizer), self.tokenizer.pad_token_id)
-        train_data = GPTPretrainDataset(self.train_shards, config.max_seq_len, config.train_data_dir)
-        val_data = GPTPretrainDataset(self.val_shards, config.max_seq_len, "the validation text")
+        end = self.tokenizer.eos_token_id if config.separate_documents else None
+        train_data = GPTPretrainDataset(self.train_shards, config.max_seq_len, config.train_data_dir, end)
+        self.val_data = val_data = GPTPretrainDataset(self.val_shards, config.max_seq_len, "the validation text", end)
         size = f"--d_model {config.d_model} and --n_layers {config.n_layers}"
         with advice_if_out_of_memory(f"for a model of {size}; lower them, or take a smaller --preset or --depth"):
             self.model = GPTModel.from_config(gpt_config)
@@ -185,23 +199,27 @@ class GPTTrainer:
         config, tokenizer = self.config, self.tokenizer
         if self.val_path:
             return (
-                tokenize_to_shards(config.train_data_dir, tokenizer, config.shard_dir),
-                tokenize_to_shards(self.val_path, tokenizer, config.shard_dir),
+                tokenize_to_shards(config.train_data_dir, tokenizer, config.shard_dir, reading=config),
+                tokenize_to_shards(self.val_path, tokenizer, config.shard_dir, reading=config),
             )
         if not config.val_fraction:
             config.val_fraction = DEFAULT_VAL_FRACTION
             print(f"no validation text given: {config.val_fraction:.0%} of the documents are set aside", flush=True)
         return tuple(
             tokenize_to_shards(
-                config.train_data_dir, tokenizer, config.shard_dir, part=part, val_fraction=config.val_fraction
+                config.train_data_dir,
+                tokenizer,
+                config.shard_dir,
+                part=part,
+                val_fraction=config.val_fraction,
+                reading=config,
             )
             for part in ("train", "val")
         )
 
     def _score(self, model: GPTModel, metrics: dict[str, float]) -> dict[str, float]:
         """Bits per byte of the raw text, which compares models of different tokenizers; and samples, to be read."""
-        n_predicted = self.val_shards.n_tokens - 1  # all but the very first, each once
-        bits_per_byte = metrics["val_loss"] * n_predicted / math.log(2) / self.val_shards.n_bytes
+        bits_per_byte = metrics["val_loss"] * self.val_data.n_predicted / math.log(2) / self.val_shards.n_bytes
         if self.config.sample_tokens:
             whole_model = self.loop.parallel_model.whole_model()
             if whole_model is not None:
@@ -212,7 +230,8 @@ class GPTTrainer:
         """Continue the beginnings of validation documents, spread over the whole text, into `samples.txt`."""
         length = min(n_prompt, self.config.max_seq_len // 2)
         starts = self.val_shards.spread_documents(n_samples, self.tokenizer.eos_token_id)
-        prompts = [self.tokenizer.decode(self.val_shards.slice(start, start + length).tolist()) for start in starts]
+        beginnings = [self.val_shards.slice(start, start + length).tolist() for start in starts]
+        prompts = [self.tokenizer.decode(ids).rstrip("\ufffd") for ids in beginnings]  # a character may be cut in two
         settings = {"max_gen_len": self.config.sample_tokens, "temperature": 0.8, "top_k": 50, "seed": self.config.seed}
         texts = generate_texts(model, self.tokenizer, prompts, chat=False, **settings)
         path = Path(self.config.output_dir) / "samples.txt"
@@ -247,13 +266,21 @@ class GPTTrainer:
 
 def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
     """The tokenizer of `--tokenizer_dir`. The default folder is filled from the training text if it is not there."""
-    if (Path(config.tokenizer_dir) / "tokenizer.json").is_file() or "tokenizer_dir" in config.given:
-        return ByteLevelBPETokenizer.from_pretrained(config.tokenizer_dir)
-    print(f"no tokenizer in {config.tokenizer_dir} yet: training one of 4096 tokens on {config.train_data_dir}")
-    tokenizer = ByteLevelBPETokenizer(vocab_size=4096)
-    tokenizer.train(iter_documents(config.train_data_dir), min_frequency=2, show_progress=True)
-    tokenizer.save(config.tokenizer_dir)
-    return tokenizer
+    place, source = config.tokenizer_dir, config.train_data_dir
+    if "tokenizer_dir" not in config.given:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(holding(place))  # of two runs that start together one trains, the other loads
+            except OSError as error:
+                raise UserError(
+                    f"{place} cannot be written to ({error.strerror}); name another --tokenizer_dir"
+                ) from error
+            if not (Path(place) / "tokenizer.json").is_file():
+                print(f"no tokenizer in {place} yet: training one of 4096 tokens on {source}", flush=True)
+                tokenizer = ByteLevelBPETokenizer(vocab_size=4096)
+                tokenizer.train(iter_documents(source, config), min_frequency=2, show_progress=True)
+                tokenizer.save(place)
+    return ByteLevelBPETokenizer.from_pretrained(place)
 
 
 def main(argv: list[str] | None = None) -> None:

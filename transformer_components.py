@@ -497,9 +497,9 @@ class MultiHeadAttention(Part):
         self,
         d_model: int,
         n_heads: int,
+        dropout: float = 0.0,
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
-        dropout: float = 0.0,
         **fields: Any,
     ) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from alignment.log_probabilities import token_log_probs
 from alignment.stage import SFTStart, StageConfig, room_advice
 from byte_level_bpe import ByteLevelBPETokenizer
-from command_line import UserError, option
+from command_line import UserError, option, replacing
 from data_loader import Batch, GPTPPODataset
 from gpt_model import GPTConfig, GPTModel
 from inference.engine import Engine
@@ -110,7 +110,10 @@ def write_answers(
         # A new engine each time: what it remembers of prompts belongs to the weights of this moment
         written = Engine(policy, None, max_running=len(rows)).run(rows, settings)
     except RequestFailed as failure:
-        raise UserError(f"the policy cannot write answers: {failure}; lower --lr") from failure
+        raise UserError(
+            f"the policy cannot write answers: {failure}; where training has made it so, lower --lr, and otherwise "
+            "start from another checkpoint"
+        ) from failure
     device, pad = prompts["input_ids"].device, torch.nn.utils.rnn.pad_sequence
     answers = [torch.tensor(generation.token_ids) for generation in written]
     answer_mask = pad([torch.ones_like(ids, dtype=torch.bool) for ids in answers], batch_first=True).to(
@@ -345,12 +348,9 @@ class RolloutLoop(TrainingLoop):
         earlier = [
             sample for sample in read_metrics(path) if sample["step"] < self.step
         ]  # what a killed run wrote goes
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in earlier + samples)
-            path.write_text("".join(lines), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write to {path} ({error.strerror}); free some space") from error
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in earlier + samples)
+        with replacing(path, "free some space") as file:
+            file.write("".join(lines).encode())
         for sample in samples:
             prompt, answer = (" ".join(sample[name].split()) for name in ("prompt", "answer"))
             tqdm.write(f"  {sample['score']:+6.2f}  {prompt} → {answer}{'' if sample['ended'] else ' …'}")

@@ -12,9 +12,14 @@ headings, where it holds the end of the question. The better of the two is the b
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 
@@ -158,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     conversations = load_conversations(config.sft_data_path, accounts[1], columns=columns)
     for account in accounts:
         print(*account.sentences(), sep="\n", flush=True)
-    texts = tokenizer.encode_batch(list(iter_documents(config.train_data_dir)), add_special_tokens=True)
+    texts = tokenizer.encode_documents(list(iter_documents(config.train_data_dir)), add_special_tokens=True)
     documents = [ids + [eos] for ids in texts]
 
     reports = {}

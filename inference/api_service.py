@@ -1,6 +1,6 @@
 """The generation service: one model behind HTTP.
 
-    python -m inference.api_service --model_path models/sft/sft_best.pth
+    python inference/api_service.py --model_path models/sft/sft_best.pth
     uvicorn inference.api_service:app --host 0.0.0.0 --port 8000
 
     curl -X POST http://localhost:8000/generate -H "Content-Type: application/json" \\
@@ -14,6 +14,7 @@
     GET  /health, /ready         whether the process is sound, and whether it can answer now
     GET  /metrics                for Prometheus
     POST /admin/reload           another model, without dropping a request
+    GET  /                       the chat page
     GET  /docs                   all of this, as a page to try it on
 
 Every error is `{"error": {"message", "type", "param", "code"}}` with a sentence that says what was wrong.
@@ -29,10 +30,15 @@ settings of its own. When a client leaves, its request gives its place away with
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
+
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -41,19 +47,23 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, run_main
 from inference.service import documentation, metrics, openai_api
 from inference.service.answers import EventStream, pieces_of, whole
 from inference.service.bodies import read_request
 from inference.service.connections import Server, listening_socket, possible_connections
+from inference.service.conversations import Conversation
 from inference.service.documentation import described
 from inference.service.errors import ApiError, unavailable
 from inference.service.gate import Gate, http_error
 from inference.service.logs import install
 from inference.service.model_server import FAILED, LOADED, Service
-from inference.service.openai_api import messages_for_template
 from inference.service.requests import DetokenizeRequest, GenerateRequest, ReloadRequest, TokenizeRequest
 from inference.service.settings import ServiceSettings, end_process
+from inference.service.static_page import add_page
+from inference.service.structured import AnswerForm, grammar_form, json_form, regex_form
+from inference.service.workers import Workers
 
 __all__ = ["GenerateRequest", "app"]
 
@@ -89,12 +99,13 @@ async def lifespan(application: FastAPI) -> AsyncIterator[dict[str, Service]]:
     """Hand the service to the requests, and load its model meanwhile; at the end, stop the engine."""
     try:
         settings = application.state.settings or ServiceSettings.read()
+        service = Service(settings)
     except UserError as error:
         end_process(str(error), 2)
     install(settings.log_format)
-    service = Service(settings)
     service.max_connections = possible_connections(settings.max_connections)
     service.start()
+    service.background(metrics.share(service))
     try:
         yield {"service": service}
     finally:
@@ -130,6 +141,7 @@ app.add_middleware(Gate)
 app.add_middleware(CrossOrigin)
 for part in (openai_api, metrics, documentation):
     app.include_router(part.router)
+add_page(app)
 
 
 @app.exception_handler(HTTPException)
@@ -138,13 +150,23 @@ async def known_error(request: Request, error: HTTPException) -> JSONResponse:
     return http_error(request.method, request.url.path, error).response()
 
 
+def form_of(body: GenerateRequest) -> Callable[[ByteLevelBPETokenizer], AnswerForm] | None:
+    """What makes the form that the answer is to have."""
+    for kind, wanted in ((json_form, body.json_schema), (regex_form, body.regex), (grammar_form, body.grammar)):
+        if wanted is not None:
+            return lambda tokenizer: kind(tokenizer, wanted)  # noqa: B023  the loop ends here
+    return None
+
+
 @app.post("/generate", response_model=GenerateResponse, **described(422, body=GenerateRequest, streams=True))
 async def generate(request: Request) -> Response:
     """Answer a question (or continue a text, if the model was only pretrained)."""
     service: Service = request.state.service
     body = await read_request(request, GenerateRequest, invalid=422)
     chat = service.ready().chat
-    answer = await service.answer([body.prefix], body.params(), chat=chat, streamed=body.stream, invalid=422)
+    answer = await service.answer(
+        [body.prefix], body.params(), chat=chat, streamed=body.stream, invalid=422, form=form_of(body)
+    )
 
     def complete(text: str, reason: str) -> dict[str, str]:
         return {"prefix": body.prefix, "generated_text": text, "finish_reason": reason}
@@ -170,13 +192,11 @@ async def tokenize(request: Request) -> JSONResponse:
     served = service.named(body.model)
     try:
         if body.messages is None:
-            ids = await service.in_thread(served.tokenizer.encode, body.prompt, None, body.add_special_tokens)
+            tokens = await service.in_thread(served.tokens, body.prompt, body.add_special_tokens)
         else:
-            messages = messages_for_template(body.messages)
-            ids = await service.in_thread(served.tokenizer.encode_chat, messages, body.add_generation_prompt)
+            tokens = await service.in_thread(served.encode, Conversation(body.messages, body.tools), True)
     except UserError as error:
         raise ApiError(400, str(error)) from None
-    tokens = ids["input_ids"]
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": served.context})
 
 
@@ -247,6 +267,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"the service cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; choose "
             "another --port or --host"
         ) from None
+    if settings.workers > 1:
+        sys.exit(Workers(serve, settings, listener).run())
+    serve(settings, listener)
+
+
+def serve(settings: ServiceSettings, listener: socket.socket) -> None:
+    """Answer those who come to this socket until Ctrl-C or SIGTERM."""
+    install(settings.log_format)
     app.state.settings = settings
     Server(app, settings).run(sockets=[listener])
 

@@ -4,7 +4,7 @@ A request is described by `SamplingParams`; its `TokenSampler` carries what chan
 random numbers); `sample_batch` chooses the next token of many requests at once, each with settings of its own. The
 order of the steps is that of `transformers`:
 
-    logits → bias and bans → repetition penalty → presence and frequency penalties → ÷ temperature
+    logits → bias and bans → repetition penalty → presence and frequency penalties → form → ÷ temperature
            → top-k → top-p → min-p → softmax → one token by inverse CDF
 
 Every truncation is a threshold on the scores, so tokens of equal score stay or go together. A row takes one uniform
@@ -19,6 +19,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +28,23 @@ GREEDY_BELOW = 1e-5  # dividing logits by less may overflow, and the likeliest t
 NUCLEUS_CANDIDATES = 1024  # the nucleus is sought among this many before the whole vocabulary is sorted
 REPETITION_PENALTIES = (0.01, 100)  # lowest and highest: beyond them a logit may overflow
 OVERFLOWS = ("error", "slide")
+
+
+class FormState(Protocol):
+    """How far one answer has come in its form."""
+
+    def restrict(self, scores: torch.Tensor) -> None:
+        """Set the scores (V,) of tokens that cannot come next to −∞, in place; one at least stays finite."""
+
+    def accept(self, token_id: int) -> None:
+        """Go on with this token."""
+
+
+class Form(Protocol):
+    """What an answer has to look like, such as a JSON schema or a regular expression."""
+
+    def begin(self, max_tokens: int) -> FormState:
+        """The state of an answer of at most so many tokens that has none yet."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,7 @@ class SamplingParams:
         logprobs: None reports none; k reports the log-probabilities of the chosen and of the k likeliest tokens.
         overflow: at the end of the model's context, stop with an "error" before the start, or "slide": forget the
             oldest tokens.
+        form: what the answer has to look like; None leaves it free.
     """
 
     max_gen_len: int = 64
@@ -72,6 +91,7 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     overflow: str = "error"
+    form: Form | None = None
 
     def complaints(self, vocab_size: int | None = None) -> list[str]:
         """What is wrong with these parameters, a sentence each; empty if nothing is.
@@ -115,8 +135,9 @@ class SamplingParams:
                 found.append(f"{name} has {outside[0]!r}, which is no token id of a vocabulary of {vocab_size}")
         if not all(_is_number(bias) and bias < unlimited for bias in self.logit_bias.values()):
             found.append("logit_bias must map token ids to numbers; minus infinity bans a token")
-        banned = {*self.banned_tokens, *(token for token, bias in self.logit_bias.items() if bias == -unlimited)}
-        if len(banned) == vocab_size:
+        lowest = torch.finfo(torch.float32).min  # a bias below it is minus infinity among the logits
+        banned = {*self.banned_tokens, *(token for token, bias in self.logit_bias.items() if bias < lowest)}
+        if not found and len(banned) == vocab_size:
             found.append("banned_tokens and logit_bias ban the whole vocabulary: leave at least one token")
         if self.overflow not in OVERFLOWS:
             found.append(f"overflow must be one of {', '.join(OVERFLOWS)}, not {self.overflow!r}")
@@ -141,6 +162,7 @@ class TokenSampler:
         self.greedy = params.temperature < GREEDY_BELOW
         self.penalizes = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         self.bias = {**params.logit_bias, **dict.fromkeys(params.banned_tokens, -math.inf)}
+        self.form = None if params.form is None else params.form.begin(params.max_gen_len)
         self.prompt_ids = prompt_ids if self.penalizes else ()
         self.counts: torch.Tensor | None = None  # (2, V): whether prompt or answer has a token, how often the answer
         self.random: random.Random | None = None
@@ -153,7 +175,7 @@ class TokenSampler:
         return self.random.random() if self.random else 0.0
 
     def adjust(self, scores: torch.Tensor) -> None:
-        """Add bias and bans to one row of scores (V,) and subtract penalties, in place."""
+        """Add bias and bans to one row of scores (V,), subtract penalties, and leave what the form allows; in place."""
         params = self.params
         if self.bias:
             ids = torch.tensor(list(self.bias), device=scores.device)
@@ -166,9 +188,13 @@ class TokenSampler:
             penalized = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
             torch.where(seen > 0, penalized, scores, out=scores)
             scores -= params.frequency_penalty * produced + params.presence_penalty * (produced > 0)
+        if self.form is not None:
+            self.form.restrict(scores)
 
     def record(self, token_id: int) -> None:
         """Count a token that was produced."""
+        if self.form is not None:
+            self.form.accept(token_id)
         if self.counts is not None:
             self.counts[0, token_id] = 1
             self.counts[1, token_id] += 1
@@ -209,7 +235,7 @@ class SampledTokens:
 def sample_batch(logits: torch.Tensor, samplers: Sequence[TokenSampler]) -> SampledTokens:
     """The next token of each row of logits (B, V), by the settings of the row's own sampler."""
     scores = logits.detach().float()  # (B, V)
-    adjusted = [row for row, sampler in enumerate(samplers) if sampler.penalizes or sampler.bias]
+    adjusted = [row for row, sampler in enumerate(samplers) if sampler.penalizes or sampler.bias or sampler.form]
     if adjusted:
         scores = scores.clone()  # the caller's logits stay as they are
         for row in adjusted:

@@ -418,3 +418,41 @@ def test_the_command_line_answers_a_mistake_with_one_sentence_and_status_2(tmp_p
     assert run.returncode == 2
     assert run.stderr.startswith("error: ") and len(run.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+# -- the strings of special tokens in a text ---------------------------------------------------------------------------
+
+
+def test_strings_of_special_tokens_are_read_as_the_corpus_means_them(tmp_path):
+    """By default they are text; a folder with `special_strings` reads them in documents as `transformers` does, and
+    in prompts and conversations as text all the same."""
+    transformers = pytest.importorskip("transformers")
+    lines = [" the <unk> of <unk> </s> , 1998 ", "plain words"]
+    plain, special = (ByteLevelBPETokenizer(300, special_strings=kind) for kind in ("text", "special"))
+    for tokenizer, folder in ((plain, "plain"), (special, "special")):
+        tokenizer.train(lines * 3)
+        tokenizer.save(tmp_path / folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "special")
+    loaded = ByteLevelBPETokenizer.from_pretrained(tmp_path / "special")
+    for tokenizer in (special, loaded, pickle.loads(pickle.dumps(loaded))):
+        assert tokenizer.encode_documents(lines) == theirs(lines, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode_documents(lines)[0].count(3) == 2
+    split = theirs(lines, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for tokenizer in (plain, special, loaded):
+        assert tokenizer.encode_batch(lines) == split
+        assert not {2, 3} & set(tokenizer.encode(lines[0])["input_ids"])
+        chat = tokenizer.encode_chat([{"role": "user", "content": "<unk></s>"}], add_generation_prompt=True)
+        assert not {2, 3} & set(chat["input_ids"])
+    assert plain.encode_documents(lines) == split
+    assert plain.fingerprint != special.fingerprint  # token shards of one reading are not taken for the other's
+
+
+def test_documents_with_special_strings_are_named_when_a_tokenizer_is_trained(tmp_path, capsys):
+    """The share of such documents is said, and how to read them otherwise."""
+    (tmp_path / "wiki.txt").write_text("the <unk> said\nplain\n" * 10, encoding="utf-8")
+    arguments = ["--input", str(tmp_path / "wiki.txt"), "--vocab_size", "300", "--output_dir", str(tmp_path / "bpe")]
+    main(arguments)
+    assert "50.0% of the documents of a sample hold the string of a special token" in capsys.readouterr().out
+    main([*arguments, "--special_strings", "special"])
+    assert "hold the string" not in capsys.readouterr().out
+    assert ByteLevelBPETokenizer.from_pretrained(tmp_path / "bpe").special_strings == "special"

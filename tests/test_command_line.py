@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 
+import finetune
 from command_line import UserError, option, parse_config, replacing, require_file, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +164,20 @@ def test_the_help_of_every_script_can_be_printed(script, capsys):
             module.main([*(["--mode", mode] if mode else []), "--help"])
         assert exit_.value.code == 0
         assert "usage:" in capsys.readouterr().out
+
+
+def test_preferences_may_be_called_data(monkeypatch):
+    """`--data_path` names the data of every mode; twice is once too often."""
+    runs_of: list = []
+    modes = {mode: (config, runs_of.append, text) for mode, (config, _, text) in finetune.MODES.items()}
+    monkeypatch.setattr(finetune, "MODES", modes)
+    for mode in ("rlhf", "reward", "dpo", "kto"):
+        finetune.main(["--mode", mode, "--data_path=mine.json", "--val_data_path", "held_out.json"])
+        assert (runs_of[-1].pairwise_data, runs_of[-1].val_pairwise_data) == ("mine.json", "held_out.json")
+    finetune.main(["--mode", "sft", "--data_path", "mine.json"])
+    assert runs_of[-1].data_path == "mine.json"
+    with pytest.raises(UserError, match="--data_path and --pairwise_data are two names of one thing"):
+        finetune.main(["--mode", "dpo", "--data_path", "a.json", "--pairwise_data", "b.json"])
 
 
 # ------------------------------------------------------------------------------------------------------- exit statuses

@@ -14,9 +14,12 @@ import torch
 
 import finetune
 from alignment.reward_function import call_reward, load_reward
-from checkpoint import save_checkpoint
-from command_line import parse_config
+from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import load_model, save_checkpoint
+from command_line import UserError, parse_config
 from gpt_model import GPTConfig, GPTModel
+from inference.service.settings import ServiceSettings
+from pretrain_trainer import GPTTrainer
 from training import run_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,8 +29,12 @@ ALL_PAGES = sorted(DOCS.glob("*.md"))
 
 # Options of programs that are not ours
 TORCHRUN = ["standalone", "nnodes", "nproc_per_node", "rdzv_id", "rdzv_backend", "rdzv_endpoint"]
-OTHERS = ["no", "jinja", "model_args", "tasks", "include_path", "tensor"]  # pip, llama.cpp, lm_eval, vLLM
+OTHERS = ["no", "tensor"]  # of pip and vLLM, likewise
+DOCKER = ["profile", "scale"]
+LOCUST = ["tags"]
 SBATCH = ["nodes", "ntasks", "gpus", "cpus", "signal", "requeue"]  # those with hyphens by their first word
+
+WITHOUT_OPTIONS = ("api_demo.py", "inference/load_test.py")  # Locust reads those of its own
 
 sys.path.append(str(DOCS))
 import line_links  # noqa: E402
@@ -56,7 +63,9 @@ def names_in(text):
 
 def settings_of(script):
     """The class of settings that a script's command line is made from."""
-    (name,) = re.findall(r"= parse_config\((\w+),", (ROOT / script).read_text(encoding="utf-8"))
+    if script == "inference/api_service.py":
+        return ServiceSettings
+    name = re.findall(r"= parse_config\((\w+),", (ROOT / script).read_text(encoding="utf-8"))[-1]  # that of `main`
     return getattr(importlib.import_module(script.removesuffix(".py").replace("/", ".")), name)
 
 
@@ -89,11 +98,38 @@ def test_commands_are_understood(page, monkeypatch):
     for block in blocks(page, "bash"):
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)
     for script, arguments in python_commands(page):
+        if script in WITHOUT_OPTIONS:
+            continue
         if script == "finetune.py":
             mode, arguments = finetune.split_mode(arguments)
             parse_config(finetune.MODES[mode][0], arguments, description="")
         else:
             parse_config(settings_of(script), arguments, description="")
+
+
+RUN_AS_FILES = """
+import runpy, sys
+for file in sys.argv[1:]:
+    sys.path[0], sys.argv = file.rpartition("/")[0], [file, "--help"]  # what `python FILE --help` starts with
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("inference", "alignment", "evaluation")]:
+        del sys.modules[name]
+    try:
+        runpy.run_path(file, run_name="__main__")
+    except SystemExit as exit_:
+        assert exit_.code in (0, None), (file, exit_.code)
+"""
+
+
+def test_scripts_inside_folders_run_as_files(tmp_path):
+    """`python inference/quantizer.py` does what `python -m inference.quantizer` does, from any working folder."""
+    names = [path for folder in ("inference", "alignment", "evaluation") for path in (ROOT / folder).glob("*.py")]
+    names = sorted(str(path) for path in names if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"))
+    assert {"api_service", "kv_cache_infer", "load_test", "lora_export"} <= {Path(name).stem for name in names}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_AS_FILES, *names], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.lower().count("usage:") == len(names)
 
 
 def test_reward_function_shown_is_one_that_grpo_takes(tmp_path):
@@ -109,9 +145,36 @@ def test_reward_function_shown_is_one_that_grpo_takes(tmp_path):
 def test_options_exist(page):
     """Every --option that a page names is one of some script, or of a program that starts ours."""
     settings = [config for config, _, _ in finetune.MODES.values()] + [settings_of(script) for script in scripts()]
+    settings.append(ServiceSettings)
     known = {field.name.rstrip("_") for config in settings for field in fields(config)} | {"mode", "preset", "help"}
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", page.read_text(encoding="utf-8")))
-    assert named - known - {*TORCHRUN, *SBATCH, *OTHERS} == set()
+    assert named - known - {*TORCHRUN, *SBATCH, *DOCKER, *LOCUST, *OTHERS} == set()
+
+
+def test_code_for_readers_of_the_articles_runs(tmp_path, monkeypatch, capsys):
+    """Trainer, checkpoint and cache as the page shows them; weights of the articles' names become a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_log, "plot_metrics", lambda *_: None)
+    (tmp_path / "my_texts").mkdir()
+    texts = [f"hello world, this is document {number}" for number in range(60)]
+    (tmp_path / "my_texts" / "a.txt").write_text("\n".join(texts), encoding="utf-8")
+    tokenizer = ByteLevelBPETokenizer(vocab_size=300)
+    tokenizer.train(texts)
+    tokenizer.save("models/bpe_tokenizer")
+    names = {"query_proj": "w_q", "key_proj": "w_k", "value_proj": "w_v", "output_proj": "w_o"}
+    model = GPTModel(vocab_size=len(tokenizer), d_model=32, n_layers=2, n_heads=2, max_seq_len=32)
+    weights = {".".join(names.get(p, p) for p in name.split(".")): w for name, w in model.state_dict().items()}
+    torch.save({"model_state_dict": weights, "epoch": 3}, "their_model.pth")
+    with pytest.raises(UserError, match="docs/from_the_articles.md"):
+        load_model("their_model.pth")
+    with pytest.raises(TypeError, match="docs/from_the_articles.md"):
+        GPTTrainer(model)
+    for code in blocks(DOCS / "from_the_articles.md", "python"):
+        exec(compile(code, "from_the_articles.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert float(printed[-1].removeprefix("tensor(").split(",")[0].rstrip(")")) < 1e-4
+    ids = torch.tensor([tokenizer.encode("hello")["input_ids"]])
+    assert torch.equal(load_model("models/theirs.pth")[0](ids)["logits"], model.eval()(ids)["logits"])
 
 
 # -- links -------------------------------------------------------------------------------------------------------------

@@ -177,3 +177,45 @@ def test_mistakes_are_the_clients_own_exceptions(client, settings, error, expect
         chat(client, **settings)
     assert expected in raised.value.body["message"]
     assert set(raised.value.body) == {"message", "type", "param", "code"}
+
+
+# --- forms and tools -------------------------------------------------------------------------------------------------
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
+            "required": ["days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_answers_are_json_where_that_is_asked_for(client):
+    schema = WEATHER["function"]["parameters"]
+    for form in ({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}, {"type": "json_object"}):
+        answer = chat(client, response_format=form, max_tokens=60, n=4)
+        for choice in answer.choices:
+            assert choice.finish_reason == "stop"
+            assert form["type"] == "json_object" or 1 <= json.loads(choice.message.content)["days"] <= 9
+            assert isinstance(json.loads(choice.message.content), dict)
+
+
+def test_a_tool_that_has_to_be_called_is_called_streamed_or_not(client):
+    settings = dict(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "weather"}}, max_tokens=100)
+    (choice,) = chat(client, **settings).choices
+    (call,) = choice.message.tool_calls
+    assert (choice.finish_reason, choice.message.content, call.function.name) == ("tool_calls", None, "weather")
+    chunks = [chunk.choices[0] for chunk in chat(client, stream=True, **settings)]
+    (delta,) = [chunk.delta.tool_calls for chunk in chunks if chunk.delta.tool_calls]
+    assert delta[0].index == 0 and delta[0].function.arguments == call.function.arguments
+    assert chunks[-1].finish_reason == "tool_calls"
+    again = [*MESSAGES, choice.message.model_dump(exclude_none=True)]
+    again.append({"role": "tool", "tool_call_id": call.id, "content": "sunny"})
+    assert chat(client, messages=again, tools=[WEATHER]).choices[0].message.content is not None
+    with pytest.raises(openai.BadRequestError, match="no tool 'rain'"):
+        chat(client, tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "rain"}})

@@ -49,14 +49,14 @@ def attention_by_hand(module, x, visible):
 @pytest.mark.parametrize("head_dim", [None, 12])
 def test_attention_is_softmax_of_scaled_products_over_the_past(n_kv_heads, head_dim):
     """Full, grouped and single key/value heads, with a head width of its own or not, against plain loops."""
-    module = MultiHeadAttention(32, 4, n_kv_heads, head_dim).eval()
+    module = MultiHeadAttention(32, 4, n_kv_heads=n_kv_heads, head_dim=head_dim).eval()
     x = torch.randn(2, 5, 32)
     by_hand = attention_by_hand(module, x, lambda query, key: key <= query)
     torch.testing.assert_close(module(x), by_hand, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_looks_only_where_the_mask_allows():
-    module = MultiHeadAttention(32, 4, 2).eval()
+    module = MultiHeadAttention(32, 4, n_kv_heads=2).eval()
     x = torch.randn(2, 6, 32)
     mask = torch.rand(6, 6) < 0.5
     mask.fill_diagonal_(True)
@@ -80,7 +80,7 @@ def test_attention_agrees_with_torchs_own_multi_head_attention():
 
 
 def test_a_later_token_never_changes_an_earlier_output():
-    module = MultiHeadAttention(32, 4, 2, qk_norm=True, bias=False).eval()
+    module = MultiHeadAttention(32, 4, n_kv_heads=2, qk_norm=True, bias=False).eval()
     x = torch.randn(1, 8, 32)
     changed = x.clone()
     changed[:, 5:] = torch.randn(1, 3, 32)
@@ -102,7 +102,7 @@ def test_qk_norm_makes_attention_independent_of_the_size_of_queries_and_keys():
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(5, None), (4, 3)])
 def test_heads_that_do_not_divide_are_refused_by_name(n_heads, n_kv_heads):
     with pytest.raises(ValueError, match="must be a multiple of"):
-        MultiHeadAttention(32, n_heads, n_kv_heads)
+        MultiHeadAttention(32, n_heads, n_kv_heads=n_kv_heads)
 
 
 def test_attention_weights_are_dropped_in_training_only():
@@ -244,7 +244,7 @@ def test_memory_that_was_never_written_is_finite():
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attention_with_a_cache_equals_attention_over_the_whole(qk_norm):
-    module = MultiHeadAttention(32, 4, 2, qk_norm=qk_norm).eval()
+    module = MultiHeadAttention(32, 4, n_kv_heads=2, qk_norm=qk_norm).eval()
     x, rotary = torch.randn(2, 7, 32), rotary_angles(7, 8, 10000.0)
     cache = KVCache(1, 2, 2, 7, 8)
     parts = []

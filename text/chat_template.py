@@ -48,6 +48,18 @@ DEFAULT_CHAT_TEMPLATE = """\
 """
 
 
+# Marks of turns that are special tokens, which no text of a user can write; the format of Qwen and many others
+CHATML_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+CHATML_SPECIAL_TOKENS = ("<s>", "<pad>", "<|im_end|>", "<unk>", "<|im_start|>")  # the third one ends texts and answers
+TEMPLATES = ("plain", "chatml")
+
 TOOLS_TEXT = """\
 # Tools
 
@@ -94,15 +106,15 @@ class Segment:
     is_answer: bool
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise a `UserError` unless `messages` is a list of at least one well-formed message."""
+def check_messages(messages: Sequence[Message], roles: Sequence[str] = ROLES) -> None:
+    """Raise a `UserError` unless `messages` is a list of at least one well-formed message of these roles."""
     if not messages:
         raise UserError("the conversation is empty; give at least one message")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise UserError(f'message {number} has no text; it must be like {{"role": "user", "content": "…"}}')
-        if message.get("role") not in ROLES:
-            raise UserError(f"message {number} has the role {message.get('role')!r}; it must be {', '.join(ROLES)}")
+        if message.get("role") not in roles:
+            raise UserError(f"message {number} has the role {message.get('role')!r}; it must be {', '.join(roles)}")
 
 
 class ChatTemplate:
@@ -127,8 +139,37 @@ class ChatTemplate:
     def __str__(self) -> str:
         return f"the chat template {self.source.strip()[:60]!r}…"
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template itself says tools, calls and results; to others they are text, see above."""
+        return re.search(r"\btools\b", self.source) is not None
+
+    def marks(self, special_tokens: Sequence[str]) -> list[str]:
+        """The plain text with which turns begin, where no special token stands between one turn and the next.
+
+        A user who writes it opens a turn; marks that have special tokens cannot be written.
+        """
+        contents = [f"\ue000{number}\ue001" for number in range(4)]
+        roles = ("system", "user", "assistant", "user")
+        try:
+            text = self.render([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], True)
+        except UserError:  # no system message, or something else that a foreign template does not take
+            text = self.render([{"role": r, "content": c} for r, c in zip(roles[1:], contents[1:], strict=True)], True)
+        between = re.split("\ue000[0-9]\ue001", text)
+        special = _any_of(special_tokens)
+        found = {piece.strip(): None for piece in between if piece.strip() and not special.search(piece)}
+        return list(found)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The conversation as one text; with `add_generation_prompt`, up to where the assistant's answer begins.
+
+        Args:
+            tools: for a template that `knows_tools`.
 
         Raises:
             UserError: the template rejects the messages, fails, or reaches for what the sandbox forbids.
@@ -137,7 +178,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=tools,
                 documents=None,
                 **self._variables,
             )
@@ -145,7 +186,11 @@ class ChatTemplate:
             raise UserError(f"{self} cannot render these messages ({error}); change the messages or it") from None
 
     def segments(
-        self, messages: Sequence[Message], special_tokens: Sequence[str], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        special_tokens: Sequence[str],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Segment]:
         """The rendered conversation, cut where an answer begins and where it ends.
 
@@ -156,13 +201,13 @@ class ChatTemplate:
             UserError: the template renders earlier turns differently once later ones follow, so that no prefix can be
                 found to learn an answer from. A prompt needs none, and is then a single segment.
         """
-        messages, restore = _guard_special_text(messages, special_tokens, self.source)
-        end = self.render(messages, add_generation_prompt)
+        (messages, tools), restore = _guard_special_text((messages, tools), special_tokens, self.source)
+        end = self.render(messages, add_generation_prompt, tools)
         texts, done = [], ""
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = self.render(messages[:index], add_generation_prompt=True)
-                turn = self.render(messages[: index + 1])
+                prompt = self.render(messages[:index], True, tools)
+                turn = self.render(messages[: index + 1], False, tools)
                 if not (prompt.startswith(done) and turn.startswith(prompt) and end.startswith(turn)):
                     if add_generation_prompt:
                         texts, done = [], ""
@@ -193,23 +238,34 @@ def _any_of(strings: Sequence[str]) -> re.Pattern[str]:
 
 
 def _guard_special_text(
-    messages: Sequence[Message], special_tokens: Sequence[str], template: str
-) -> tuple[list[dict[str, str]], Callable[[str], str]]:
-    """Replace special-token strings inside messages by placeholders, and return the function that puts them back.
+    content: Any, special_tokens: Sequence[str], template: str
+) -> tuple[Any, Callable[[str], str]]:
+    """Replace special-token strings inside all strings of messages and tools by placeholders, and return the function
+    that puts them back.
 
     After rendering, a special-token string can then only be one that the template itself wrote.
     """
-    taken = set(template).union(*(message["content"] for message in messages))
+    taken = set(template)
+    _each_string(content, taken.update)
     mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in taken)  # of the private-use area
     names, special = list(special_tokens), _any_of(special_tokens)
 
-    def guard(content: str) -> str:
-        return special.sub(lambda match: f"{mark}{names.index(match.group())}{mark}", content)
+    def guard(text: str) -> str:
+        return special.sub(lambda match: f"{mark}{names.index(match.group())}{mark}", text)
 
     def restore(text: str) -> str:
         return re.sub(f"{mark}([0-9]+){mark}", lambda match: names[int(match.group(1))], text)
 
-    return [{**message, "content": guard(message["content"])} for message in messages], restore
+    return _each_string(content, guard), restore
+
+
+def _each_string(value: Any, change: Callable[[str], Any]) -> Any:
+    """The same value, with `change` made to every string in it."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _each_string(item, change) for key, item in value.items()}
+    return [_each_string(item, change) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class _GenerationTag(Extension):

@@ -22,6 +22,7 @@ SAVED_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.j
 KNOWN_FILES = (
     *SAVED_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"
 )  # fmt: skip
+SPECIAL_STRINGS = ("text", "special")  # what the strings of special tokens are in the documents of a corpus
 SPECIAL_ROLES = ("bos_token", "pad_token", "eos_token", "unk_token")
 
 # Qwen2's pattern: contractions, words, single digits, punctuation, line breaks, spaces.
@@ -41,6 +42,7 @@ class TokenizerParts:
         adds_bos: whether a text is encoded with `bos_token` before it.
         chat_template: a Jinja template.
         generation: what a `generation_config.json` says of the model's end tokens and of sampling; empty without one.
+        special_strings: one of `SPECIAL_STRINGS`.
     """
 
     engine: Tokenizer
@@ -48,6 +50,7 @@ class TokenizerParts:
     adds_bos: bool
     chat_template: str
     generation: dict[str, Any] = field(default_factory=dict)
+    special_strings: str = "text"
 
 
 def byte_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -106,7 +109,10 @@ def _read(files: Mapping[str, str]) -> TokenizerParts:
         adds_bos = "tokenizer.json" not in files or puts_first(engine, roles["bos_token"])
     generation = _parse_object(files, "generation_config.json")
     adds_bos = bool(adds_bos) and roles["bos_token"] is not None
-    return TokenizerParts(engine, roles, adds_bos, template, generation)
+    special_strings = config.get("special_strings", "text")
+    if special_strings not in SPECIAL_STRINGS:
+        raise UserError(f'its special_strings must be "text" or "special", not {special_strings!r}')
+    return TokenizerParts(engine, roles, adds_bos, template, generation, special_strings)
 
 
 def puts_first(engine: Tokenizer, token: str | None) -> bool:

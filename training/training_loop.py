@@ -69,6 +69,7 @@ class TrainingLoop:
 
     shown = ("loss", "lr")  # what stands beside the progress
     epoch_figures = ("loss", "val_loss")  # of training and of validation, for the line of an epoch
+    extra: dict[str, Any] = {}  # what else every checkpoint says
     published = ""  # the part of the model that the best checkpoint consists of; empty: all of it
 
     def __init__(
@@ -190,14 +191,19 @@ class TrainingLoop:
             enabled=ranks.is_main(),
             transcript=transcript,
         )
+        if self.step and not ranks.gather_objects(self.best_path.is_file())[0]:  # deleted, or of another folder's run
+            self.best = {}
+            if self.step >= self.max_steps:
+                self._evaluate_and_keep_best(log)
         peak = peak_flops(self.device, self.precision) * ranks.world_size()
         flops = self._flops_per_token()
         tokens = skipped_seconds = 0.0
         interval_start = start = time.perf_counter()
         elapsed_before = self.seconds
-        memory_advice = (
-            f"at --batch_size {config.batch_size} and --max_seq_len {config.max_seq_len}; halve --batch_size and "
-            "double --grad_accum_steps, or add --recompute_activations true"
+        memory_advice = f"at --batch_size {config.batch_size} and --max_seq_len {config.max_seq_len}; " + ", or ".join(
+            ["halve --batch_size and double --grad_accum_steps"] * (config.batch_size > 1)
+            + ["add --recompute_activations true"] * (not config.recompute_activations)
+            + ["lower --max_seq_len", "take a smaller model"]
         )
         try:
             with StopSignal() as stop, advice_if_out_of_memory(memory_advice):
@@ -430,6 +436,7 @@ class TrainingLoop:
             training_state=training_state,
             lora=self.lora,
             **({"data": {name: account.as_dict() for name, account in self.accounts.items()}} if self.accounts else {}),
+            **self.extra,
         )
 
     def inputs(self) -> Inputs:
@@ -485,7 +492,8 @@ class TrainingLoop:
                 print(f"no checkpoint in {self.checkpoint_folder}, starting from step 0", flush=True)
             return None
         if content["stage"] != self.stage:
-            raise UserError(f"{path} is a {content['stage']} checkpoint; --resume needs one of stage {self.stage}")
+            theirs, ours = content["stage"], self.stage
+            raise UserError(f"{path} is a {theirs} checkpoint; give a {ours} one, or leave out --resume")
         require_same_model(content, self.gpt_config, self.tokenizer, path)
         state = content.get("training_state")
         if state is None:
@@ -499,6 +507,11 @@ class TrainingLoop:
         ]
         if differing:
             raise UserError(f"{path} belongs to another run ({'; '.join(differing)}); use the same settings and data")
+        if content["step"] > self.max_steps:
+            raise UserError(
+                f"{path} has made {content['step']} steps and this run is to end after {self.max_steps}; raise "
+                "--max_steps or --epochs, or leave out --resume to start anew"
+            )
         self.parallel_model.load_model_state(content["model"])
         self.parallel_model.load_optimizer_state(self.optimizers, state["optimizer"])
         self.updater.load_state_dict(state["updater"])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTModel
 from inference.engine import Engine
@@ -19,20 +22,28 @@ from inference.engine_statistics import EngineStatistics
 from inference.quantizer import load_any
 from inference.request import Generation, QueueFull, Request, RequestFailed, encode_prompt
 from inference.sampling import SamplingParams
+from inference.service.conversations import Conversation, guarded
 from inference.service.errors import ApiError, unavailable
+from inference.service.filters import Filters, Finding
 from inference.service.rate_limit import RateLimit
 from inference.service.settings import ServiceSettings, end_process
+from inference.service.structured import AnswerForm
+from inference.service.text_classifier import load_filter_classifier
 
 logger = logging.getLogger("service")
 
+# The event loop gives Python's lock away at every read and write, and the engine's thread keeps it for this long: with
+# Python's own 5 ms, a hundred requests that come at once would wait for seconds
+SWITCH_SECONDS = 0.0005
 WATCH_SECONDS = 0.5  # how often the engine's thread is looked at
+EDIT_SECONDS = 2.0  # how often the filters' files are looked at
 
 
 class ServedModel:
     """A loaded model, its tokenizer, and the engine that answers with it."""
 
     def __init__(self, path: str, settings: ServiceSettings) -> None:
-        self.path, self.created = path, int(time.time())
+        self.path, self.created, self.marks = path, int(time.time()), settings.template_marks
         self.model, self.tokenizer, checkpoint = load_any(path, settings.torch_device)
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
@@ -59,9 +70,17 @@ class ServedModel:
 
     def encode(self, prompt: Any, chat: bool) -> list[int]:
         """The ids of a prompt; those of a list of ids are itself."""
-        if isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int)):
-            return prompt
-        return encode_prompt(self.tokenizer, prompt, chat)
+        if isinstance(prompt, Conversation):
+            return prompt.ids(self.tokenizer, self.marks)
+        if isinstance(prompt, str):
+            if chat:
+                prompt = guarded(prompt, self.tokenizer.template_marks, self.marks)
+            return encode_prompt(self.tokenizer, prompt, chat)
+        return prompt
+
+    def tokens(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def close_when_idle(self) -> None:
         """Wait for the last request, then end the engine; runs in a thread of its own."""
@@ -76,13 +95,17 @@ class Answer:
     Args:
         served: what computes them.
         streamed: whether pieces of text are wanted before the end.
+        n_answers: how many they are.
+        filters: what none of them may have.
 
     Attributes:
-        requests: the engine's requests, those of the first prompt first.
+        requests: the engine's requests, those of the first prompt first; none if the question is blocked.
+        blocked: what is said instead of all answers.
     """
 
-    def __init__(self, served: ServedModel, streamed: bool) -> None:
-        self.served, self.streamed = served, streamed
+    def __init__(self, served: ServedModel, streamed: bool, n_answers: int, filters: Filters | None) -> None:
+        self.served, self.streamed, self.n_answers, self.filters = served, streamed, n_answers, filters
+        self.blocked: str | None = None
         self.requests: list[Request] = []
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         self._pieces: deque[tuple[int, str | None]] = deque()
@@ -132,6 +155,10 @@ class Answer:
             raise unavailable("the service is stopping and has ended this answer; ask again")
         return generation
 
+    async def check(self, text: str) -> Finding | None:
+        """What is forbidden in a whole answer; in a thread, as a long one takes a while."""
+        return await asyncio.to_thread(self.filters.check, text) if self.filters else None
+
     def cancel(self) -> None:
         """Take the answers out of the engine; what has ended stays as it is."""
         for request in self.requests:
@@ -158,6 +185,10 @@ class Service:
     Attributes:
         served: the model, once it is loaded.
         retired: what the engines of earlier models had counted when they were exchanged.
+        filters: what questions and answers may not have; None if nothing is forbidden.
+
+    Raises:
+        UserError: a filter cannot be read.
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
@@ -168,6 +199,13 @@ class Service:
         self.parsing = asyncio.Lock()  # held while a large body is parsed
         self.max_connections = settings.max_connections
         self.rates = RateLimit(settings.requests_per_minute)
+        classifier = None
+        if settings.classifier:
+            classifier = load_filter_classifier(settings.classifier, settings.classifier_forbids)
+        lists = [Path(path) for path in settings.filters]
+        self.filters = Filters.load(lists, classifier) if lists or classifier else None
+        self.statuses: Counter[tuple[str, int]] = Counter()  # (route, status) → requests
+        self.rejected: Counter[str] = Counter()  # why → requests
         self._is_draining = False
         self._answers: set[Answer] = set()
         self._tasks: set[asyncio.Task] = set()
@@ -177,10 +215,14 @@ class Service:
 
     def start(self) -> None:
         """Load the model in a thread, so that the port is open meanwhile."""
-        self._background(self._load())
-        self._background(self._watch())
+        sys.setswitchinterval(SWITCH_SECONDS)
+        self.background(self._load())
+        self.background(self._watch())
+        if self.filters:
+            self.background(self._read_edits())
 
-    def _background(self, work: Any) -> None:
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work that goes on until the service ends."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -207,6 +249,16 @@ class Service:
         logger.critical(FAILED.sentence)
         await asyncio.sleep(2 * WATCH_SECONDS)  # those who wait are told first
         end_process(FAILED.sentence, 1)
+
+    async def _read_edits(self) -> None:
+        """Take over what operators edit in the filters' files."""
+        while True:
+            await asyncio.sleep(EDIT_SECONDS)
+            try:
+                if await asyncio.to_thread(self.filters.reload_if_changed):
+                    logger.info("the filters were edited and are in force: %d entries", self.filters.n_entries)
+            except UserError as error:
+                logger.error("the filters were edited, but the old ones stay in force: %s", error)
 
     def drain(self) -> None:
         """Take no new requests from now on."""
@@ -270,16 +322,24 @@ class Service:
     # -- asking --------------------------------------------------------------------------------------------------------
 
     async def answer(
-        self, prompts: list[Any], params: SamplingParams, *, chat: bool, streamed: bool = False, invalid: int = 400
+        self,
+        prompts: list[Any],
+        params: SamplingParams,
+        *,
+        chat: bool,
+        streamed: bool = False,
+        invalid: int = 400,
+        form: Callable[[ByteLevelBPETokenizer], AnswerForm] | None = None,
     ) -> Answer:
         """Submit a request; `done` must be called when nobody waits for it any more.
 
         Args:
-            prompts: texts, messages, or lists of token ids.
+            prompts: texts, conversations, or lists of token ids.
             params: how to continue all of them.
             chat: whether a text is a user's turn.
             streamed: whether pieces are wanted before the end.
             invalid: the status for a request that is not one for this model.
+            form: makes what the answers have to look like.
 
         Raises:
             ApiError: `invalid`, 429 where too many wait, or 503.
@@ -288,12 +348,22 @@ class Service:
         if params.max_gen_len > self.settings.max_tokens:
             limit = f"a request may ask for {self.settings.max_tokens} new tokens at most, not {params.max_gen_len}"
             raise ApiError(invalid, limit, code="too_many_tokens")
-        answer = Answer(served, streamed)
+        answer = Answer(served, streamed, len(prompts) * params.n, self.filters)
         self._answers.add(answer)
         try:
+            for prompt in prompts if self.filters else ():
+                if finding := await asyncio.to_thread(self._check_question, served, prompt):
+                    logger.info("a question is blocked by %s in %s", finding.entry, finding.source)
+                    answer.blocked = self.filters.message
+                    return answer
+            # In threads, as long prompts and large forms take a while; what follows is quick
+            made = form and await asyncio.to_thread(form, served.tokenizer)
             for prompt in prompts:
-                # In a thread, as a long prompt takes a while; what follows is quick
                 prompt_ids = await asyncio.to_thread(served.encode, prompt, chat)
+                if made:
+                    room = max(1, min(params.max_gen_len, served.context - len(prompt_ids)))
+                    made.require_room(room)
+                    params = replace(params, max_gen_len=room, form=made)
                 answer.submit(prompt_ids, params, self.settings.request_timeout)
         except BaseException as error:
             self.done(answer)
@@ -306,6 +376,16 @@ class Service:
                 raise unavailable(str(error)) from None
             raise
         return answer
+
+    def _check_question(self, served: ServedModel, prompt: Any) -> Finding | None:
+        """What is forbidden in a text, in what others than the assistant say, or in the text of token ids."""
+        if isinstance(prompt, str):
+            texts = [prompt]
+        elif isinstance(prompt, Conversation):
+            texts = [message.content or "" for message in prompt.messages if message.role != "assistant"]
+        else:
+            texts = [served.tokenizer.decode(prompt)]
+        return next(filter(None, map(self.filters.check, texts)), None)
 
     def done(self, answer: Answer) -> None:
         """Nobody waits for this answer any more: it is taken out if it has not ended."""
@@ -331,7 +411,7 @@ class Service:
                 raise ApiError(400, str(error), "model_path") from None
             self.settings.model_path, self.served = path, new
             logger.info("serving %s from now on; %s answers what it has taken", path, old.path)
-            self._background(self._retire(old))
+            self.background(self._retire(old))
             return new
 
     async def _retire(self, old: ServedModel) -> None:

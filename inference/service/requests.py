@@ -18,6 +18,7 @@ MAX_MESSAGES = 1024
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 MAX_TOOLS = 128
+MAX_FORM = 65_536  # characters of an expression or a grammar
 ALL_TOKENS_BIAS = 100.0
 
 
@@ -49,6 +50,7 @@ StopStrings = Annotated[
 ]
 Biases = Annotated[dict[int, float], BeforeValidator(_biases, json_schema_input_type=dict[str, float])]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+FormText = Annotated[str, Field(min_length=1, max_length=MAX_FORM)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 
 
@@ -107,6 +109,16 @@ class GenerateRequest(Sampling):
     max_gen_len: int = Field(100, ge=1, le=MAX_NEW_TOKENS, description="At most this many new tokens.")
     top_k: int = Field(50, ge=0, le=2**31, description="Sample among the k likeliest tokens; 0 means all.")
     temperature: float = Field(0.8, ge=0, le=2, allow_inf_nan=False, description="0 takes the likeliest token.")
+
+    json_schema: dict[str, Any] | None = Field(None, description="The answer is JSON of this schema.")
+    regex: FormText | None = Field(None, description="The answer as a whole matches this regular expression.")
+    grammar: FormText | None = Field(None, description="The answer is of this grammar, in Lark's notation.")
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> GenerateRequest:
+        if sum(form is not None for form in (self.json_schema, self.regex, self.grammar)) > 1:
+            raise ValueError("give one of json_schema, regex and grammar")
+        return self
 
     def params(self) -> SamplingParams:
         """The request as the engine takes it."""
@@ -325,7 +337,7 @@ class TokenizeRequest(Body):
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool = Field(True, description="Put the token that begins a text before the prompt.")
-    add_generation_prompt: bool = Field(True, description="End messages where the assistant's answer begins.")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
 
     @model_validator(mode="after")
     def _is_one(self) -> TokenizeRequest:
