@@ -41,7 +41,7 @@ from text.chat_template import (
     check_messages,
 )
 from text.fast_encoding import FastEncoder, fast_encoder, ids_of
-from text.text_files import iter_documents
+from text.text_files import ReadingOptions, UnreadRecords, iter_documents
 from text.tokenizer_files import (
     KNOWN_FILES,
     SAVED_FILES,
@@ -229,15 +229,15 @@ class ByteLevelBPETokenizer:
         return [[*prefix, *one] for one in ids] if prefix else ids
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of many texts as arrays, without special tokens; the fastest way to encode much.
+        """The ids of documents of a corpus (see `encode_documents`) as arrays; the fastest way to encode much.
 
         Returns:
             All ids, one text after another, (M,) uint32; where each text begins and the last one ends, (N + 1,) int64.
         """
         texts, encoder = [_replace_lone_surrogates(text) for text in texts], self._fast_encoder()
-        if encoder and texts:
+        if encoder and texts and self._engine_of_documents is None:
             return encoder.encode_arrays(texts)
-        ids = ids_of(self._engine, texts)
+        ids = ids_of(self._engine_of_documents or self._engine, texts)
         borders = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         return np.fromiter(chain.from_iterable(ids), np.uint32, borders[-1]), borders
 
@@ -512,7 +512,7 @@ def _replace_lone_surrogates(text: str) -> str:
 
 
 @dataclass
-class TokenizerTrainingConfig:
+class TokenizerTrainingConfig(ReadingOptions):
     """Options of `python byte_level_bpe.py`."""
 
     input: list[str] = option(list, "text files, folders of them, or names without ending; none: the sample data")
@@ -534,19 +534,22 @@ class TokenizerTrainingConfig:
     output_dir: str = option("models/bpe_tokenizer", "where to save the tokenizer and a report on it")
 
     def validate(self) -> list[str]:
-        return [f"--output_dir {self.output_dir} is a file; name a folder"] if Path(self.output_dir).is_file() else []
+        complaints = self.reading_complaints()
+        if Path(self.output_dir).is_file():
+            complaints.append(f"--output_dir {self.output_dir} is a file; name a folder")
+        return complaints
 
 
 class _SampledDocuments:
     """Passes documents through and keeps a uniform sample of them (Vitter 1985, algorithm R)."""
 
-    def __init__(self, paths: Sequence[str], size: int = 2000, max_characters: int = 4096):
-        self.paths, self.size, self.max_characters = paths, size, max_characters
+    def __init__(self, paths: Sequence[str], reading: ReadingOptions, unread: UnreadRecords):
+        self.paths, self.reading, self.unread, self.size, self.max_characters = paths, reading, unread, 2000, 4096
         self.sample: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
         generator = random.Random(0)
-        documents = (document for path in self.paths for document in iter_documents(path))
+        documents = (document for path in self.paths for document in iter_documents(path, self.reading, self.unread))
         for count, document in enumerate(documents, start=1):
             yield document
             if len(self.sample) < self.size:
@@ -558,7 +561,8 @@ class _SampledDocuments:
 def main(argv: list[str] | None = None) -> None:
     """Train a tokenizer on text files and save it."""
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
-    documents = _SampledDocuments(config.input or ["data/pretrain/train"])
+    unread = UnreadRecords(Path(config.output_dir) / "left_out.jsonl")
+    documents = _SampledDocuments(config.input or ["data/pretrain/train"], config, unread)
     tokenizer = ByteLevelBPETokenizer.with_template(config.vocab_size, config.chat_template, config.special_strings)
     sample = tokenizer.train(
         documents,
@@ -569,6 +573,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save(config.output_dir)
     figures = examine(tokenizer, documents.sample)
     write_report(figures, Path(config.output_dir))
+    if unread.count:
+        print(unread)
     special = [text for text in documents.sample if any(token in text for token in SPECIAL_TOKENS)]
     if special and config.special_strings == "text":
         share = len(special) / len(documents.sample)

@@ -12,21 +12,25 @@ function of the seed and n (`BatchOrder`), so a resumed run sees exactly the dat
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, combinations, islice
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from byte_level_bpe import ByteLevelBPETokenizer
@@ -34,13 +38,15 @@ from command_line import UserError, holding
 from gpt_model import IGNORED_LABEL
 from progress import Progress
 from text.account import REPEATED, Account
+from text.bpe_training import batches
 from text.chat_template import Message
 from text.conversation_data import load_conversations
-from text.text_files import iter_documents, resolve_files
+from text.text_files import ReadingOptions, UnreadRecords, changed_options, iter_documents, resolve_files
 
 Batch = dict[str, torch.Tensor]
 
 SHARD_TOKENS = 50_000_000  # tokens a shard file
+CHUNK_CHARACTERS = 4_000_000  # of text that is tokenized at once
 FORSAKEN = 24 * 3600  # seconds without a change after which nobody is writing any more
 
 
@@ -113,6 +119,7 @@ def tokenize_to_shards(
     *,
     part: str = "all",
     val_fraction: float = 0.0,
+    reading: ReadingOptions | None = None,
 ) -> TokenShards:
     """Tokenize the documents of a data path once, with all cores; later calls reuse the shards.
 
@@ -121,6 +128,7 @@ def tokenize_to_shards(
         shard_dir: folder for the shards and their manifest.
         part: "all", or "train" / "val": the documents outside / inside the validation part.
         val_fraction: the share of documents in the validation part.
+        reading: how the text is read; what it leaves out is kept beside the shards.
 
     Raises:
         UserError: the text cannot be read, or there is none, or the disk is full.
@@ -128,6 +136,8 @@ def tokenize_to_shards(
     files = resolve_files(path)
     sources = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     identity = {"tokenizer": tokenizer.fingerprint, "sources": sources, "part": part, "val_fraction": val_fraction}
+    if reading and (chosen := changed_options(reading)):
+        identity["reading"] = chosen
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(shard_dir) / f"{Path(path).name.split('.')[0]}-{part}-{digest}"
     try:
@@ -135,7 +145,8 @@ def tokenize_to_shards(
             with holding(folder.parent) as alone:  # which spares the others the work, where there are locks
                 _remove_leftovers(folder, alone)
                 if not _complete(folder):  # another process may have made it while this one waited
-                    _make_shards(path, tokenizer, folder, identity)
+                    _make_shards(path, tokenizer, folder, identity, reading)
+                    _offer_old_shards(folder, identity)
     except OSError as error:
         raise UserError(
             f"cannot write token shards into {shard_dir} ({error.strerror}); free some space or choose another "
@@ -167,12 +178,36 @@ def _remove_leftovers(folder: Path, alone: bool) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _make_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
+def _offer_old_shards(folder: Path, identity: dict) -> None:
+    """Say which shards of the same text nobody will use again, as their tokenizer is another one."""
+    old = []
+    for other in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/manifest.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            manifest = json.loads(other.read_text(encoding="utf-8"))
+            if manifest["sources"] == identity["sources"] and manifest["tokenizer"] != identity["tokenizer"]:
+                old.append((other.parent, sum(manifest["shard_bytes"].values())))
+    if old:
+        size = sum(size for _, size in old) / 1e6
+        names = " ".join(shlex.quote(str(other)) for other, _ in old)
+        print(f"{size:,.1f} MB of token shards are another tokenizer's; to remove them: rm -r {names}", flush=True)
+
+
+def _make_shards(
+    path: str | Path,
+    tokenizer: ByteLevelBPETokenizer,
+    folder: Path,
+    identity: dict,
+    reading: ReadingOptions | None = None,
+) -> None:
     """Write the shards into a folder of this process's own, which is moved to its place when it is whole."""
     temporary = folder.with_name(f".{folder.name}.{os.urandom(6).hex()}.tmp")
     try:
         temporary.mkdir()
-        _write_shards(path, tokenizer, temporary, identity)
+        unread = UnreadRecords(temporary / "left_out.jsonl")
+        _write_shards(path, tokenizer, temporary, identity, reading, unread)
+        if unread.count:
+            unread.path = folder / "left_out.jsonl"  # where it is going to be
+            print(unread, flush=True)
         if not _complete(folder):
             shutil.rmtree(folder, ignore_errors=True)  # what a power cut left
             try:
@@ -184,37 +219,43 @@ def _make_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Pat
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Path, identity: dict) -> None:
+def _write_shards(
+    path: str | Path,
+    tokenizer: ByteLevelBPETokenizer,
+    folder: Path,
+    identity: dict,
+    reading: ReadingOptions | None,
+    unread: UnreadRecords,
+) -> None:
     part, fraction = identity["part"], identity["val_fraction"]
     documents = (
         document
-        for index, document in enumerate(iter_documents(path))
+        for index, document in enumerate(iter_documents(path, reading, unread))
         if part == "all" or in_validation_part(index, fraction) == (part == "val")
     )
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    before = tokenizer.prefix_ids
     shards: list[str] = []
     n_bytes = n_documents = in_shard = 0
     file = None
     with Progress("tokenizing", unit="B") as progress:
-        while chunk := list(islice(documents, 2048)):
-            ids: list[int] = []
-            for document_ids in tokenizer.encode_documents(chunk):
-                ids += [*before, *document_ids, tokenizer.eos_token_id]
+        # By size and not by number: documents are as long as books or as short as lines
+        for chunk in batches(documents, min(CHUNK_CHARACTERS, SHARD_TOKENS)):
+            ids = _with_ends(*tokenizer.encode_arrays(chunk), tokenizer.prefix_ids, tokenizer.eos_token_id, dtype)
             if file is None or in_shard >= SHARD_TOKENS:
                 if file is not None:
                     file.close()
                 shards.append(f"shard_{len(shards):05d}.bin")
                 file, in_shard = (folder / shards[-1]).open("wb"), 0
-            file.write(np.asarray(ids, dtype=dtype).tobytes())
-            size = sum(len(document.encode(errors="surrogatepass")) for document in chunk)
+            file.write(ids.data)
+            size = sum(len(document) if document.isascii() else _utf8_length(document) for document in chunk)
             in_shard += len(ids)
             n_bytes += size
             n_documents += len(chunk)
             progress.update(size)
     if file is None:
         raise UserError(
-            f"{path} has no document in its {part} part; give more text, another --val_fraction, or --val_data_dir"
+            f"{path} has too few documents to set some aside: none is left for the {part} part; give more, another "
+            "--val_fraction, or validation text of its own"
         )
     file.close()
     manifest = {
@@ -227,6 +268,23 @@ def _write_shards(path: str | Path, tokenizer: ByteLevelBPETokenizer, folder: Pa
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
+def _utf8_length(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
+
+
+def _with_ends(ids: np.ndarray, borders: np.ndarray, prefix: list[int], eos_token_id: int, dtype: type) -> np.ndarray:
+    """Ids of documents one after another, cut at `borders` (N + 1,), with a prefix before and `</s>` after each one."""
+    lengths, more = np.diff(borders), len(prefix) + 1
+    result = np.empty(len(ids) + more * len(lengths), dtype)
+    # Each token moves on by what is put in before it
+    result[np.arange(len(ids)) + np.repeat(np.arange(len(lengths)) * more + more - 1, lengths)] = ids
+    ends = np.cumsum(lengths + more)
+    result[ends - 1] = eos_token_id
+    for place, token in enumerate(prefix):
+        result[ends - lengths - more + place] = token
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------------- datasets
 
 
@@ -237,11 +295,17 @@ class GPTPretrainDataset(Dataset):
     (but the very first) is predicted exactly once in a pass. The last window reaches back to be full; the tokens that
     the window before it has predicted already carry no label.
 
+    Args:
+        eos_token_id: the token that ends a document, if documents in a window must not see each other; the first token
+            of each then carries no label.
+
     Raises:
         UserError: the text is shorter than one window.
     """
 
-    def __init__(self, shards: TokenShards, max_seq_len: int, name: str = "the text") -> None:
+    def __init__(
+        self, shards: TokenShards, max_seq_len: int, name: str = "the text", eos_token_id: int | None = None
+    ) -> None:
         if max_seq_len < 2:
             raise UserError(
                 f"--max_seq_len must be at least 2, not {max_seq_len}: a window of one token predicts nothing"
@@ -251,25 +315,35 @@ class GPTPretrainDataset(Dataset):
                 f"{name} has {shards.n_tokens} tokens, less than one window; lower --max_seq_len (now {max_seq_len}) "
                 "or give more text"
             )
-        self.shards, self.max_seq_len = shards, max_seq_len
+        self.shards, self.max_seq_len, self.eos_token_id = shards, max_seq_len, eos_token_id
+
+    @property
+    def n_predicted(self) -> int:
+        """How many tokens a pass predicts."""
+        return self.shards.n_tokens - (1 if self.eos_token_id is None else self.shards.n_documents)
 
     def __len__(self) -> int:
         # ⌈(n − 1) / (T − 1)⌉: a window predicts all of its tokens but the first, and so do all windows together
         return max(1, -(-(self.shards.n_tokens - 1) // (self.max_seq_len - 1)))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """{"input_ids", "labels"}: both (max_seq_len,) int64; the model shifts the labels."""
+        """{"input_ids", "labels"}: both (max_seq_len,) int64; the model shifts the labels. With separate documents
+        "segments" as well, see `GPTModel.forward`."""
         index = range(len(self))[index]  # an IndexError beyond the end is what stops a `for` loop
         wanted = index * (self.max_seq_len - 1)
         start = min(wanted, self.shards.n_tokens - self.max_seq_len)  # the last window reaches back to be full
         ids = torch.from_numpy(self.shards.slice(start, start + self.max_seq_len).astype(np.int64))
         labels = ids.clone()
         labels[: wanted - start + 1] = IGNORED_LABEL  # the first has nothing before it; the others are not new
-        return {"input_ids": ids, "labels": labels}
+        if self.eos_token_id is None:
+            return {"input_ids": ids, "labels": labels}
+        ended = ids[:-1] == self.eos_token_id  # before the second token and later ones
+        labels[1:][ended] = IGNORED_LABEL
+        return {"input_ids": ids, "labels": labels, "segments": F.pad(ended.cumsum(0), (1, 0))}
 
     def collate(self, samples: Sequence[dict[str, torch.Tensor]]) -> Batch:
-        """{"input_ids", "labels"}: both (B, max_seq_len) int64."""
-        return {name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
+        """What the samples have, each (B, max_seq_len) int64."""
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
     def count(self, batch: Batch) -> int:
         """How many tokens of the batch are predicted."""
@@ -376,6 +450,67 @@ class GPTSFTDataset(RecordData):
     def count(self, batch: Batch) -> int:
         """How many tokens of the batch are predicted."""
         return count_labels(batch)
+
+
+class PackedDataset(Dataset):
+    """Conversations, several in a row of `max_seq_len` tokens, each as if it were alone: they do not see each other.
+
+    Rows are filled best-fit (Johnson 1974, "Fast algorithms for bin packing"): the longest conversations first, each
+    into the row that it leaves least room in. Padding then is what no conversation was short enough for.
+
+    Args:
+        dataset: conversations of at most `max_seq_len` tokens.
+    """
+
+    def __init__(self, dataset: GPTSFTDataset, max_seq_len: int) -> None:
+        self.dataset, self.max_seq_len = dataset, max_seq_len
+        self.rows = best_fit(dataset.lengths, max_seq_len)
+
+    @property
+    def waste(self) -> float:
+        """The share of the tokens that is padding, when every row is filled up."""
+        return 1 - sum(self.lengths) / (len(self.rows) * self.max_seq_len)
+
+    @property
+    def lengths(self) -> list[int]:
+        lengths = self.dataset.lengths
+        return [sum(lengths[index] for index in row) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[tuple[list[int], list[int]]]:
+        return [self.dataset[place] for place in self.rows[index]]
+
+    def collate(self, samples: Sequence[list[tuple[list[int], list[int]]]]) -> Batch:
+        """{"input_ids", "labels", "segments"}: (B, longest) int64, padded on the right; see `GPTModel.forward`."""
+        ids = [[token for one, _ in row for token in one] for row in samples]
+        # The first token of a text is predicted from none of it
+        labels = [[label for _, one in row for label in (IGNORED_LABEL, *one[1:])] for row in samples]
+        segments = [[number for number, (one, _) in enumerate(row) for _ in one] for row in samples]
+        return {
+            "input_ids": pad_rows(ids, self.dataset.pad_token_id),
+            "labels": pad_rows(labels, IGNORED_LABEL),
+            "segments": pad_rows(segments, -1),
+        }
+
+    def count(self, batch: Batch) -> int:
+        """How many tokens of the batch are predicted."""
+        return count_labels(batch)
+
+
+def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of things put into bins of `size`, by decreasing length, each where it leaves least room."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (what is left, number of the bin), sorted
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        place = bisect_left(room, (lengths[index], -1))
+        left, number = room.pop(place) if place < len(room) else (size, len(bins))
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(index)
+        insort(room, (left - lengths[index], number))
+    return bins
 
 
 class PreferenceDataset(RecordData):

@@ -145,6 +145,7 @@ class GPTModel(Part):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        segments: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor | None]:
         """Next-token logits and, with labels, their mean cross-entropy.
 
@@ -153,12 +154,18 @@ class GPTModel(Part):
             attention_mask: (B, S), 1 for tokens, 0 for padding on either side; None if there is no padding.
             labels: (B, T) int64, aligned with input_ids (the shift by one happens here); −100 is ignored.
             cache: see `hidden_states`.
+            segments: (B, T) int64, which of several texts in a row each token is of, if these must not see each other;
+                texts are numbered in order, and each one's positions begin at 0. Not with a mask or a cache.
 
         Returns:
             {"logits": (B, T, V), "loss": scalar in nats a token, or None without labels}; in eval mode, with labels,
             also "token_accuracy", the share of them that the likeliest tokens are
         """
-        logits = self.lm_head(self.hidden_states(input_ids, attention_mask, cache))  # (B, T, V)
+        if segments is None:
+            hidden = self.hidden_states(input_ids, attention_mask, cache)  # (B, T, D)
+        else:
+            hidden = self.hidden_states_at(input_ids, *places_in_segments(segments))  # (B, T, D)
+        logits = self.lm_head(hidden)  # (B, T, V)
         output = {"logits": logits, "loss": None if labels is None else next_token_loss(logits, labels)}
         if labels is not None and not self.training:
             output["token_accuracy"] = next_token_accuracy(logits, labels)
@@ -230,6 +237,15 @@ def visible_keys(n_tokens: int, past: int, attention_mask: torch.Tensor | None, 
         # A padding token still sees itself: a softmax over nothing would be NaN and spread
         visible = visible & attention_mask.bool()[:, None, None, :] | (key == query)  # (B, 1, T, S)
     return visible
+
+
+def places_in_segments(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (B, T) and visible keys (B, 1, T, T) of several texts in a row, each as if it were alone."""
+    place = torch.arange(segments.size(1), device=segments.device)  # (T,)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # (B, T)
+    start = torch.where(begins, place, 0).cummax(dim=1).values  # (B, T): where a token's text begins
+    visible = (segments[:, :, None] == segments[:, None, :]) & (place[:, None] >= place)  # (B, T, T)
+    return place - start, visible[:, None]
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

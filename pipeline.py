@@ -23,10 +23,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import alignment.ppo
+import alignment.reward_model
+import alignment.sft
+import finetune
+from alignment.stage import say_accounts
+from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import Interrupted, UserError, option, parse_config, replacing, run_main
+from data_loader import GPTSFTDataset, RecordData
+from evaluation.answer_report import parse_question
 from evaluation.report import write_report
+from pretrain_trainer import PretrainConfig
+from text.account import WARNED_SHARE, Account
 from text.chat_template import TEMPLATES
-from text.text_files import RECORD_ENDINGS, resolve_files
+from text.conversation_data import (
+    RecordOptions,
+    load_conversations,
+    load_records,
+    parse_columns,
+    parse_conversation,
+    parse_preference,
+)
+from text.text_files import RECORD_ENDINGS, iter_documents, resolve_files
 from training.run_folder import set_earlier_run_aside
 
 # What each size changes on the stages' own command lines. The times are for the sample data.
@@ -65,6 +83,7 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "evaluate": [],
     },
 }
+LONGEST_CONTEXT = 1024  # that is chosen without being asked for
 QUESTIONS = (  # the first is the request that README and the service's page show
     "解释什么是机器学习",
     "Explain what a neural network is.",
@@ -75,7 +94,7 @@ QUESTIONS = (  # the first is the request that README and the service's page sho
 
 
 @dataclass
-class PipelineConfig:
+class PipelineConfig(RecordOptions):
     """Settings of all stages together."""
 
     preset: str = option("tiny", "size of everything: tiny suits two CPU cores, the others a GPU", choices=tuple(SIZES))
@@ -88,6 +107,9 @@ class PipelineConfig:
     pairwise_data: str = option("data/sft/rlhf_pairwise.json", "preference data")
     pairwise_test: str = option(
         "data/sft/rlhf_pairwise_test.json", "held-out preferences; empty, or with your own pairs: a share of those"
+    )
+    max_seq_len: int = option(
+        0, "context, in tokens; 0: the preset's, or a longer one if your records need it", at_least=0
     )
     chat_template: str = option("plain", "how conversations are written, see byte_level_bpe.py", choices=TEMPLATES)
     num_threads: int = option(0, "CPU threads; 0 means one for each core", at_least=0)
@@ -151,17 +173,22 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
         pairs_options += ["--val_pairwise_data", config.pairwise_test]
     conversations = resolve_files(config.sft_data, RECORD_ENDINGS)
     questions = resolve_files(config.sft_test, RECORD_ENDINGS)
+    of_records = ["--columns", config.columns] if config.columns else []
+    of_records += ["--skip_bad_records"] if config.skip_bad_records else []
     val_options = ["--val_data_dir", config.val_data] if config.val_data else ["--val_fraction", "0.05"]
 
     def quantize(model: Path) -> Stage:
         small = model.with_name(f"{model.stem}_int8.pth")
         command = ["-m", "inference.quantizer", "--model_path", str(model), "--output_path", str(small)]
-        return Stage(f"quantize-{model.stem}", f"quantizing {model.name} to INT8", command, [model], [small])
+        command += ["--text", config.sft_test, *of_records]
+        title = f"quantizing {model.name} to INT8"
+        return Stage(f"quantize-{model.stem}", title, command, [model, *questions], [small])
 
     def evaluate(model: Path, label: str, name: str = "", *options: str) -> Stage:
         path = model.with_name(f"{model.stem}{name}_eval.json")
         command = ["evaluator.py", "--model_path", str(model), "--test_data_path", config.sft_test]
-        command += ["--model_type", "sft", "--output_path", str(path), *sizes["evaluate"], *options, *threads]
+        command += ["--model_type", "sft", "--output_path", str(path), *sizes["evaluate"], *options]
+        command += [*of_records, *threads]
         return Stage(f"evaluate-{model.stem}{name}", f"asking {label}", command, [model, *questions], [path])
 
     perplexity = pretrain.with_name("pretrain_best_text_eval.json")
@@ -188,7 +215,7 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
             "pretraining",
             ["pretrain_trainer.py", "--train_data_dir", config.train_data, *val_options]
             + ["--tokenizer_dir", str(tokenizer), "--output_dir", str(pretrain.parent)]
-            + ["--shard_dir", str(root / "token_shards"), *sizes["pretrain"], *threads],
+            + ["--shard_dir", str(root / "token_shards"), *sizes["pretrain"], *context_options(config), *threads],
             [*text, *val_text, tokenizer / "tokenizer.json"],
             [pretrain],
             pretrain.parent / "checkpoints",
@@ -197,7 +224,7 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
             "sft",
             "supervised fine-tuning",
             ["finetune.py", "--mode", "sft", "--data_path", config.sft_data, "--pretrained_model", str(pretrain)]
-            + ["--output_dir", str(sft.parent), *sizes["sft"], *threads],
+            + ["--output_dir", str(sft.parent), *of_records, *sizes["sft"], *threads],
             [*conversations, pretrain],
             [sft],
             sft.parent / "checkpoints",
@@ -206,7 +233,7 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
             "reward",
             "training the reward model",
             ["finetune.py", "--mode", "reward", *pairs_options, "--sft_model", str(sft)]
-            + ["--output_dir", str(reward.parent), *sizes["reward"], *threads],
+            + ["--output_dir", str(reward.parent), *of_records, *sizes["reward"], *threads],
             [*pairs, sft],
             [reward],
             reward.parent / "checkpoints",
@@ -215,7 +242,7 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
             "ppo",
             "PPO",
             ["finetune.py", "--mode", "ppo", *pairs_options, "--sft_model", str(sft), "--reward_model", str(reward)]
-            + ["--output_dir", str(ppo.parent), "--sft_data", config.sft_data, *sizes["ppo"], *threads],
+            + ["--output_dir", str(ppo.parent), "--sft_data", config.sft_data, *of_records, *sizes["ppo"], *threads],
             [*pairs, *conversations, sft, reward],
             [ppo],
             ppo.parent / "checkpoints",
@@ -229,7 +256,7 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
             ["-m", "evaluation.ngram_baseline", "--tokenizer_dir", str(tokenizer)]
             + ["--train_data_dir", config.train_data, "--sft_data_path", config.sft_data]
             + ["--test_data_path", config.sft_test, "--output_path", str(ngram)]
-            + sizes["evaluate"],
+            + [*of_records, *sizes["evaluate"]],
             [*text, *conversations, *questions, tokenizer / "tokenizer.json"],
             [ngram],
         ),
@@ -240,6 +267,98 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
         evaluate(ppo, "the PPO model, with sampled answers", "_sampled", "--temperature", "1.0"),
         evaluate(ppo.with_name("ppo_best_int8.pth"), "the INT8 model"),
     ]
+
+
+# ---------------------------------------------------------------------------------- what is known before any training
+
+
+def context_options(config: PipelineConfig) -> list[str]:
+    """The context on pretraining's command line, with as many tokens a step as the preset has; none for its own."""
+    preset = parse_config(PretrainConfig, SIZES[config.preset]["pretrain"], description="")
+    if config.max_seq_len in (0, preset.max_seq_len):
+        return []
+    batch_size = max(1, preset.batch_size * preset.max_seq_len // config.max_seq_len)
+    return ["--max_seq_len", str(config.max_seq_len), "--batch_size", str(batch_size)]
+
+
+def check_records(config: PipelineConfig) -> None:
+    """Read the records of all stages once, and the beginning of the text, before anything is made of them.
+
+    Raises:
+        UserError: a file that cannot be read, a malformed record, or none of use.
+    """
+    for path in filter(None, (config.train_data, config.val_data)):
+        next(iter_documents(path))
+    read_by = (
+        (config.sft_data, parse_conversation),
+        (config.sft_test, parse_question),
+        (config.pairwise_data, parse_preference),
+        (config.pairwise_test, parse_preference),
+    )
+    for path, parse in read_by:
+        account = Account(path, skips_bad_records=config.skip_bad_records)
+        if path and not load_records(path, parse, account, parse_columns(config.columns)):
+            reasons = ", ".join(account.left_out)
+            raise UserError(f"{path} has no record of use ({reasons}); {account.first_bad or 'give others'}")
+
+
+def data_of_stages(
+    config: PipelineConfig, tokenizer: ByteLevelBPETokenizer, context: int, quiet: bool = True
+) -> list[RecordData]:
+    """What the stages will make of their records in a model of this context.
+
+    Raises:
+        UserError: nothing fits in one of them, or too little to hold some out.
+    """
+    commands = {stage.name: stage.command for stage in build_stages(config)}
+    pretraining = parse_config(PretrainConfig, commands["pretrain"][1:], description="")
+    pretraining.max_seq_len = context
+    model = pretraining.model_config(len(tokenizer), tokenizer.pad_token_id)
+    made: list[RecordData] = []
+    for name, module in (("sft", alignment.sft), ("reward", alignment.reward_model), ("ppo", alignment.ppo)):
+        mode, arguments = finetune.split_mode(commands[name][1:])
+        settings = parse_config(finetune.MODES[mode][0], arguments, description="")
+        settings.max_seq_len = context
+        made += module.load_data(settings, model, tokenizer, quiet=quiet)
+    account = Account(config.sft_test, "questions", "give shorter ones", config.skip_bad_records)
+    questions = load_conversations(config.sft_test, account, columns=parse_columns(config.columns))
+    made.append(GPTSFTDataset(questions, tokenizer, context, account))
+    if not quiet:
+        say_accounts(made[-1:])
+    return made
+
+
+def settle_context(config: PipelineConfig, tokenizer: ByteLevelBPETokenizer) -> None:
+    """Choose the context where the user did not, and say what every stage will make of its records in it.
+
+    The preset's is doubled, up to `LONGEST_CONTEXT`, until no stage loses more than 5 % of its records or of their
+    answers' tokens.
+
+    Raises:
+        UserError: nothing fits in one of the stages, or too little to hold some out.
+    """
+    preset = parse_config(PretrainConfig, SIZES[config.preset]["pretrain"], description="").max_seq_len
+
+    def lost(context: int) -> float:
+        try:
+            return max(data.account.lost_share for data in data_of_stages(config, tokenizer, context))
+        except UserError:  # nothing fits, or too little
+            return 1.0
+
+    context = config.max_seq_len or preset
+    if not config.max_seq_len:
+        at_first = lost(context)
+        if at_first > WARNED_SHARE:
+            while context < LONGEST_CONTEXT and lost(context) > WARNED_SHARE:
+                context *= 2
+        config.max_seq_len = context
+        if context > preset:
+            print(
+                f"context: {context} tokens in place of the preset's {preset}, in which {at_first:.0%} of a stage's "
+                "data would be lost; --max_seq_len chooses another",
+                flush=True,
+            )
+    data_of_stages(config, tokenizer, context, quiet=False)
 
 
 # --------------------------------------------------------------------------------------------------- running a stage
@@ -367,10 +486,14 @@ def main(argv: list[str] | None = None) -> None:
     settle(config)
     root, start = Path(config.models_dir), time.time()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would slow down whatever else runs
+    check_records(config)
     stages = build_stages(config)
-    for number, stage in enumerate(stages, start=1):
-        print(f"\n[{number}/{len(stages) + 1}] ", end="", flush=True)
-        run_stage(stage, root / "pipeline")
+    for number in range(len(stages)):
+        print(f"\n[{number + 1}/{len(stages) + 1}] ", end="", flush=True)
+        run_stage(stages[number], root / "pipeline")
+        if stages[number].name == "tokenizer":  # from here on, lengths are known
+            settle_context(config, ByteLevelBPETokenizer.from_pretrained(root / "bpe_tokenizer"))
+            stages[number + 1 :] = build_stages(config)[number + 1 :]
     print(f"\n[{len(stages) + 1}/{len(stages) + 1}] ", end="", flush=True)
     model = root / "rlhf" / "ppo_best.pth"
     exchanges = try_service(model, config.port or free_port(), root / "service.log")

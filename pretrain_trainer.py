@@ -20,7 +20,7 @@ from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
 from machine import resolve_device
-from text.text_files import iter_documents, resolve_files
+from text.text_files import ReadingOptions, iter_documents, resolve_files
 from training import ranks
 from training.interruptions import advice_if_out_of_memory
 from training.training_config import TrainingConfig, prepare_machine
@@ -32,7 +32,7 @@ STEP = re.compile(r"--- step (\d+)$")  # heads the samples of an evaluation
 
 
 @dataclass
-class PretrainConfig(TrainingConfig):
+class PretrainConfig(TrainingConfig, ReadingOptions):
     """Settings of a pretraining run."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -74,11 +74,14 @@ class PretrainConfig(TrainingConfig):
     batch_size: int = option(32, "windows of one forward pass on one rank")
     lr: float = option(4e-3, "peak learning rate")
     epochs: float = option(5.0, "passes over the training text, if --max_steps is 0")
+    separate_documents: bool = option(False, "documents that share a window do not see each other")
     sample_tokens: int = option(48, "tokens of the samples written at every evaluation; 0: none", at_least=0)
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
-        complaints = super().validate()
+        complaints = super().validate() + self.reading_complaints()
+        if self.separate_documents and "pp" in self.parallel:
+            complaints.append("--separate_documents does not go with --parallel pp; drop one")
         if not beyond_bounds(self):
             try:
                 self.model_config(vocab_size=4096, pad_token_id=1)
@@ -173,8 +176,9 @@ class GPTTrainer:
                 self.train_shards, self.val_shards = self._tokenize()
             ranks.barrier()
         gpt_config = config.model_config(len(self.tokenizer), self.tokenizer.pad_token_id)
-        train_data = GPTPretrainDataset(self.train_shards, config.max_seq_len, config.train_data_dir)
-        val_data = GPTPretrainDataset(self.val_shards, config.max_seq_len, "the validation text")
+        end = self.tokenizer.eos_token_id if config.separate_documents else None
+        train_data = GPTPretrainDataset(self.train_shards, config.max_seq_len, config.train_data_dir, end)
+        self.val_data = val_data = GPTPretrainDataset(self.val_shards, config.max_seq_len, "the validation text", end)
         size = f"--d_model {config.d_model} and --n_layers {config.n_layers}"
         with advice_if_out_of_memory(f"for a model of {size}; lower them, or take a smaller --preset or --depth"):
             self.model = GPTModel.from_config(gpt_config)
@@ -194,23 +198,27 @@ class GPTTrainer:
         config, tokenizer = self.config, self.tokenizer
         if self.val_path:
             return (
-                tokenize_to_shards(config.train_data_dir, tokenizer, config.shard_dir),
-                tokenize_to_shards(self.val_path, tokenizer, config.shard_dir),
+                tokenize_to_shards(config.train_data_dir, tokenizer, config.shard_dir, reading=config),
+                tokenize_to_shards(self.val_path, tokenizer, config.shard_dir, reading=config),
             )
         if not config.val_fraction:
             config.val_fraction = DEFAULT_VAL_FRACTION
             print(f"no validation text given: {config.val_fraction:.0%} of the documents are set aside", flush=True)
         return tuple(
             tokenize_to_shards(
-                config.train_data_dir, tokenizer, config.shard_dir, part=part, val_fraction=config.val_fraction
+                config.train_data_dir,
+                tokenizer,
+                config.shard_dir,
+                part=part,
+                val_fraction=config.val_fraction,
+                reading=config,
             )
             for part in ("train", "val")
         )
 
     def _score(self, model: GPTModel, metrics: dict[str, float]) -> dict[str, float]:
         """Bits per byte of the raw text, which compares models of different tokenizers; and samples, to be read."""
-        n_predicted = self.val_shards.n_tokens - 1  # all but the very first, each once
-        bits_per_byte = metrics["val_loss"] * n_predicted / math.log(2) / self.val_shards.n_bytes
+        bits_per_byte = metrics["val_loss"] * self.val_data.n_predicted / math.log(2) / self.val_shards.n_bytes
         if self.config.sample_tokens:
             whole_model = self.loop.parallel_model.whole_model()
             if whole_model is not None:
@@ -260,7 +268,7 @@ def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
         return ByteLevelBPETokenizer.from_pretrained(config.tokenizer_dir)
     print(f"no tokenizer in {config.tokenizer_dir} yet: training one of 4096 tokens on {config.train_data_dir}")
     tokenizer = ByteLevelBPETokenizer(vocab_size=4096)
-    tokenizer.train(iter_documents(config.train_data_dir), min_frequency=2, show_progress=True)
+    tokenizer.train(iter_documents(config.train_data_dir, config), min_frequency=2, show_progress=True)
     tokenizer.save(config.tokenizer_dir)
     return tokenizer
 

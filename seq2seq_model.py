@@ -329,14 +329,18 @@ class Transformer(nn.Module):
 
         Returns:
             {"logits": (B, T, V), "loss": in nats a token, None without labels}; where the loss is smoothed, which it is
-            in training only (arXiv:1512.00567, section 7), "nll" is the plain one.
+            in training only (arXiv:1512.00567, section 7), "nll" is the plain one; in eval mode also "token_accuracy",
+            the share of labels that are the likeliest tokens.
         """
         logits = self.decode(decoder_input_ids, self.encode(input_ids, attention_mask))  # (B, T, V)
         if labels is None:
             return {"logits": logits, "loss": None}
         flat, targets = logits.flatten(0, 1).float(), labels.flatten()  # (B·T, V), (B·T,)
         nll = F.cross_entropy(flat, targets, ignore_index=IGNORED_LABEL)
-        if not (self.training and self.label_smoothing):
+        if not self.training:
+            right = (logits.argmax(dim=-1) == labels).sum() / labels.ne(IGNORED_LABEL).sum().clamp(min=1)
+            return {"logits": logits, "loss": nll, "token_accuracy": right}
+        if not self.label_smoothing:
             return {"logits": logits, "loss": nll}
         smoothing = self.label_smoothing
         smoothed = F.cross_entropy(flat, targets, ignore_index=IGNORED_LABEL, label_smoothing=smoothing)

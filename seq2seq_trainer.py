@@ -38,9 +38,9 @@ Pair = tuple[str, str]
 class Seq2SeqTrainingConfig(TrainingConfig):
     """Settings of a training run of the encoder–decoder."""
 
-    pairs: str = option(SAMPLE_PAIRS, 'training pairs: records {"src": …, "tgt": …}')
-    src: str = option("", "in place of --pairs: a text file whose lines are the sources")
-    tgt: str = option("", "and one whose lines are the targets")
+    pairs: str = option(SAMPLE_PAIRS, 'training pairs: records {"src": …, "tgt": …}', reads="records")
+    src: str = option("", "in place of --pairs: a text file whose lines are the sources", reads="text")
+    tgt: str = option("", "and one whose lines are the targets", reads="text")
     test_pairs: str = option("", "pairs to score at the end, as --pairs; empty: the sample's own, or the validation's")
     val_fraction: float = option(0.03, "share of the pairs set aside for validation", above=0, below=1)
     directions: str = option("both", "translate both ways with one model, or forward only", choices=("both", "forward"))

@@ -14,7 +14,12 @@ find_python() {
     return 1
 }
 
-if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+venv_bin() { if [ -d .venv/Scripts ]; then echo .venv/Scripts; else echo .venv/bin; fi; }  # Windows has Scripts
+
+# Of two scripts that start together the second waits; where there is no flock (macOS, Windows), nobody does
+if command -v flock >/dev/null; then exec 9<. && { flock 9 || true; }; fi
+
+if ! "$(venv_bin)/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python) || fail "Python 3.10 to 3.14 is needed; install one, or name it in the variable PYTHON"
     echo "making .venv with $("$python" --version)"
     rm -rf .venv
@@ -22,7 +27,7 @@ if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2
     "$python" -m venv .venv 2>/dev/null || { rm -rf .venv; "$python" -m virtualenv -q .venv 2>/dev/null; } \
         || fail "$python cannot make a virtual environment; install the package python3-venv (or virtualenv) and try again"
 fi
-source .venv/bin/activate
+source "$(venv_bin)/activate"
 
 for file in "$@"; do
     stamp=.venv/installed-$file
@@ -33,3 +38,4 @@ for file in "$@"; do
         cp "$file" "$stamp"
     fi
 done
+exec 9<&-

@@ -57,7 +57,7 @@ from alignment.stage import InstructionsMixedIn, PreferenceData, load_instructio
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from data_loader import Batch, GPTPPODataset, GPTSFTDataset
-from gpt_model import GPTModel
+from gpt_model import GPTConfig, GPTModel
 from lora import apply_lora
 from text.conversation_data import load_preferences
 from training import ranks
@@ -364,9 +364,11 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
     """
     config = config or PPOConfig(**settings)
     if not config.reward_model:
-        open_policy(config, quiet=True)  # what is wrong with PPO's own data shows before a reward model is trained
+        policy, tokenizer, _ = open_stage(config)
+        load_data(config, policy.config, tokenizer, quiet=True)  # what is wrong with it shows before any training
         config.reward_model = train_reward_for(config)
-    policy, tokenizer, device, data = open_policy(config)
+    policy, tokenizer, device = open_stage(config)
+    data = load_data(config, policy.config, tokenizer)
     reward_model, reward_tokenizer = load_reward_model(config.reward_model)
     if reward_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{config.reward_model} and {config.sft_model} have different tokenizers; use a matching pair")
@@ -386,23 +388,21 @@ def rlhf_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, floa
     )
 
 
-def open_policy(
-    config: PPOConfig, quiet: bool = False
-) -> tuple[GPTModel, ByteLevelBPETokenizer, torch.device, tuple[GPTPPODataset, GPTPPODataset]]:
-    """The policy, its tokenizer, the device, and the prompts to train on and to hold out."""
-    policy, tokenizer, device = open_stage(config)
-    data = load_parts(
+def load_data(
+    config: PPOConfig, model: GPTConfig, tokenizer: ByteLevelBPETokenizer, quiet: bool = False
+) -> tuple[GPTPPODataset, GPTPPODataset]:
+    """The prompts to train on, and those held out; see `stage.load_parts`."""
+    return load_parts(
         config,
-        policy.config,
+        model,
         load_preferences,
         lambda preferences, account: GPTPPODataset(
             [preference["prompt"] for preference in preferences], tokenizer, room_for_prompts(config), account
         ),
         "prompts",
-        advice=advice_on_prompts(config, policy.config),
+        advice=advice_on_prompts(config, model),
         quiet=quiet,
     )
-    return policy, tokenizer, device, data
 
 
 def train_reward_for(config: PPOConfig) -> str:

@@ -21,7 +21,7 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, restore_model, tokenizer_of
 from command_line import UserError, option
 from data_loader import PreferenceDataset
-from gpt_model import GPTModel
+from gpt_model import GPTConfig, GPTModel
 from lora import LoRAOptions
 from text.conversation_data import load_preferences
 from training import ranks
@@ -159,6 +159,20 @@ class RewardLoop(TrainingLoop):
         return {f"val_{name}": value for name, value in preference_figures(margins, weights).items()}
 
 
+def load_data(
+    config: RewardConfig, model: GPTConfig, tokenizer: ByteLevelBPETokenizer, quiet: bool = False
+) -> tuple[PreferenceDataset, PreferenceDataset]:
+    """The preferences to train on, and those held out; see `stage.load_parts`."""
+    return load_parts(
+        config,
+        model,
+        load_preferences,
+        lambda preferences, account: PreferenceDataset(preferences, tokenizer, config.max_seq_len, account),
+        "preferences",
+        quiet=quiet,
+    )
+
+
 def train_reward_model(config: RewardConfig | None = None, **settings: Any) -> dict[str, float]:
     """Train a reward model on preference pairs; leaves `reward_best.pth`.
 
@@ -167,13 +181,7 @@ def train_reward_model(config: RewardConfig | None = None, **settings: Any) -> d
     """
     config = config or RewardConfig(**settings)
     backbone, tokenizer, device = open_stage(config)
-    train_data, val_data = load_parts(
-        config,
-        backbone.config,
-        load_preferences,
-        lambda preferences, account: PreferenceDataset(preferences, tokenizer, config.max_seq_len, account),
-        "preferences",
-    )
+    train_data, val_data = load_data(config, backbone.config, tokenizer)
     model, lengths = RewardModel(backbone, config.center_rewards_coefficient), train_data.lengths
     loop = RewardLoop(config, model, backbone.config, tokenizer, "reward", train_data, val_data, device, lengths)
     return run(

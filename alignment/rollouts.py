@@ -110,7 +110,10 @@ def write_answers(
         # A new engine each time: what it remembers of prompts belongs to the weights of this moment
         written = Engine(policy, None, max_running=len(rows)).run(rows, settings)
     except RequestFailed as failure:
-        raise UserError(f"the policy cannot write answers: {failure}; lower --lr") from failure
+        raise UserError(
+            f"the policy cannot write answers: {failure}; where training has made it so, lower --lr, and otherwise "
+            "start from another checkpoint"
+        ) from failure
     device, pad = prompts["input_ids"].device, torch.nn.utils.rnn.pad_sequence
     answers = [torch.tensor(generation.token_ids) for generation in written]
     answer_mask = pad([torch.ones_like(ids, dtype=torch.bool) for ids in answers], batch_first=True).to(

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from command_line import UserError
 from text.conversation_data import parse_conversation
 
 COURTEOUS_CLOSINGS: dict[str, tuple[str, ...]] = {
@@ -92,7 +93,13 @@ def preference_reward(prompts: Sequence[str], responses: Sequence[str], records:
     """
     scores = []
     for response, record in zip(responses, records, strict=True):
-        right = record.get("answer") or parse_conversation(record, "a record of the data")[-1]["content"]
+        try:
+            right = record.get("answer") or parse_conversation(record, "a record of the data")[-1]["content"]
+        except UserError as error:
+            raise UserError(
+                f"this reward compares with the right answer, and {error}; give records with answers, or a --reward of "
+                "your own"
+            ) from None
         check = check_answer(response, _split_closings(right.strip())[0])
         scores.append(check.exact * 1.0 + check.preferred * 1.0 - 0.5 * (check.rude + check.repetitive))
     return scores

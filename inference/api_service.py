@@ -14,6 +14,7 @@
     GET  /health, /ready         whether the process is sound, and whether it can answer now
     GET  /metrics                for Prometheus
     POST /admin/reload           another model, without dropping a request
+    GET  /                       the chat page
     GET  /docs                   all of this, as a page to try it on
 
 Every error is `{"error": {"message", "type", "param", "code"}}` with a sentence that says what was wrong.
@@ -29,6 +30,7 @@ settings of its own. When a client leaves, its request gives its place away with
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -59,7 +61,9 @@ from inference.service.logs import install
 from inference.service.model_server import FAILED, LOADED, Service
 from inference.service.requests import DetokenizeRequest, GenerateRequest, ReloadRequest, TokenizeRequest
 from inference.service.settings import ServiceSettings, end_process
+from inference.service.static_page import add_page
 from inference.service.structured import AnswerForm, grammar_form, json_form, regex_form
+from inference.service.workers import Workers
 
 __all__ = ["GenerateRequest", "app"]
 
@@ -95,12 +99,13 @@ async def lifespan(application: FastAPI) -> AsyncIterator[dict[str, Service]]:
     """Hand the service to the requests, and load its model meanwhile; at the end, stop the engine."""
     try:
         settings = application.state.settings or ServiceSettings.read()
+        service = Service(settings)
     except UserError as error:
         end_process(str(error), 2)
     install(settings.log_format)
-    service = Service(settings)
     service.max_connections = possible_connections(settings.max_connections)
     service.start()
+    service.background(metrics.share(service))
     try:
         yield {"service": service}
     finally:
@@ -136,6 +141,7 @@ app.add_middleware(Gate)
 app.add_middleware(CrossOrigin)
 for part in (openai_api, metrics, documentation):
     app.include_router(part.router)
+add_page(app)
 
 
 @app.exception_handler(HTTPException)
@@ -261,6 +267,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"the service cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; choose "
             "another --port or --host"
         ) from None
+    if settings.workers > 1:
+        sys.exit(Workers(serve, settings, listener).run())
+    serve(settings, listener)
+
+
+def serve(settings: ServiceSettings, listener: socket.socket) -> None:
+    """Answer those who come to this socket until Ctrl-C or SIGTERM."""
+    install(settings.log_format)
     app.state.settings = settings
     Server(app, settings).run(sockets=[listener])
 

@@ -135,8 +135,9 @@ class SamplingParams:
                 found.append(f"{name} has {outside[0]!r}, which is no token id of a vocabulary of {vocab_size}")
         if not all(_is_number(bias) and bias < unlimited for bias in self.logit_bias.values()):
             found.append("logit_bias must map token ids to numbers; minus infinity bans a token")
-        banned = {*self.banned_tokens, *(token for token, bias in self.logit_bias.items() if bias == -unlimited)}
-        if len(banned) == vocab_size:
+        lowest = torch.finfo(torch.float32).min  # a bias below it is minus infinity among the logits
+        banned = {*self.banned_tokens, *(token for token, bias in self.logit_bias.items() if bias < lowest)}
+        if not found and len(banned) == vocab_size:
             found.append("banned_tokens and logit_bias ban the whole vocabulary: leave at least one token")
         if self.overflow not in OVERFLOWS:
             found.append(f"overflow must be one of {', '.join(OVERFLOWS)}, not {self.overflow!r}")

@@ -1,14 +1,23 @@
-"""The machine: which device and precision to compute in, its peak speed, and the memory used."""
+"""The machine: which device and precision to compute in, its cores and peak speed, and the memory used.
+
+`python -m machine` (`__main__`) prints a page on what this computer offers and lacks.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
+import os
 import sys
 import time
+from pathlib import Path
 
-import torch
+try:
+    import psutil
+    import torch
+except ModuleNotFoundError as error:  # what the page is asked for, too
+    sys.exit(f"error: the package {error.name} is not installed; pip install -r requirements.txt")
 
 from command_line import UserError
 from cpu_level import cpu_level
@@ -60,10 +69,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 
 def peak_memory_bytes(device: torch.device) -> float:
-    """The most memory used so far: of the GPU, or of this process on a CPU; NaN where the system does not tell.
-
-    Apple's GPU tells what is allocated now.
-    """
+    """The most memory used so far: of the GPU, or of this process on a CPU. Apple's GPU tells what it uses now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -71,9 +77,19 @@ def peak_memory_bytes(device: torch.device) -> float:
     try:
         import resource
     except ImportError:  # Windows
-        return math.nan
+        return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The cores that this process may use: of the machine's, those that it is bound to, or a container's share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share, period = quota.read_text().split()
+        return max(1, min(cores, math.ceil(int(share) / int(period))))
+    except (OSError, ValueError):  # no such limit
+        return cores
 
 
 def synchronize(device: torch.device) -> None:

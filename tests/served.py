@@ -54,7 +54,7 @@ class Server:
         self.url = self._address()
 
     def _address(self):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while "listening on " not in self.text and self.process.poll() is None:
             assert time.monotonic() < deadline, self.text
             time.sleep(0.05)
@@ -73,7 +73,7 @@ class Server:
 
     def wait_until_ready(self):
         """Poll /ready."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while self.get("/ready")[0] != 200:
             assert time.monotonic() < deadline and self.process.poll() is None, self.text
             time.sleep(0.05)
@@ -87,7 +87,7 @@ class Server:
         """Status, headers and JSON of a POST."""
         return self.call(path, body if isinstance(body, bytes) else json.dumps(body).encode(), **headers)
 
-    def call(self, path, content, timeout=60, **headers):
+    def call(self, path, content, timeout=120, **headers):
         """Status, headers and JSON (or text) of an answer."""
         headers = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
         request = urllib.request.Request(self.url + path, content, headers)
@@ -101,14 +101,14 @@ class Server:
 
     def wait_for(self, **counts):
         """Poll /health until it says what is given."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not counts.items() <= (state := self.get("/health")[1]).items():
             assert time.monotonic() < deadline, f"expected {counts}, the service says {state}"
         return state
 
     def connect(self):
         """A raw connection."""
-        return socket.create_connection(self.address, timeout=60)
+        return socket.create_connection(self.address, timeout=120)
 
     def send(self, connection, body, path="/generate", behind=b""):
         """A request over a raw connection, which does not wait for the answer."""
@@ -116,7 +116,7 @@ class Server:
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
         connection.sendall(head.encode() + content + behind)
 
-    def stop(self, signal_number=signal.SIGTERM, timeout=60):
+    def stop(self, signal_number=signal.SIGTERM, timeout=120):
         """The exit status after a signal."""
         if self.process.poll() is None:
             self.process.send_signal(signal_number)

@@ -1,6 +1,7 @@
 """Every stage says what it read, left out and cut, and what that costs: in words, metrics and checkpoint."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from command_line import UserError
 from data_loader import GPTSFTDataset, PreferenceDataset, UnpairedDataset
 from evaluator import main as evaluate
 from gpt_model import GPTConfig, GPTModel
+from inference.sampling import SamplingParams
 from text.account import CALLED_BAD, REPEATED, Account
 from text.conversation_data import parse_preference, parse_unpaired
+from text.text_files import iter_documents
 from training.run_log import read_metrics
 
 CONTEXT = 48
@@ -189,6 +192,44 @@ def test_an_answer_of_weight_0_is_context(tokenizer):
     assert tokenizer.decode([label for label in labels if label >= 0], skip_special_tokens=False) == "yes</s>"
     data = GPTSFTDataset([messages, messages[:2]], tokenizer, 96)
     assert data.account.left_out == {"no answer to learn from": 1}
+
+
+# ------------------------------------------------------------------------------------------ advice that can be followed
+
+
+def test_a_run_that_has_made_more_steps_than_asked_for_is_not_step_10_of_2(folder):
+    command = f"--mode sft --data_path data.json --pretrained_model sft.pth {COMMON}".split()
+    finetune.main([*command, "--max_steps", "2"])
+    with pytest.raises(UserError, match="has made 2 steps and this run is to end after 1; raise --max_steps"):
+        finetune.main([*command, "--resume", "auto"])
+
+
+def test_a_reward_that_needs_answers_says_so(folder):
+    (folder / "questions.json").write_text(json.dumps([{"prompt": f"p{k}"} for k in range(8)]))
+    options = f"--mode grpo --data_path questions.json --sft_model sft.pth {ROLLOUTS} --group_size 4 {COMMON}"
+    with pytest.raises(UserError, match="this reward compares with the right answer, and .* a --reward of your own"):
+        finetune.main(options.split())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logit_bias": dict.fromkeys(range(8), -math.inf)},
+        {"logit_bias": dict.fromkeys(range(8), -1e300)},
+        {"logit_bias": dict.fromkeys(range(4), -math.inf), "banned_tokens": (4, 5, 6, 7)},
+        {"banned_tokens": tuple(range(8))},
+    ],
+)
+def test_forbidding_every_token_is_no_damage_to_the_weights(settings):
+    (complaint,) = SamplingParams(**settings).complaints(8)
+    assert complaint == "banned_tokens and logit_bias ban the whole vocabulary: leave at least one token"
+    assert SamplingParams(**settings).complaints(9) == []
+
+
+def test_documents_that_are_records_are_sent_to_the_right_command(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "x", "output": "y"}')
+    with pytest.raises(UserError, match='no field "text" .*; its fields are instruction, output' ):
+        list(iter_documents(tmp_path / "a.jsonl"))
 
 
 def test_other_names_of_fields_are_an_option_of_every_stage(folder):

@@ -78,7 +78,7 @@ pretrain | --val_data_dir utf16.txt | utf16.txt is not UTF-8 text; save it as UT
 pretrain | --train_data_dir no_text.jsonl | line 2 of no_text.jsonl has no field "text"
 pretrain | --train_data_dir short.txt | short.txt has 7 tokens, less than one window; lower --max_seq_len
 pretrain | --val_data_dir short.txt | the validation text has 7 tokens, less than one window; lower --max_seq_len
-pretrain | --train_data_dir one_line.txt --val_data_dir '' --val_fraction 0.5 | no document in its train part
+pretrain | --train_data_dir one_line.txt --val_data_dir '' --val_fraction 0.5 | one_line.txt has too few documents
 pretrain | --tokenizer_dir missing | there is no tokenizer folder missing
 pretrain | --tokenizer_dir broken_tokenizer | broken_tokenizer cannot be used
 pretrain | --output_dir file/run | file/run cannot be a folder; file is a file; choose another --output_dir
@@ -118,7 +118,7 @@ pretrain | --resume good.txt | the checkpoint good.txt is damaged
 pretrain | --resume damaged.pth | the checkpoint damaged.pth is damaged; use another one
 pretrain | --resume base.pth | base.pth is of another architecture; d_model 32 there, 16 here; --output_dir
 pretrain | --d_model 32 --max_seq_len 48 --resume base.pth | base.pth holds; no training state; resume from
-pretrain | --d_model 32 --max_seq_len 48 --resume reward.pth | reward.pth is a reward checkpoint; --resume needs one of
+pretrain | --d_model 32 --max_seq_len 48 --resume reward.pth | reward.pth is a reward checkpoint; give a
 pretrain | --d_model 32 --max_seq_len 48 --resume other.pth | other.pth was trained with another tokenizer; use that one
 
 finetune | --data_path sft.json | --mode is missing; it must be one of sft, reward, ppo

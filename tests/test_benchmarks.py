@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import record_shapes
 import torch
 
-from benchmarks import bench_inference
+from benchmarks import bench_inference, real_data
 from benchmarks.gpu_decoding import StaticDecoder
 from benchmarks.peers import LlamaCpp, Ours, Transformers, check_logits, synthetic_tokenizer, write_gguf
 from benchmarks.tables import Table, write_section
@@ -124,3 +125,23 @@ def test_a_recorded_step_gives_the_tokens_of_the_model(random_model, compiled):
     model = copy.deepcopy(random_model("gpt2")).cuda()
     decoder = StaticDecoder(model, max_len=20, compiled=compiled, recorded=True)
     assert decoder.generate(PROMPT, 12) == Ours(model).generate(PROMPT, 12)
+
+
+def test_a_folder_of_published_shapes_goes_through_every_stage(tmp_path, capsys):
+    """What was read, left out and cut stands in the table; a file that is refused is a row with the reason."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("gsm8k", "hh_rlhf", "kto"):
+        (data / f"{name}.json").write_text(json.dumps(record_shapes.records(name, 8)))
+    (data / "pictures.json").write_text(json.dumps([{**record_shapes.records("plain", 1)[0], "images": ["a.png"]}]))
+    real_data.main(["--data", str(data), "--max_steps", "1", "--vocab_size", "300", "--max_seq_len", "128"])
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    stages = {(row["file"], row["stage"]): row for row in result["rows"]}
+    assert result["crashes"] == 0 and len(stages) == 2 + 4 + 5 + 3 + 3
+    refused = {place for place, row in stages.items() if "refused" in row}
+    assert refused == {("pictures.json", stage) for stage in ("sft", "distill", "grpo")}
+    assert 'has "images", which a model of text cannot take in' in stages["pictures.json", "sft"]["refused"]
+    kto = stages["kto.json", "sft"]
+    assert kto["left_out"] == {"called bad by their label": 4} and kto["read"] == 8 and kto["steps"] == 1
+    assert any(line.startswith("hh_rlhf.json") and "HH-RLHF" in line and " ppo " in line for line in lines)

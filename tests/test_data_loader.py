@@ -22,8 +22,10 @@ from data_loader import (
     GPTPPODataset,
     GPTPretrainDataset,
     GPTSFTDataset,
+    PackedDataset,
     PreferenceDataset,
     TokenShards,
+    best_fit,
     create_pretrain_dataloader,
     create_sft_dataloader,
     in_validation_part,
@@ -31,6 +33,7 @@ from data_loader import (
 )
 from gpt_model import IGNORED_LABEL
 from text.conversation_data import parse_preference
+from text.text_files import ReadingOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 BOS, PAD, EOS = 0, 1, 2
@@ -83,7 +86,11 @@ def test_a_long_corpus_is_cut_into_several_shards_that_read_as_one(corpus, token
 def test_a_large_vocabulary_has_room_in_the_shards(text_file, tokenizer, tmp_path, monkeypatch):
     """Ids beyond 65,535 need four bytes."""
     monkeypatch.setattr(ByteLevelBPETokenizer, "__len__", lambda self: 70_000)
-    monkeypatch.setattr(ByteLevelBPETokenizer, "encode_documents", lambda self, texts, **_: [[69_999] for _ in texts])
+
+    def encode_arrays(self, texts):
+        return np.full(len(texts), 69_999, np.uint32), np.arange(len(texts) + 1)
+
+    monkeypatch.setattr(ByteLevelBPETokenizer, "encode_arrays", encode_arrays)
     shards = tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
     assert all_tokens(shards)[:3] == [BOS, 69_999, EOS]
 
@@ -290,7 +297,7 @@ def test_a_text_too_small_to_be_divided_says_so(part, tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("a\n")
     fraction = 0.5 if part == "train" else 0.0
-    with pytest.raises(UserError, match=f"has no document in its {part} part; give more text, another --val_fraction"):
+    with pytest.raises(UserError, match=f"too few documents .*: none is left for the {part} part; give more"):
         tokenize_to_shards(path, tokenizer, tmp_path / "shards", part=part, val_fraction=fraction)
     assert shard_folders(tmp_path / "shards") == []
 
@@ -563,3 +570,105 @@ def test_similar_lengths_share_a_batch():
     longest = [max(lengths[index] for index in bucketed.batch(step)) for step in range(len(bucketed))]
     rises = sum(later > earlier for earlier, later in zip(longest, longest[1:], strict=False))
     assert 30 < rises < 70
+
+
+# ----------------------------------------------------------------------------------------------------- work cut by size
+
+
+def test_shards_do_not_depend_on_how_the_work_is_cut(tokenizer, tmp_path, monkeypatch):
+    """Documents of one word and of many at once; none is encoded beside more text than a chunk may have."""
+    documents = ["机器", "word " * 3000, "法国的首都是巴黎。", "x", "The quick brown fox. " * 500] * 3
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    once = tokenize_to_shards(path, tokenizer, tmp_path / "one")
+    monkeypatch.setattr(data_loader, "CHUNK_CHARACTERS", 1000)
+    encode, sizes = tokenizer.encode_arrays, []
+
+    def watched(texts):
+        sizes.append(sum(map(len, texts[:-1])))
+        return encode(texts)
+
+    monkeypatch.setattr(tokenizer, "encode_arrays", watched)
+    again = tokenize_to_shards(path, tokenizer, tmp_path / "two")
+    assert max(sizes) < 1000 and len(sizes) > 5
+    assert np.array_equal(once.slice(0, once.n_tokens), again.slice(0, again.n_tokens))
+    expected = [
+        token
+        for ids in tokenizer.encode_batch(documents)
+        for token in (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id)
+    ]
+    assert once.slice(0, once.n_tokens).tolist() == expected and once.n_bytes == again.n_bytes
+
+
+def test_shards_of_an_old_tokenizer_are_offered_for_removal(tokenizer, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
+    tokenize_to_shards(tmp_path / "a.txt", ByteLevelBPETokenizer(300), tmp_path / "shards")
+    (old,) = (tmp_path / "shards").iterdir()
+    assert capsys.readouterr().out == ""
+    tokenize_to_shards(tmp_path / "a.txt", tokenizer, tmp_path / "shards")
+    assert f"rm -r {old}" in capsys.readouterr().out and old.is_dir()
+
+
+def test_what_cannot_be_read_is_kept_beside_the_shards(tokenizer, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\nbroken\n{"text": "two"}\n', encoding="utf-8")
+    reading = ReadingOptions(skip_bad_records=True)
+    shards = tokenize_to_shards(tmp_path / "a.jsonl", tokenizer, tmp_path / "shards", reading=reading)
+    (kept,) = (tmp_path / "shards").glob("*/left_out.jsonl")
+    assert shards.n_documents == 2 and "broken" in kept.read_text()
+    assert f"1 records left out that cannot be read, kept in {kept}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="line 2 of"):
+        tokenize_to_shards(tmp_path / "a.jsonl", tokenizer, tmp_path / "shards")
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("architecture", ["modern", "gpt2"])
+def test_packed_conversations_are_as_if_each_were_alone(architecture, tokenizer, random_model):
+    """Losses, numbers of predicted tokens and gradients: of rows with several texts, and of a row for each."""
+    conversations = [
+        [{"role": "user", "content": question * n}, {"role": "assistant", "content": answer * (1 + n % 2)}]
+        for n, (question, answer) in enumerate([("法国？", "巴黎。"), ("one ", "two "), ("机器", "学习")] * 3, start=1)
+    ]
+    data = GPTSFTDataset(conversations, tokenizer, 96)
+    packed = PackedDataset(data, 96)
+    model = random_model(architecture, vocab_size=len(tokenizer), max_seq_len=96)
+    results = []
+    for part in (data, packed):
+        batch = part.collate([part[index] for index in range(len(part))])
+        model.zero_grad()
+        loss = model(**batch)["loss"]
+        loss.backward()
+        results.append((loss.item(), part.count(batch), model.token_embedding.weight.grad.clone()))
+    assert len(packed) < len(data) and results[0][1] == results[1][1]
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
+    torch.testing.assert_close(results[0][2], results[1][2], atol=1e-5, rtol=1e-4)
+    assert sum(packed.lengths) == sum(data.lengths) and max(packed.lengths) <= 96
+    assert packed.waste == pytest.approx(1 - sum(data.lengths) / (96 * len(packed)))
+
+
+def test_best_fit_fills_bins_as_by_hand():
+    """Of bins of 10: 7 and 3, 6 and 4, 5; each thing in one bin."""
+    assert best_fit([3, 5, 7, 4, 6], 10) == [[2, 0], [4, 3], [1]]
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 100, (500,), generator=generator).tolist()
+    bins = best_fit(lengths, 100)
+    assert sorted(index for some in bins for index in some) == list(range(500))
+    assert all(sum(lengths[index] for index in some) <= 100 for some in bins)
+    assert len(bins) <= 1.05 * sum(lengths) / 100
+
+
+def test_separate_documents_do_not_see_each_other(tokenizer, tmp_path, random_model):
+    """A window's loss is that of its documents, each alone."""
+    (tmp_path / "a.txt").write_text("机器学习\none two three\n法国的首都是巴黎。\n", encoding="utf-8")
+    shards = tokenize_to_shards(tmp_path / "a.txt", tokenizer, tmp_path / "shards")
+    data = GPTPretrainDataset(shards, shards.n_tokens, eos_token_id=tokenizer.eos_token_id)
+    model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=shards.n_tokens)
+    batch = data.collate([data[0]])
+    ids, total = batch["input_ids"][0].tolist(), 0.0
+    ends = [index + 1 for index, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    for start, end in zip([0, *ends], ends, strict=False):
+        row = torch.tensor([ids[start:end]])
+        total += model(row, labels=row)["loss"].item() * (end - start - 1)
+    assert len(ends) == 3 and data.count(batch) == data.n_predicted == shards.n_tokens - 3
+    assert model(**batch)["loss"].item() * data.n_predicted == pytest.approx(total, rel=1e-5)

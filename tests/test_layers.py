@@ -20,7 +20,8 @@ LAYERS = (
     ("inference",),
     ("evaluation",),
     ("alignment",),
-    ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline"),
+    ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline", "text.inspect", "api_demo")
+    + ("machine.__main__",),
     ("exchange",),
     ("pipeline", "benchmarks", "data", "docs"),
 )

@@ -15,7 +15,17 @@ from packaging.specifiers import SpecifierSet
 
 from command_line import Interrupted, UserError, parse_config
 from evaluation.report import write_report
-from pipeline import PipelineConfig, Stage, build_stages, free_port, run_stage, running_service, settle
+from pipeline import (
+    PipelineConfig,
+    Stage,
+    build_stages,
+    check_records,
+    free_port,
+    run_stage,
+    running_service,
+    settle,
+    settle_context,
+)
 from training.run_log import plot_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +204,68 @@ def test_smoke_run_stays_out_of_the_models_folder(monkeypatch):
     assert (config.preset, config.models_dir) == ("smoke", "models/smoke")
     assert all(path.is_relative_to("models/smoke") for stage in stages.values() for path in stage.outputs)
     assert plan("--smoke", "--models_dir", "elsewhere")[0].models_dir == "elsewhere"
+
+
+# ------------------------------------------------------------------------------------------- known before any training
+
+
+@pytest.fixture
+def own_records(tmp_path, monkeypatch, tokenizer):
+    """A user's records, some too long for the preset's context, and the settings that name them."""
+    monkeypatch.chdir(tmp_path)
+    chats = [{"q": f"{k}?", "a": "法国的首都是巴黎。" * (1 if k < 12 else 30)} for k in range(16)]
+    pairs = [{"q": f"{k}?", "good": "yes", "bad": "no"} for k in range(16)]
+    for name, records in (("chats", chats), ("questions", chats[:4]), ("pairs", pairs)):
+        Path(f"{name}.json").write_text(json.dumps(records))
+    Path("text.txt").write_text("A line.\n")
+    columns = "instruction=q,response=a,chosen=good,rejected=bad"
+    return ["--train_data", "text", "--sft_data", "chats.json", "--sft_test", "questions.json",
+            "--pairwise_data", "pairs.json", "--columns", columns]  # fmt: skip
+
+
+def test_a_wrong_record_of_any_stage_shows_before_the_first_one(own_records):
+    """Questions and preferences are read at the start, though they are needed at the end."""
+    config, _ = plan(*own_records)
+    check_records(config)
+    for name, record in (("questions", {"q": "?"}), ("pairs", {"q": "?", "good": "x", "bad": ""})):
+        path = Path(f"{name}.json")
+        sound = path.read_text()
+        path.write_text(json.dumps([*json.loads(sound), record]))
+        with pytest.raises(UserError, match=rf"record \d+ of {name}.json"):
+            check_records(config)
+        path.write_text(sound)
+
+
+def test_the_context_is_chosen_from_the_records(own_records, tokenizer, capsys):
+    """Doubled until at most 5 % is lost, with as many tokens a step; and said."""
+    config, _ = plan(*own_records)
+    settle_context(config, tokenizer)
+    said = capsys.readouterr().out
+    assert config.max_seq_len == 512
+    assert "context: 512 tokens in place of the preset's 128" in said
+    assert all(f"{name}.json: " in said for name in ("chats", "pairs", "questions"))
+    stages = {stage.name: stage.command for stage in build_stages(config)}
+    command = " ".join(stages["pretrain"])
+    assert command.endswith("--max_seq_len 512 --batch_size 8")
+    for name in ("sft", "reward", "ppo", "evaluate-sft_best", "evaluate-ngram", "quantize-sft_best"):
+        assert "--columns" in stages[name], name
+    assert stages["quantize-ppo_best"][-4:-2] == ["--text", "questions.json"]
+
+
+def test_a_context_that_was_asked_for_stays(own_records, tokenizer, capsys):
+    config, _ = plan(*own_records, "--max_seq_len", "96")
+    settle_context(config, tokenizer)
+    assert config.max_seq_len == 96 and "warning: " in capsys.readouterr().out
+    config, _ = plan(*own_records, "--max_seq_len", "16")
+    with pytest.raises(UserError, match="leaves no room for a prompt|can be used"):
+        settle_context(config, tokenizer)
+
+
+def test_the_sample_data_is_sound_and_keeps_the_presets_context(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, stages = plan()
+    assert "--max_seq_len" not in stages["pretrain"].command
+    check_records(config)
 
 
 # ------------------------------------------------------------------------------------------------ service and set-up

@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import torch
 from served import LONG_GENERATION, REPOSITORY, Server, read_response, running, save_random_model
@@ -25,6 +26,8 @@ from inference.service.rate_limit import RateLimit
 from inference.service.requests import ChatRequest, GenerateRequest
 from inference.service.settings import ServiceSettings
 
+CONFORMANCE = ("not_a_server_error",) + tuple(f"{what}_conformance" for what in ("status_code", "content_type"))
+CONFORMANCE += ("response_schema_conformance",)
 ENDLESS = {"prefix": "a", "max_gen_len": 4096, "ignore_eos": True, "overflow": "slide"}
 SHORT = {"prefix": "a", "max_gen_len": 2}
 
@@ -128,6 +131,27 @@ def test_a_log_of_objects_has_one_a_line(caplog):
     assert "\n" not in line and json.loads(line)["path"] == 'x" y\n'
     text = LineFormatter(as_json=False).format(record).splitlines()
     assert all(line.startswith("    ") for line in text[1:])
+
+
+def test_whatever_the_document_allows_gets_an_answer_that_the_document_names(server):
+    """No 5xx, no status, type or shape of an answer that is not there: asked by Schemathesis."""
+    schemathesis = pytest.importorskip("schemathesis", reason="of Python 3.11 and later")
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis import checks
+
+    checks.load_all_checks()
+    wanted = [checks.CHECKS.get_one(name) for name in CONFORMANCE]
+    seen = set()
+
+    def ask(case):
+        response = case.call_and_validate(checks=wanted)
+        seen.add((case.method, case.path, response.status_code))
+
+    few = settings(max_examples=6, deadline=None, database=None, derandomize=True, suppress_health_check=HealthCheck)
+    for operation in schemathesis.openapi.from_url(server.url + "/openapi.json").get_all_operations():
+        few(given(operation.ok().as_strategy())(ask))()
+    assert len({path for _, path, _ in seen}) >= 10
+    assert {200, 400} <= {status for _, _, status in seen} and max(status for _, _, status in seen) < 500
 
 
 # --- connections -----------------------------------------------------------------------------------------------------
@@ -268,6 +292,29 @@ def test_a_dead_engine_is_said_and_ends_the_process(model_path, tmp_path):
         assert server.process.wait(timeout=60) == 1
     finally:
         server.process.kill()
+
+
+def test_workers_share_the_port_and_one_that_is_killed_is_replaced(model_path, tmp_path):
+    with running(tmp_path / "log", "--model_path", str(model_path), "--workers", "2") as server:
+        deadline = time.monotonic() + 240
+        while server.text.count(" serving ") < 2:
+            assert time.monotonic() < deadline, server.text
+            time.sleep(0.05)
+        first, second = (process.pid for process in psutil.Process(server.process.pid).children() if is_worker(process))
+        os.kill(first, signal.SIGKILL)
+        for _ in range(8):
+            assert server.post("/generate", SHORT)[0] == 200
+        while server.text.count(" serving ") < 3 or f'worker="{first}"' in server.get("/metrics")[1]:
+            assert time.monotonic() < deadline, server.text
+        metrics = server.get("/metrics")[1]
+        assert f'vllm:num_requests_running{{model_name="sft_best",worker="{second}"}}' in metrics
+        assert metrics.count("# TYPE vllm:num_requests_running gauge") == 1
+        assert f"worker {first} has ended" in server.text
+
+
+def is_worker(process):
+    """Python's own tracker of resources is a child of the first process, too."""
+    return "spawn_main" in " ".join(process.cmdline())
 
 
 def test_another_model_is_served_without_dropping_a_request(server, model_path, tmp_path):

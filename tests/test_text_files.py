@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from command_line import UserError
-from text.text_files import LeftOut, ReadingOptions, holds_records, iter_documents, iter_records, resolve_files
+from text.text_files import ReadingOptions, UnreadRecords, holds_records, iter_documents, iter_records, resolve_files
 
 DOCUMENTS = ["法国的首都是巴黎。", "The capital of France is Paris.", "  leading spaces and a tab\tinside  ", "🦊 café"]
 
@@ -225,12 +225,13 @@ def test_wrong_records_are_named(name, content, complaint, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.json", "[]", True),
+        ("a.json", '[{"messages": []}]', True),
+        ("a.json", '[{"text": "hi"}]', False),
         ("a.jsonl", '\n{"messages": []}\n', True),
         ("a.jsonl.gz", '{"id": 1, "text": "hi"}\n', False),
         ("a.txt", "[]", False),
         ("a.txt.gz", "hi", False),
-        ("a.csv", "instruction,output\n", True),
+        ("a.csv", "instruction,output\na,b\n", True),
     ],
 )
 def test_records_are_told_from_documents(name, content, expected, tmp_path):
@@ -304,7 +305,7 @@ def test_another_encoding_is_read_or_offered(tmp_path):
 def test_what_cannot_be_read_is_left_out_counted_and_kept_if_that_is_wished(tmp_path):
     lines = [b'{"text": "first"}', b"no json", b'{"other": 1}', b'{"text": "bad \xff"}', b'{"text": "last"}']
     path = write(tmp_path / "a.jsonl", b"\n".join(lines))
-    left_out = LeftOut(tmp_path / "left_out.jsonl")
+    left_out = UnreadRecords(tmp_path / "left_out.jsonl")
     assert read(path, left_out, skip_bad_records=True) == ["first", "last"]
     kept = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
     assert left_out.count == 3 and [entry["text"].strip() for entry in kept][:2] == ["no json", '{"other": 1}']

@@ -516,6 +516,31 @@ def parse_unpaired(record: dict, where: str) -> list[dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+def shape_of(record: dict) -> tuple[str, str]:
+    """What a record is, "instructions", "preferences", "unpaired" or "" (unknown), and the name of its shape."""
+    conversation, question, answer = (_first_of(names, record) for names in (CONVERSATION, QUESTION, ANSWER))
+    turns = record[conversation] if conversation else None
+    first = turns[0] if isinstance(turns, list) and turns else None
+    talk = "ShareGPT" if isinstance(first, dict) and "from" in first else "OpenAI"
+    if "completions" in record or "responses" in record:
+        return "preferences", "UltraFeedback" if "completions" in record else "ranking"
+    if {"chosen", "rejected"} <= record.keys():
+        if _is_transcript(record["chosen"]) and not (question or conversation):
+            return "preferences", "HH-RLHF"
+        if isinstance(record["chosen"], list):
+            return "preferences", "TRL" if question else "TRL, implicit prompt"
+        if conversation:
+            return "preferences", "LLaMA-Factory"
+        return ("preferences", f"{question}, chosen, rejected") if question else ("", "")
+    if isinstance(record.get("label"), bool) or isinstance(record.get("kto_tag"), bool):
+        return "unpaired", "TRL with label" if "label" in record else "LLaMA-Factory with kto_tag"
+    if conversation:
+        return "instructions", f"{talk} with tools" if record.get("tools") else talk
+    if question and answer:
+        return "instructions", f"{question}, {answer}" + (" with history" if record.get("history") else "")
+    return "", ""
+
+
 def load_records(
     path: str | Path,
     parse: Callable[[dict, str], Parsed],

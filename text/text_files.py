@@ -16,7 +16,7 @@ import json
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -54,7 +54,14 @@ class ReadingOptions:
         return []
 
 
-class LeftOut:
+def changed_options(reading: ReadingOptions) -> dict[str, Any]:
+    """Those of the reading options that are not as usual."""
+    usual = ReadingOptions()
+    names = (field.name for field in fields(ReadingOptions))
+    return {name: getattr(reading, name) for name in names if getattr(reading, name) != getattr(usual, name)}
+
+
+class UnreadRecords:
     """Counts what cannot be read, and keeps it.
 
     Args:
@@ -276,7 +283,7 @@ def _documents_of_text(path: Path, reading: ReadingOptions) -> Iterator[str]:
     yield "\n".join(block).strip("\n")
 
 
-def _documents_of_file(path: Path, reading: ReadingOptions, left_out: LeftOut) -> Iterator[str]:
+def _documents_of_file(path: Path, reading: ReadingOptions, left_out: UnreadRecords) -> Iterator[str]:
     if path.suffix == ".parquet":
         yield from _documents_of_parquet(path, reading.text_field)
         return
@@ -299,7 +306,7 @@ def _is_sound(text: str) -> bool:
     return text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def _texts_of_json(path: Path, kind: str, reading: ReadingOptions, left_out: LeftOut) -> Iterator[str]:
+def _texts_of_json(path: Path, kind: str, reading: ReadingOptions, left_out: UnreadRecords) -> Iterator[str]:
     def texts(lines: Iterable[tuple[str, Any]], parse: bool) -> Iterator[str]:
         for where, line in lines:
             try:
@@ -329,7 +336,7 @@ def parse_json(text: str, where: str) -> object:
 
 
 def iter_documents(
-    path: str | Path, reading: ReadingOptions | None = None, left_out: LeftOut | None = None
+    path: str | Path, reading: ReadingOptions | None = None, left_out: UnreadRecords | None = None
 ) -> Iterator[str]:
     """The documents of a file or folder, one string each: a line of `.txt`, a record of the other kinds.
 
@@ -340,7 +347,7 @@ def iter_documents(
     Raises:
         UserError: no such file, no text in it, not of the encoding, binary, or a record without the field.
     """
-    chosen, left_out = reading or ReadingOptions(), left_out or LeftOut()
+    chosen, left_out = reading or ReadingOptions(), left_out or UnreadRecords()
     for file in resolve_files(path):
         count = 0
         with _reading(file, reading):
@@ -369,20 +376,41 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
-def holds_records(path: str | Path) -> bool:
-    """Whether the first file of a data path holds records (conversations, preferences) and no documents.
-
-    JSON, CSV and, where nothing is called "text" in it, JSONL and parquet do.
-    """
+def holds_records(path: str | Path, text_field: str = "text") -> bool:
+    """Whether the first file of a data path holds records (conversations, preferences) and no documents: its first
+    record has no text in `text_field`."""
     file = resolve_files(path, tuple(dict.fromkeys(TEXT_ENDINGS + RECORD_ENDINGS)))[0]
+    if ".txt" in file.suffixes:
+        return False
     if file.suffix == ".parquet":
-        return "text" not in _pyarrow(file).parquet.ParquetFile(file).schema_arrow.names
-    if ".jsonl" not in file.suffixes:
-        return ".txt" not in file.suffixes
-    with _reading(file), _open_text(file) as stream:
-        line = next((line for line in stream if line.strip()), "{}")
-    first = parse_json(line, f"record 1 of {file}")
-    return not (isinstance(first, dict) and isinstance(first.get("text"), str))
+        return text_field not in _pyarrow(file).parquet.ParquetFile(file).schema_arrow.names
+    if ".jsonl" in file.suffixes:  # may be large
+        with _reading(file), _open_text(file) as stream:
+            first = parse_json(next((line for line in stream if line.strip()), "{}"), f"record 1 of {file}")
+    else:
+        _, first = next(iter_records(file))
+    return not (isinstance(first, dict) and isinstance(first.get(text_field), str))
+
+
+def iter_rows(path: Path) -> Iterator[dict]:
+    """The rows of one file of records, each as it is published, read as it is needed where the kind of file allows.
+
+    Raises:
+        UserError: it is not sound.
+    """
+    with _reading(path):
+        if path.suffix == ".parquet":
+            pyarrow = _pyarrow(path)
+            try:
+                for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+                    yield from batch.to_pylist()
+            except pyarrow.ArrowException as error:
+                raise UserError(f"{path} is not a sound parquet file ({error}); create it again") from None
+        elif ".csv" in path.suffixes:
+            with _open_text(path) as stream:
+                yield from _csv_rows(path, stream)
+        else:
+            yield from (record for _, record in iter_records(path))
 
 
 def _is_json_lines(text: str) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 from command_line import UserError, holding
 
 # What every run leaves; beside it `<stage>_best*`, with what was made of the best model since
-LEFT_BY_RUNS = ("checkpoints", "metrics.jsonl", "run.log", "curves.png", "samples.txt", "samples.jsonl", "tensorboard")
+LEFT_BY_RUNS = ("checkpoints", "metrics.jsonl", "run.log", "curves.png", "tensorboard")
+LEFT_BY_RUNS += ("samples.txt", "samples.jsonl", "translations.json")
 
 
 @contextlib.contextmanager

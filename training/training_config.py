@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 
 from checkpoint import require_writable_folder
 from command_line import option
-from machine import PRECISIONS, resolve_device
+from machine import PRECISIONS, resolve_device, usable_cores
 from training import ranks
 from training.optimization import OPTIMIZERS, SCHEDULES
 from training.parallel_model import check_parallel_option
@@ -71,8 +70,7 @@ def prepare_machine(config: TrainingConfig) -> torch.device:
     """
     require_writable_folder(config.output_dir)
     device = ranks.start(resolve_device(config.device))
-    cores = os.cpu_count() or 1
-    torch.set_num_threads(config.num_threads or max(1, cores // ranks.processes_on_this_machine()))
+    torch.set_num_threads(config.num_threads or max(1, usable_cores() // ranks.processes_on_this_machine()))
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     return device

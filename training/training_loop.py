@@ -195,9 +195,10 @@ class TrainingLoop:
         tokens = skipped_seconds = 0.0
         interval_start = start = time.perf_counter()
         elapsed_before = self.seconds
-        memory_advice = (
-            f"at --batch_size {config.batch_size} and --max_seq_len {config.max_seq_len}; halve --batch_size and "
-            "double --grad_accum_steps, or add --recompute_activations true"
+        memory_advice = f"at --batch_size {config.batch_size} and --max_seq_len {config.max_seq_len}; " + ", or ".join(
+            ["halve --batch_size and double --grad_accum_steps"] * (config.batch_size > 1)
+            + ["add --recompute_activations true"] * (not config.recompute_activations)
+            + ["lower --max_seq_len", "take a smaller model"]
         )
         try:
             with StopSignal() as stop, advice_if_out_of_memory(memory_advice):
@@ -485,7 +486,8 @@ class TrainingLoop:
                 print(f"no checkpoint in {self.checkpoint_folder}, starting from step 0", flush=True)
             return None
         if content["stage"] != self.stage:
-            raise UserError(f"{path} is a {content['stage']} checkpoint; --resume needs one of stage {self.stage}")
+            theirs, ours = content["stage"], self.stage
+            raise UserError(f"{path} is a {theirs} checkpoint; give a {ours} one, or leave out --resume")
         require_same_model(content, self.gpt_config, self.tokenizer, path)
         state = content.get("training_state")
         if state is None:
@@ -499,6 +501,11 @@ class TrainingLoop:
         ]
         if differing:
             raise UserError(f"{path} belongs to another run ({'; '.join(differing)}); use the same settings and data")
+        if content["step"] > self.max_steps:
+            raise UserError(
+                f"{path} has made {content['step']} steps and this run is to end after {self.max_steps}; raise "
+                "--max_steps or --epochs, or leave out --resume to start anew"
+            )
         self.parallel_model.load_model_state(content["model"])
         self.parallel_model.load_optimizer_state(self.optimizers, state["optimizer"])
         self.updater.load_state_dict(state["updater"])

@@ -122,21 +122,21 @@ def cpu_fingerprint() -> str:
 
 
 def _load(source: Path) -> ctypes.CDLL:
-    compiler = _compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
+    command = compiler()
+    version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
     openmp = _openmp_of_torch()
     link_flags = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else ["-fopenmp"]
     link_flags = [*link_flags, *EXTRA_FLAGS]
     key = hashlib.sha256(_whole_text(source) + version)
     compile_flags = [*COMPILE_FLAGS, *compiler_flags()]
-    key.update(repr((compiler, compile_flags, link_flags, cpu_fingerprint())).encode())
+    key.update(repr((command, compile_flags, link_flags, cpu_fingerprint())).encode())
     library = cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if _is_intact(library):
         return ctypes.CDLL(str(library))
     with tempfile.TemporaryDirectory() as folder:
         compiled, result = Path(folder) / "source.o", Path(folder) / library.name
-        _run([*compiler, *compile_flags, "-fopenmp", "-c", str(source), "-o", str(compiled)])
-        _run([*compiler, "-shared", str(compiled), *link_flags, "-lm", "-o", str(result)])
+        _run([*command, *compile_flags, "-fopenmp", "-c", str(source), "-o", str(compiled)])
+        _run([*command, "-shared", str(compiled), *link_flags, "-lm", "-o", str(result)])
         try:
             _store(result, library)
         except OSError:  # a home that cannot be written to: this process loads what it compiled, the next one compiles
@@ -151,7 +151,7 @@ def _whole_text(source: Path) -> bytes:
     return b"".join([text, *(_whole_text(source.with_name(name.decode())) for name in included)])
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """The command of the C compiler: what the variable CC says, or the first that is found."""
     if "CC" not in os.environ and sys.platform in NO_OPENMP:
         raise RuntimeError(NO_OPENMP[sys.platform])

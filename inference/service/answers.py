@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,10 @@ from starlette.types import Receive, Scope, Send
 from inference.sampling import TokenLogProb
 from inference.service.bodies import ClientLeft
 from inference.service.errors import ApiError
+from inference.service.filters import Filters
 from inference.service.model_server import Answer, ServedModel, Service
+
+logger = logging.getLogger("service")
 
 LOWEST_LOG_PROB = -9999.0  # JSON has no minus infinity
 FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}  # the engine's → OpenAI's
@@ -41,9 +45,21 @@ class Written:
 async def pieces_of(answer: Answer) -> AsyncIterator[Written]:
     """The pieces of all answers as they come; each one's end has its whole text.
 
+    Where answers are filtered, pieces are held back as long as they may become something forbidden, log-probabilities
+    come with an answer's end, and a blocked answer ends with the operators' message.
+
     Raises:
         ApiError: an answer could not be completed.
     """
+    if answer.blocked is not None:
+        for index in range(answer.n_answers):
+            yield Written(index, answer.blocked)
+            yield Written(index, answer.blocked, "content_filter")
+        return
+    if answer.filters:
+        async for written in filtered_pieces_of(answer, answer.filters):
+            yield written
+        return
     reported = [0] * len(answer.requests)  # log-probabilities that were sent already
     async for index, piece in answer.pieces():
         request = answer.requests[index]
@@ -56,6 +72,37 @@ async def pieces_of(answer: Answer) -> AsyncIterator[Written]:
             yield Written(index, generation.text, FINISH_REASONS[generation.finish_reason], log_probs)
         else:
             yield Written(index, piece, None, log_probs)
+
+
+async def filtered_pieces_of(answer: Answer, filters: Filters) -> AsyncIterator[Written]:
+    """As `pieces_of`; an answer that is blocked gives its place to others at once."""
+    guards = [filters.stream() for _ in answer.requests]
+    sent, ended = [""] * len(guards), [False] * len(guards)
+    async for index, piece in answer.pieces():
+        if ended[index]:
+            continue
+        guard, request = guards[index], answer.requests[index]
+        finding = None
+        if piece is not None:
+            leaving = guard.feed(piece)
+        elif answer.streamed:
+            leaving = await asyncio.to_thread(guard.finish)
+        else:
+            leaving, finding = "", await answer.check(answer.generation(index).text)
+        finding = finding or guard.finding
+        if leaving:
+            sent[index] += leaving
+            yield Written(index, leaving)
+        if finding:
+            logger.info("an answer is blocked by %s in %s", finding.entry, finding.source)
+            ended[index] = True
+            request.cancel()
+            yield Written(index, f"\n\n{filters.message}" if sent[index] else filters.message)
+            yield Written(index, filters.message, "content_filter")
+        elif piece is None:
+            generation = answer.generation(index)
+            log_probs = None if request.params.logprobs is None else request.log_probs
+            yield Written(index, generation.text, FINISH_REASONS[generation.finish_reason], log_probs)
 
 
 async def whole(request: Request, service: Service, answer: Answer) -> list[Written]:

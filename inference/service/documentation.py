@@ -66,7 +66,8 @@ def described(*statuses: int, body: type[BaseModel] | None = None, streams: bool
     listed = sorted({*ALWAYS, *statuses, *(WITH_BODY if body else ())})
     responses: dict[int, Any] = {status: {"model": ErrorResponse, "description": REASONS[status]} for status in listed}
     if streams:
-        responses[200] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+        event = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON, or [DONE]"}}}
+        responses[200] = {"content": {"text/event-stream": {"schema": event}}}
     if body is None:
         return {"responses": responses}
     MODELS[body.__name__] = body

@@ -9,7 +9,6 @@ import logging
 import re
 import time
 import uuid
-from collections import Counter
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,15 +34,12 @@ class Gate:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.statuses: Counter[tuple[str, int]] = Counter()  # (route, status) → requests
-        self.rejected: Counter[str] = Counter()  # why → requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         service: Service = scope["state"]["service"]
-        scope["state"]["gate"] = self
         began, started, status, ended = time.monotonic(), False, CLIENT_LEFT, False
         headers = dict(scope["headers"])
         name = headers.get(b"x-request-id", b"").decode("latin-1")
@@ -61,7 +57,7 @@ class Gate:
 
         async def fail(error: ApiError) -> None:
             if error.code in REJECTIONS:
-                self.rejected[error.code] += 1
+                service.rejected[error.code] += 1
             if not started:
                 await error.response()(scope, receive, send_named)
 
@@ -79,7 +75,7 @@ class Gate:
             await fail(ApiError(500, f"the service failed with {type(error).__name__}: see its log for {name}"))
         finally:
             route = getattr(scope.get("route"), "path", None) or "unknown"
-            self.statuses[route, status] += 1
+            service.statuses[route, status] += 1
             quiet = route in QUIET and status == 200
             more = {} if ended else {"complete": False}
             logger.log(

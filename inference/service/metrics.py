@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from command_line import replacing
 from inference.engine_statistics import Observations
 from inference.service.gate import REJECTIONS
 from inference.service.model_server import Service
+from inference.service.workers import SHARE_SECONDS, merged_expositions
 
 router = APIRouter(include_in_schema=False)
 
@@ -45,6 +50,8 @@ class ServiceCollector:
     def collect(self) -> Iterator[Metric]:
         """All metrics."""
         label = {"model_name": self.service.settings.model_names[0]}
+        if self.service.settings.metrics_folder:
+            label["worker"] = str(os.getpid())
         names, values = list(label), list(label.values())
         engines = self.service.statistics()
         now = engines[:1]  # what is true at this moment is true of the present engine
@@ -80,13 +87,17 @@ class ServiceCollector:
             if buckets:
                 family.add_metric(values, buckets, total)
             yield family
-        rejected = CounterMetricFamily("service:requests_rejected", "Requests that were refused", labels=["reason"])
+        rejected = CounterMetricFamily(
+            "service:requests_rejected", "Requests that were refused", labels=[*names, "reason"]
+        )
         for reason in REJECTIONS:
-            rejected.add_metric([reason], self.rejected[reason])
+            rejected.add_metric([*values, reason], self.rejected[reason])
         yield rejected
-        answered = CounterMetricFamily("service:http_requests", "Requests by their answer", labels=["path", "status"])
+        answered = CounterMetricFamily(
+            "service:http_requests", "Requests by their answer", labels=[*names, "path", "status"]
+        )
         for (path, status), count in list(self.statuses.items()):
-            answered.add_metric([path, str(status)], count)
+            answered.add_metric([*values, path, str(status)], count)
         yield answered
 
 
@@ -109,9 +120,32 @@ def merged(observations: Iterable[Observations]) -> tuple[list[tuple[str, float]
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """All metrics in Prometheus' text format."""
-    gate = request.state.gate
+    service: Service = request.state.service
+    text = exposition(service)
+    if service.settings.metrics_folder:
+        mine = own_file(service.settings.metrics_folder)
+        others = [path for path in sorted(mine.parent.glob("*.prom")) if path != mine]
+        text = merged_expositions([text, *(path.read_text(encoding="utf-8") for path in others)])
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def exposition(service: Service) -> str:
+    """The metrics of this process."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(ServiceCollector(request.state.service, gate.statuses, gate.rejected))
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    registry.register(ServiceCollector(service, service.statuses, service.rejected))
+    return generate_latest(registry).decode()
+
+
+def own_file(folder: str) -> Path:
+    """Where this process leaves its metrics for the other workers."""
+    return Path(folder) / f"{os.getpid()}.prom"
+
+
+async def share(service: Service) -> None:
+    """Leave this worker's metrics for the others again and again: any of them may be asked."""
+    while service.settings.metrics_folder:
+        with replacing(own_file(service.settings.metrics_folder)) as file:
+            file.write(exposition(service).encode())
+        await asyncio.sleep(SHARE_SECONDS)
 
 

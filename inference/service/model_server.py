@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +23,16 @@ from inference.request import Generation, QueueFull, Request, RequestFailed, enc
 from inference.sampling import SamplingParams
 from inference.service.conversations import Conversation, guarded
 from inference.service.errors import ApiError, unavailable
+from inference.service.filters import Filters, Finding
 from inference.service.rate_limit import RateLimit
 from inference.service.settings import ServiceSettings, end_process
 from inference.service.structured import AnswerForm
+from inference.service.text_classifier import load_filter_classifier
 
 logger = logging.getLogger("service")
 
 WATCH_SECONDS = 0.5  # how often the engine's thread is looked at
+EDIT_SECONDS = 2.0  # how often the filters' files are looked at
 
 
 class ServedModel:
@@ -87,13 +91,17 @@ class Answer:
     Args:
         served: what computes them.
         streamed: whether pieces of text are wanted before the end.
+        n_answers: how many they are.
+        filters: what none of them may have.
 
     Attributes:
-        requests: the engine's requests, those of the first prompt first.
+        requests: the engine's requests, those of the first prompt first; none if the question is blocked.
+        blocked: what is said instead of all answers.
     """
 
-    def __init__(self, served: ServedModel, streamed: bool) -> None:
-        self.served, self.streamed = served, streamed
+    def __init__(self, served: ServedModel, streamed: bool, n_answers: int, filters: Filters | None) -> None:
+        self.served, self.streamed, self.n_answers, self.filters = served, streamed, n_answers, filters
+        self.blocked: str | None = None
         self.requests: list[Request] = []
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         self._pieces: deque[tuple[int, str | None]] = deque()
@@ -143,6 +151,10 @@ class Answer:
             raise unavailable("the service is stopping and has ended this answer; ask again")
         return generation
 
+    async def check(self, text: str) -> Finding | None:
+        """What is forbidden in a whole answer; in a thread, as a long one takes a while."""
+        return await asyncio.to_thread(self.filters.check, text) if self.filters else None
+
     def cancel(self) -> None:
         """Take the answers out of the engine; what has ended stays as it is."""
         for request in self.requests:
@@ -169,6 +181,10 @@ class Service:
     Attributes:
         served: the model, once it is loaded.
         retired: what the engines of earlier models had counted when they were exchanged.
+        filters: what questions and answers may not have; None if nothing is forbidden.
+
+    Raises:
+        UserError: a filter cannot be read.
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
@@ -179,6 +195,13 @@ class Service:
         self.parsing = asyncio.Lock()  # held while a large body is parsed
         self.max_connections = settings.max_connections
         self.rates = RateLimit(settings.requests_per_minute)
+        classifier = None
+        if settings.classifier:
+            classifier = load_filter_classifier(settings.classifier, settings.classifier_forbids)
+        lists = [Path(path) for path in settings.filters]
+        self.filters = Filters.load(lists, classifier) if lists or classifier else None
+        self.statuses: Counter[tuple[str, int]] = Counter()  # (route, status) → requests
+        self.rejected: Counter[str] = Counter()  # why → requests
         self._is_draining = False
         self._answers: set[Answer] = set()
         self._tasks: set[asyncio.Task] = set()
@@ -188,10 +211,13 @@ class Service:
 
     def start(self) -> None:
         """Load the model in a thread, so that the port is open meanwhile."""
-        self._background(self._load())
-        self._background(self._watch())
+        self.background(self._load())
+        self.background(self._watch())
+        if self.filters:
+            self.background(self._read_edits())
 
-    def _background(self, work: Any) -> None:
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work that goes on until the service ends."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -218,6 +244,16 @@ class Service:
         logger.critical(FAILED.sentence)
         await asyncio.sleep(2 * WATCH_SECONDS)  # those who wait are told first
         end_process(FAILED.sentence, 1)
+
+    async def _read_edits(self) -> None:
+        """Take over what operators edit in the filters' files."""
+        while True:
+            await asyncio.sleep(EDIT_SECONDS)
+            try:
+                if await asyncio.to_thread(self.filters.reload_if_changed):
+                    logger.info("the filters were edited and are in force: %d entries", self.filters.n_entries)
+            except UserError as error:
+                logger.error("the filters were edited, but the old ones stay in force: %s", error)
 
     def drain(self) -> None:
         """Take no new requests from now on."""
@@ -307,9 +343,14 @@ class Service:
         if params.max_gen_len > self.settings.max_tokens:
             limit = f"a request may ask for {self.settings.max_tokens} new tokens at most, not {params.max_gen_len}"
             raise ApiError(invalid, limit, code="too_many_tokens")
-        answer = Answer(served, streamed)
+        answer = Answer(served, streamed, len(prompts) * params.n, self.filters)
         self._answers.add(answer)
         try:
+            for prompt in prompts if self.filters else ():
+                if finding := await asyncio.to_thread(self._check_question, served, prompt):
+                    logger.info("a question is blocked by %s in %s", finding.entry, finding.source)
+                    answer.blocked = self.filters.message
+                    return answer
             # In threads, as long prompts and large forms take a while; what follows is quick
             made = form and await asyncio.to_thread(form, served.tokenizer)
             for prompt in prompts:
@@ -330,6 +371,16 @@ class Service:
                 raise unavailable(str(error)) from None
             raise
         return answer
+
+    def _check_question(self, served: ServedModel, prompt: Any) -> Finding | None:
+        """What is forbidden in a text, in what others than the assistant say, or in the text of token ids."""
+        if isinstance(prompt, str):
+            texts = [prompt]
+        elif isinstance(prompt, Conversation):
+            texts = [message.content or "" for message in prompt.messages if message.role != "assistant"]
+        else:
+            texts = [served.tokenizer.decode(prompt)]
+        return next(filter(None, map(self.filters.check, texts)), None)
 
     def done(self, answer: Answer) -> None:
         """Nobody waits for this answer any more: it is taken out if it has not ended."""
@@ -355,7 +406,7 @@ class Service:
                 raise ApiError(400, str(error), "model_path") from None
             self.settings.model_path, self.served = path, new
             logger.info("serving %s from now on; %s answers what it has taken", path, old.path)
-            self._background(self._retire(old))
+            self.background(self._retire(old))
             return new
 
     async def _retire(self, old: ServedModel) -> None:

@@ -71,7 +71,7 @@ async def completions(request: Request) -> Response:
     params = body.openai_params(body.max_tokens, body.logprobs)
     answer = await service.answer(body.prompt, params, chat=False, streamed=body.stream)
     head = _head("text_completion", "cmpl", service)
-    echoes = [""] * len(answer.requests)
+    echoes = [""] * answer.n_answers
     if body.echo:
         texts = [prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt) for prompt in body.prompt]
         echoes = [text for text in texts for _ in range(body.n)]
@@ -83,7 +83,7 @@ async def completions(request: Request) -> Response:
         return {"index": written.index, "text": text, "logprobs": log_probs, "finish_reason": written.finish_reason}
 
     async def chunks() -> AsyncIterator[dict[str, Any]]:
-        offsets = [0] * len(answer.requests)
+        offsets = [0] * answer.n_answers
         for index, echo in enumerate(echoes):
             if echo:
                 yield {**head, "choices": [choice(Written(index, echo), echo)]}
@@ -155,7 +155,8 @@ async def chat_completions(request: Request) -> Response:
 
     def reason(written: Written) -> str:
         parser = parsers[written.index]
-        return "tool_calls" if parser and parser.n_calls else written.finish_reason
+        called = parser and parser.n_calls and written.finish_reason != "content_filter"
+        return "tool_calls" if called else written.finish_reason
 
     async def chunks() -> AsyncIterator[dict[str, Any]]:
         def chunk(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class ServiceSettings:
     served_model_name: list[str] = option(list, "what clients call the model, then aliases; default: the file's name")
     host: str = option("127.0.0.1", "the address to listen on; 0.0.0.0: all of the machine's")
     port: int = option(8000, "the port to listen on; 0: any free one", at_least=0, at_most=65535)
+    workers: int = option(1, "processes that serve, with the weights in memory once", at_least=1, at_most=256)
     device: str = option("auto", "auto, cpu, cuda or mps")
     num_threads: int = option(0, "CPU threads; 0: all cores but one, left to the event loop", at_least=0, at_most=256)
     max_batch: int = option(8, "requests that are computed together", at_least=1, at_most=1024)
@@ -42,6 +43,9 @@ class ServiceSettings:
     request_timeout: float = option(300, "seconds after which an answer ends with what it has", above=0)
     api_key: list[str] = option(list, "keys of which clients must show one, as bearer; none: open to all")
     admin_key: str | None = option(None, "the key of POST /admin/reload; without one it is off")
+    filters: list[str] = option(list, "files or folders of phrases that neither questions nor answers may have")
+    classifier: str | None = option(None, "a checkpoint of finetune.py --mode classify, as a further filter")
+    classifier_forbids: list[str] = option(list, "labels of --classifier that are blocked; default: all but the first")
     requests_per_minute: int = option(0, "of one key, or without keys of one address; 0: no limit", at_least=0)
     cors_origin: list[str] = option(list, "origins whose pages may call the service from a browser, such as https://a.b")
     max_body_bytes: int = option(1 << 20, "the largest body of a request", at_least=1024)
@@ -55,6 +59,7 @@ class ServiceSettings:
         "escape", "text that would open a turn in a prompt: break it, refuse it, or keep it", choices=MARK_POLICIES
     )
     log_format: str = option("text", "json: one object a line", choices=["text", "json"])
+    metrics_folder: str | None = option(None, "where several workers leave their metrics for each other; set by them")
     log_texts: bool = option(False, "write prompts and answers into the log")
 
     def __post_init__(self) -> None:

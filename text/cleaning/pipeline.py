@@ -34,7 +34,7 @@ from text.cleaning.contamination import TestSets
 from text.cleaning.measure import measure
 from text.cleaning.personal_data import KINDS, mask_personal_data
 from text.cleaning.repair import PATTERN_FILE, Removed, Repairer, read_patterns
-from text.text_files import LeftOut, ReadingOptions, iter_documents, resolve_files
+from text.text_files import ReadingOptions, UnreadRecords, iter_documents, resolve_files
 
 VERSION = 1  # of the parts: one that is made otherwise is not taken for one of these
 PART_CHARS = 4_000_000
@@ -276,7 +276,7 @@ def as_line(record: dict[str, str]) -> bytes:
 
 
 def documents_by_part(
-    file: Path, file_number: int, config: ReadingOptions, left_out: LeftOut | None = None
+    file: Path, file_number: int, config: ReadingOptions, left_out: UnreadRecords | None = None
 ) -> Iterator[tuple[str, list[str]]]:
     """(name, documents) of the parts of a file; a part is ended by its size, so it is the same in every run."""
     batch: list[str] = []
@@ -519,7 +519,7 @@ def run_cleaning(config: CleaningConfig) -> dict[str, Any]:
     workers = config.num_workers or len(_cores())
     folder = open_work_folder(config, files)
     parts: list[Part] = []
-    left_out = LeftOut(f"{config.output}.left_out.jsonl")
+    left_out = UnreadRecords(f"{config.output}.left_out.jsonl")
 
     def missing() -> Iterator[tuple[Part, list[str]]]:
         with Progress("cleaning", sum(file.stat().st_size for file in files), "B") as progress:
