@@ -55,9 +55,12 @@ def names_in(text):
     return re.findall(r"`([^`]+)`", text)
 
 
+OWN_SETTINGS = r"= parse_config\((\w+), argv"  # a script may also read the command lines of others
+
+
 def settings_of(script):
     """The class of settings that a script's command line is made from."""
-    (name,) = re.findall(r"= parse_config\((\w+),", (ROOT / script).read_text(encoding="utf-8"))
+    (name,) = re.findall(OWN_SETTINGS, (ROOT / script).read_text(encoding="utf-8"))
     return getattr(importlib.import_module(script.removesuffix(".py").replace("/", ".")), name)
 
 
@@ -65,7 +68,7 @@ def scripts():
     """Every script that reads its options by `parse_config`, but for finetune.py, which has several sets of them."""
     folders = (ROOT, ROOT / "benchmarks", *(path.parent for path in ROOT.glob("[!.]*/__init__.py")))
     there = [path for folder in folders for path in folder.glob("*.py")]
-    found = [path for path in there if " = parse_config(" in path.read_text(encoding="utf-8")]
+    found = [path for path in there if re.search(OWN_SETTINGS, path.read_text(encoding="utf-8"))]
     return {str(path.relative_to(ROOT)) for path in found} - {"command_line.py", "finetune.py"}
 
 
