@@ -43,7 +43,7 @@ FACT_INSTRUCTIONS = 2  # records for each fact and language, more where a relati
 QUESTIONS_IN_TEXT = 3  # how often the pretraining text asks for each fact
 CANONICAL_IN_TEXT = 2  # how often it states the fact in the canonical form, besides each other form once
 PRACTICE = {  # examples in the pretraining text, a language
-    "addition": 4000, "subtraction": 3000, "comparing": 1000, "sorting": 1200, "counting": 1000, "summarising": 400,
+    "addition": 4400, "subtraction": 3300, "comparing": 1000, "sorting": 1200, "counting": 1000, "summarising": 200,
 }  # fmt: skip
 SPACE = {"zh": "", "en": " "}  # between sentences
 DEFECTS = ("wrong", "cut_off", "repetitive", "rude", "plain")
