@@ -6,6 +6,7 @@
     python finetune.py --mode dpo    --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode kto    --pairwise_data data/sft/rlhf_pairwise.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode distill --teacher_model models/sft/sft_best.pth
+    python finetune.py --mode classify --data_path labelled.json --sft_model models/sft/sft_best.pth
     python finetune.py --mode rlhf   # the reward model, then PPO
     python finetune.py --mode grpo   --reward evaluation/answer_checker.py:preference_reward
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import sys
 
+from alignment.classify import ClassifyConfig, classify
 from alignment.distillation import DistillationConfig, distill
 from alignment.dpo import DPOConfig, dpo
 from alignment.grpo import GRPOConfig, train_grpo
@@ -35,6 +37,7 @@ MODES = {
     "ppo": (PPOConfig, rlhf_ppo, "Align with preferences by PPO, given a reward model."),
     "dpo": (DPOConfig, dpo, "Align with preferences by DPO, without a reward model."),
     "kto": (KTOConfig, kto, "Align with answers that are called good or bad, by KTO."),
+    "classify": (ClassifyConfig, classify, "Train a classifier of texts, which can serve as a filter."),
     "distill": (DistillationConfig, distill, "Teach a small model what a larger one knows."),
     "rlhf": (PPOConfig, rlhf_ppo, "Train a reward model, then align with preferences by PPO."),
     "grpo": (GRPOConfig, train_grpo, "Learn from a reward function of your own by GRPO."),

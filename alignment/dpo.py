@@ -33,6 +33,7 @@ from command_line import option
 from data_loader import Batch, GPTSFTDataset, PreferenceDataset, pad_rows, pad_samples
 from gpt_model import GPTModel
 from lora import LoRAOptions, lora_layers
+from progress import tracked
 from text.conversation_data import load_preferences
 from training import ranks
 from training.training_loop import TrainingLoop
@@ -145,7 +146,8 @@ class AnswersWithReference:
         reference.eval()
         mine = self.samples[ranks.rank() :: ranks.world_size()]
         log_probs: list[float] = []
-        for start in range(0, len(mine), batch_size):
+        starts = range(0, len(mine), batch_size)
+        for start in tracked(starts, "asking the reference", "batch", shown=ranks.is_main()):
             rows = [answer for sample in mine[start : start + batch_size] for answer in sample["answers"]]
             batch = {name: value.to(device) for name, value in pad_samples(rows, self.pad_token_id).items()}
             log_probs += answer_log_probs(reference, **batch)[0].tolist()

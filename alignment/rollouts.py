@@ -17,7 +17,7 @@ from tqdm import tqdm
 from alignment.log_probabilities import token_log_probs
 from alignment.stage import SFTStart, StageConfig, room_advice
 from byte_level_bpe import ByteLevelBPETokenizer
-from command_line import UserError, option
+from command_line import UserError, option, replacing
 from data_loader import Batch, GPTPPODataset
 from gpt_model import GPTConfig, GPTModel
 from inference.engine import Engine
@@ -348,12 +348,9 @@ class RolloutLoop(TrainingLoop):
         earlier = [
             sample for sample in read_metrics(path) if sample["step"] < self.step
         ]  # what a killed run wrote goes
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in earlier + samples)
-            path.write_text("".join(lines), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write to {path} ({error.strerror}); free some space") from error
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in earlier + samples)
+        with replacing(path, "free some space") as file:
+            file.write("".join(lines).encode())
         for sample in samples:
             prompt, answer = (" ".join(sample[name].split()) for name in ("prompt", "answer"))
             tqdm.write(f"  {sample['score']:+6.2f}  {prompt} → {answer}{'' if sample['ended'] else ' …'}")

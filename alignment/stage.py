@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -127,7 +128,8 @@ def start_of(config: StageConfig) -> str:
 
 def read_account(config: StageConfig, model: GPTConfig, path: str, kind: str, advice: str = "") -> Account:
     """An empty account of a data path, with the advice that fits these settings and this model."""
-    return Account(path, kind, advice or room_advice(config, model), config.skip_bad_records)
+    bad_records = Path(config.output_dir) / f"left_out_of_{Path(path).stem}.jsonl" if ranks.is_main() else None
+    return Account(path, kind, advice or room_advice(config, model), config.skip_bad_records, bad_records)
 
 
 def room_advice(config: StageConfig, model: GPTConfig) -> str:

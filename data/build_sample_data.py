@@ -37,9 +37,9 @@ PREFERENCE_TESTS = 9
 PREFERENCES = 45  # pairs a skill and language
 # Records a language for each skill that generalises
 SKILL_INSTRUCTIONS = {
-    "addition": 320, "subtraction": 320, "comparing": 240, "sorting": 240, "counting": 320, "summarising": 240,
+    "addition": 320, "subtraction": 320, "comparing": 240, "sorting": 240, "counting": 320, "summarising": 200,
 }  # fmt: skip
-FACT_INSTRUCTIONS = 2  # records for each fact and language, more where a relation has few facts
+LONG_ANSWER_INSTRUCTIONS = 3  # records for each explanation; for other facts 2, more where a relation has few
 QUESTIONS_IN_TEXT = 3  # how often the pretraining text asks for each fact
 CANONICAL_IN_TEXT = 2  # how often it states the fact in the canonical form, besides each other form once
 PRACTICE = {  # examples in the pretraining text, a language
@@ -260,7 +260,7 @@ def instruction_records(world: World) -> list[dict]:
         for case in world.facts[language]:
             siblings = sum(other.relation == case.relation for other in world.facts[language])
             askable = [template for template in case.wording.asks if world.may_ask(case, template)]
-            count = max(FACT_INSTRUCTIONS, min(6, 50 // siblings))
+            count = LONG_ANSWER_INSTRUCTIONS if case.skill == "explanations" else max(2, min(6, 50 // siblings))
             asked += [(case, template) for template in rng.sample(askable, count)]
         asked += _missing_phrasings(world, asked, language)
         for skill in SKILLS:

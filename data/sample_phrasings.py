@@ -37,8 +37,8 @@ RELATIONS: tuple[Relation, ...] = (
         "zh": Wording(
             "{a}的首都",
             says=("{b}是{a}的首都。", "{a}把{b}定为首都。", "{a}的首都叫{b}。"),
-            asks=("{a}的首都是哪座城市？", "{a}的首都在哪里？", "哪座城市是{a}的首都？", "{a}首都叫什么名字？"),
-            held_out_asks=("{a}的首都是哪里？",),
+            asks=("{a}的首都是哪座城市？", "{a}的首都是哪里？", "哪座城市是{a}的首都？", "{a}首都叫什么名字？"),
+            held_out_asks=("{a}的首都在哪里？",),
         ),
         "en": Wording(
             "the capital of {a}",

@@ -137,14 +137,13 @@ def running(log, *options, **more):
 
 def read_response(connection):
     """Status and JSON of a response on a raw connection, or None where it is closed without one."""
-    content = b""
-    while b"\r\n\r\n" not in content:
-        piece = connection.recv(65536)
-        if not piece:
+    head, body = b"", b""
+    while not head.endswith(b"\r\n\r\n"):  # byte by byte, as another response may follow
+        byte = connection.recv(1)
+        if not byte:
             return None
-        content += piece
-    head, _, body = content.partition(b"\r\n\r\n")
+        head += byte
     length = int(re.search(rb"(?i)content-length: *([0-9]+)", head)[1])
     while len(body) < length:
-        body += connection.recv(65536)
+        body += connection.recv(length - len(body))
     return int(head.split()[1]), json.loads(body)

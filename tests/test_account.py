@@ -240,3 +240,4 @@ def test_other_names_of_fields_are_an_option_of_every_stage(folder):
         finetune.main(f"{options} {COMMON}".split())
     finetune.main(f"{options} --skip_bad_records {COMMON}".split())
     assert load_checkpoint("out/sft_best.pth")["data"]["data"]["left_out"] == {"malformed": 1}
+    assert "record 9 of named.json" in (folder / "out" / "left_out_of_named.jsonl").read_text()

@@ -8,7 +8,7 @@ import pytest
 import record_shapes
 import torch
 
-from benchmarks import bench_inference, real_data
+from benchmarks import bench_inference, bench_service, real_data
 from benchmarks.gpu_decoding import StaticDecoder
 from benchmarks.peers import LlamaCpp, Ours, Transformers, check_logits, synthetic_tokenizer, write_gguf
 from benchmarks.tables import Table, write_section
@@ -145,3 +145,10 @@ def test_a_folder_of_published_shapes_goes_through_every_stage(tmp_path, capsys)
     kto = stages["kto.json", "sft"]
     assert kto["left_out"] == {"called bad by their label": 4} and kto["read"] == 8 and kto["steps"] == 1
     assert any(line.startswith("hh_rlhf.json") and "HH-RLHF" in line and " ppo " in line for line in lines)
+
+
+def test_the_services_benchmark_compares_and_ends_with_one_line_of_json(capsys):
+    bench_service.main(["--quick", "--num_threads", "1", "--parts", "speed", "forms", "burst", "--burst", "40"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["speed"]["ratio"] > 0 and figures["forms"]["JSON schema"] > 0
+    assert sum(count for outcome, count in figures["burst"]["outcomes"].items() if outcome.isdigit()) == 40

@@ -9,7 +9,7 @@ import pytest
 import record_shapes
 
 from command_line import UserError
-from text.account import CALLED_BAD, Account
+from text.account import CALLED_BAD, MALFORMED, Account
 from text.conversation_data import (
     load_conversations,
     load_preferences,
@@ -329,9 +329,12 @@ def test_preferences_that_cannot_be_honoured_are_refused(record, complaint):
 def test_malformed_records_are_left_out_on_request(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"instruction": "x", "output": "y"}\n{"instruction": ""}\n{"messages": []}\n')
-    account = Account(str(path), skips_bad_records=True)
+    account = Account(str(path), skips_bad_records=True, bad_records_file=tmp_path / "bad.jsonl")
     assert len(load_conversations(path, account)) == 1
-    assert account.left_out == {"malformed": 2} and "record 2 of" in account.first_bad
+    assert account.left_out == {MALFORMED: 2} and "record 2 of" in account.sentences()[1]
+    kept = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [json.loads(record["text"]) for record in kept] == [{"instruction": ""}, {"messages": []}]
+    assert "must be a list of at least one turn" in kept[1]["why"]
 
 
 def test_files_of_all_shapes_and_kinds_are_read(tmp_path):

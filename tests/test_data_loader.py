@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from data_loader import (
     GPTPPODataset,
     GPTPretrainDataset,
     GPTSFTDataset,
+    MixedDataset,
     PackedDataset,
     PreferenceDataset,
     TokenShards,
@@ -33,7 +35,7 @@ from data_loader import (
 )
 from gpt_model import IGNORED_LABEL
 from text.conversation_data import parse_preference
-from text.text_files import ReadingOptions
+from text.text_files import ReadingOptions, parse_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 BOS, PAD, EOS = 0, 1, 2
@@ -177,11 +179,11 @@ def tokenize():
     sys.stdout.flush()
 
 def pause_in_the_middle():  # after the first chunk
-    encode, chunks = ByteLevelBPETokenizer.encode_batch, []
-    def encode_first(self, *arguments, **settings):
-        chunks.append(at_once.pause_instead() if chunks else encode(self, *arguments, **settings))
+    encode, chunks = ByteLevelBPETokenizer.encode_arrays, []
+    def encode_first(*arguments):
+        chunks.append(at_once.pause_instead() if chunks else encode(*arguments))
         return chunks[-1]
-    ByteLevelBPETokenizer.encode_batch, data_loader.SHARD_TOKENS = encode_first, 1
+    ByteLevelBPETokenizer.encode_arrays, data_loader.SHARD_TOKENS = encode_first, 1
 
 for folder in folders:
     at_once.three_at_once(tokenize, pause_in_the_middle, lambda: any(Path(folder).rglob("*.bin")))
@@ -572,6 +574,51 @@ def test_similar_lengths_share_a_batch():
     assert 30 < rises < 70
 
 
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_workers_prepare_the_same_batches(kind, text_file, tokenizer, tmp_path):
+    """In processes of their own, each batch once and in the same order."""
+    records = [{"instruction": f"question {k}", "response": f"answer {k}"} for k in range(9)]
+    (tmp_path / "sft.json").write_text(json.dumps(records))
+
+    def batches(num_workers):
+        if kind == "sft":
+            return list(create_sft_dataloader(tmp_path / "sft.json", tokenizer, 2, 64, num_workers=num_workers))
+        folder = tmp_path / "shards"
+        return list(create_pretrain_dataloader(text_file, tokenizer, 2, 16, shard_dir=folder, num_workers=num_workers))
+
+    alone, together = batches(0), batches(2)
+    assert len(alone) == len(together) > 3
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_for_workers_that_start_anew_a_corpus_is_its_files(text_file, tokenizer, tmp_path):
+    """On Windows and macOS a data set is sent to its workers: the names of mapped files, not what is in them."""
+    text_file.write_text(text_file.read_text() * 200)
+    shards = tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
+    sent = pickle.dumps(shards)
+    assert len(sent) < 1000 < shards.arrays[0].nbytes
+    assert all_tokens(pickle.loads(sent)) == all_tokens(shards)
+    small = TokenShards([np.arange(5, dtype=np.uint16)], 5, 1)
+    assert all_tokens(pickle.loads(pickle.dumps(small))) == [0, 1, 2, 3, 4]
+
+
+def test_documents_are_found_all_over_the_text():
+    """The first one, and those after evenly spread places; never the end of the text, nor a long document's middle."""
+    eos = 9
+    documents = [[1, 2, eos]] * 10 + [[3] * 30 + [eos]] + [[4, eos]] * 20
+    ids = np.array([token for document in documents for token in document], dtype=np.uint16)
+    begins = {0, *(np.flatnonzero(ids == eos) + 1).tolist()} - {len(ids)}
+    for arrays in ([ids], [ids[:17], ids[17:60], ids[60:]]):
+        shards = TokenShards(arrays, 1, len(documents))
+        for n in (1, 2, 3, 7):
+            starts = shards.spread_documents(n, eos)
+            assert starts[0] == 0 and starts[-1] >= len(ids) * (n - 1) // n
+            assert set(starts) <= begins and n - 1 <= len(starts) <= n, "two places may be in one long document"
+    one_long = TokenShards([np.array([3] * 99 + [eos], dtype=np.uint16)], 1, 1)
+    assert one_long.spread_documents(3, eos) == one_long.spread_documents(3, eos, search=4) == [0]
+
+
 # ----------------------------------------------------------------------------------------------------- work cut by size
 
 
@@ -672,3 +719,32 @@ def test_separate_documents_do_not_see_each_other(tokenizer, tmp_path, random_mo
         total += model(row, labels=row)["loss"].item() * (end - start - 1)
     assert len(ends) == 3 and data.count(batch) == data.n_predicted == shards.n_tokens - 3
     assert model(**batch)["loss"].item() * data.n_predicted == pytest.approx(total, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ several sources
+
+
+def test_sources_are_mixed_by_weight_and_none_is_forgotten():
+    sizes, weights = (1001, 101), (0.5, 0.5)  # windows of 11 tokens: 100 and 10
+    arrays = [np.arange(size, dtype=np.uint32) + 10_000 * number for number, size in enumerate(sizes)]
+    sources = [GPTPretrainDataset(TokenShards([array], 0, 1), 11) for array in arrays]
+    mixed = MixedDataset(sources, weights)
+    assert len(mixed) == 200 and mixed.counts.tolist() == [100, 100]
+    seen = Counter(int(mixed[index]["input_ids"][0]) for index in range(len(mixed)))
+    assert all(seen[int(source[index]["input_ids"][0])] for source in sources for index in range(len(source)))
+    assert set(seen.values()) == {1, 10}
+    batch = mixed.collate([mixed[0], mixed[150]])
+    assert batch["input_ids"].shape == (2, 11) and mixed.count(batch) == 20
+    orders = [BatchOrder(len(mixed), 10, seed=3) for _ in range(2)]
+    passes = [[order.batch(step) for step in range(40)] for order in orders]
+    assert passes[0] == passes[1] and passes[0][:20] != passes[0][20:]  # the same for a seed, another in each epoch
+
+
+def test_sources_and_their_weights_are_read(tmp_path):
+    assert parse_sources("a.txt:0.7\nb.jsonl:3") == [("a.txt", 0.7), ("b.jsonl", 3.0)]
+    assert parse_sources("C:data\nfolder") == [("C:data", None), ("folder", None)]
+    (tmp_path / "odd:1").mkdir()
+    assert parse_sources(str(tmp_path / "odd:1")) == [(str(tmp_path / "odd:1"), None)]
+    for wrong, words in (("a:1\nb", "give each one or none"), ("a:1\nb:-1", "must be above 0")):
+        with pytest.raises(UserError, match=words):
+            parse_sources(wrong)

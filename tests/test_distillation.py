@@ -134,7 +134,7 @@ def test_a_student_that_is_the_teacher_has_no_divergence_and_alone_it_learns_the
     batch = batch_of(tokenizer)
     assert DistillationModel(teacher, teacher, 1.0, 2.0)(**batch)["loss"].item() == pytest.approx(0.0, abs=1e-5)
     alone = DistillationModel(student, None, 0.0, 2.0)(**batch)
-    assert set(alone) == {"loss"}
+    assert set(alone) == {"loss", "token_accuracy"}
     assert alone["loss"].item() == pytest.approx(student(**batch)["loss"].item(), rel=1e-5)
 
 
@@ -237,6 +237,8 @@ def test_from_text_the_student_learns_what_the_teacher_writes(folder):
     (folder / "out" / "teacher_answers.jsonl").write_text("\n".join(lines[:25]))
     with pytest.raises(UserError, match="belongs to another run .samples"):
         distill(**settings_of(from_text=True, max_steps=60, eval_interval=20, resume="auto"))
+    with pytest.raises(UserError, match="answers.jsonl was written with another --max_gen_len, --seed; use the"):
+        distill(**settings_of(from_text=True, max_steps=60, max_gen_len=9, seed=3, resume="auto"))
 
 
 def test_an_interrupted_run_continues_exactly(folder):

@@ -18,6 +18,7 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model, save_checkpoint
 from command_line import UserError, parse_config
 from gpt_model import GPTConfig, GPTModel
+from inference.service.settings import ServiceSettings
 from pretrain_trainer import GPTTrainer
 from training import run_log
 
@@ -28,7 +29,11 @@ ALL_PAGES = sorted(DOCS.glob("*.md"))
 
 # Options of programs that are not ours
 TORCHRUN = ["standalone", "nnodes", "nproc_per_node", "rdzv_id", "rdzv_backend", "rdzv_endpoint"]
+DOCKER = ["profile", "scale"]
+LOCUST = ["tags"]
 SBATCH = ["nodes", "ntasks", "gpus", "cpus", "signal", "requeue"]  # those with hyphens by their first word
+
+WITHOUT_OPTIONS = ("api_demo.py", "inference/load_test.py")  # Locust reads those of its own
 
 sys.path.append(str(DOCS))
 import line_links  # noqa: E402
@@ -55,20 +60,19 @@ def names_in(text):
     return re.findall(r"`([^`]+)`", text)
 
 
-OWN_SETTINGS = r"= parse_config\((\w+), argv"  # a script may also read the command lines of others
-
-
 def settings_of(script):
     """The class of settings that a script's command line is made from."""
-    (name,) = re.findall(OWN_SETTINGS, (ROOT / script).read_text(encoding="utf-8"))
+    if script == "inference/api_service.py":
+        return ServiceSettings
+    name = re.findall(r"= parse_config\((\w+),", (ROOT / script).read_text(encoding="utf-8"))[-1]  # that of `main`
     return getattr(importlib.import_module(script.removesuffix(".py").replace("/", ".")), name)
 
 
 def scripts():
     """Every script that reads its options by `parse_config`, but for finetune.py, which has several sets of them."""
-    folders = (ROOT, ROOT / "benchmarks", *(path.parent for path in ROOT.glob("[!.]*/__init__.py")))
+    folders = (ROOT, ROOT / "benchmarks", *(path.parent for path in ROOT.glob("[!.]*/**/__init__.py")))
     there = [path for folder in folders for path in folder.glob("*.py")]
-    found = [path for path in there if re.search(OWN_SETTINGS, path.read_text(encoding="utf-8"))]
+    found = [path for path in there if re.search(r" = parse_config\(\w+, argv,", path.read_text(encoding="utf-8"))]
     return {str(path.relative_to(ROOT)) for path in found} - {"command_line.py", "finetune.py"}
 
 
@@ -78,6 +82,8 @@ def python_commands(page):
     for words in (shlex.split(line, comments=True) for line in lines):
         for place, word in enumerate(words):
             script = words[place + 1].replace(".", "/") + ".py" if word == "-m" else word
+            if word == "-m" and (ROOT / script.removesuffix(".py") / "__main__.py").is_file():
+                script = f"{script.removesuffix('.py')}/__main__.py"
             if script.endswith(".py"):
                 yield script, words[place + (2 if word == "-m" else 1) :]
                 break
@@ -93,6 +99,8 @@ def test_commands_are_understood(page, monkeypatch):
     for block in blocks(page, "bash"):
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)
     for script, arguments in python_commands(page):
+        if script in WITHOUT_OPTIONS:
+            continue
         if script == "finetune.py":
             mode, arguments = finetune.split_mode(arguments)
             parse_config(finetune.MODES[mode][0], arguments, description="")
@@ -138,9 +146,10 @@ def test_reward_function_shown_is_one_that_grpo_takes(tmp_path):
 def test_options_exist(page):
     """Every --option that a page names is one of some script, or of a program that starts ours."""
     settings = [config for config, _, _ in finetune.MODES.values()] + [settings_of(script) for script in scripts()]
+    settings.append(ServiceSettings)
     known = {field.name for config in settings for field in fields(config)} | {"mode", "preset", "help"}
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", page.read_text(encoding="utf-8")))
-    assert named - known - {*TORCHRUN, *SBATCH} == set()
+    assert named - known - {*TORCHRUN, *SBATCH, *DOCKER, *LOCUST} == set()
 
 
 def test_code_for_readers_of_the_articles_runs(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpu_level import possible_levels
 from inference.kernels import native_code
 from inference.kernels.native_code import check_layout, load_native, why_not
 
@@ -148,6 +149,7 @@ AT_ONCE = """
 import os, sys
 from pathlib import Path
 import at_once
+from cpu_level import possible_levels
 from inference.kernels import native_code
 from test_native_code import is_right
 source = Path(sys.argv[1])
@@ -259,3 +261,25 @@ print("not seen")
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.returncode and result.stdout == "right\n"
     assert "heap-buffer-overflow" in result.stderr and "WRITE of size 4" in result.stderr
+
+
+@needs_compiler
+def test_an_image_brings_its_kernels_along(source, tmp_path, monkeypatch):
+    """For several levels, of which the best possible one is taken without a compiler; not after a change."""
+    folder, levels = tmp_path / "prebuilt", possible_levels()
+    if not levels:
+        pytest.skip("only Linux says what a processor has")
+    for level in levels:
+        native_code.prebuild(source, level, folder)
+    monkeypatch.setenv("PREBUILT_KERNELS", str(folder))
+    monkeypatch.setenv("CC", "")
+    best = os.environ.get("CPU_LEVEL") or levels[-1]
+    assert f"add-{best}-" in native_code.prebuilt_library(source).name
+    assert is_right(load_native(source))
+    monkeypatch.setenv("CPU_LEVEL", levels[0])
+    assert f"add-{levels[0]}-" in native_code.prebuilt_library(source).name
+    assert is_right(load_native(source))
+    source.write_text(SOURCE + "\n")
+    forget()
+    assert native_code.prebuilt_library(source) is None
+    assert load_native(source) is None

@@ -1,5 +1,6 @@
 """Pretraining from the command line: real runs of `main`, on the sample data and on twenty lines."""
 
+import json
 import math
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from text.text_files import iter_documents
 from training.run_log import read_metrics
 
 ROOT = Path(__file__).parent.parent
+COLOURS = ("red", "orange", "yellow", "green", "blue", "indigo", "violet")
 LINES = [f"{number} 的平方是 {number * number}；the cube is {number**3}." for number in range(20)]
 SMALL = ["--d_model", "16", "--n_layers", "1", "--n_heads", "2", "--max_seq_len", "16", "--batch_size", "4"]
 SMALL += ["--max_steps", "4", "--eval_interval", "2", "--log_interval", "1", "--num_threads", "1", "--device", "cpu"]
@@ -73,6 +75,23 @@ def test_a_run_started_again_reuses_the_tokenized_text_and_repeats_itself(folder
     pretrain("--output_dir", "again")
     assert losses("again") == first
     assert {path: path.stat().st_mtime_ns for path in Path("models/token_shards").rglob("*.bin")} == before
+
+
+def test_samples_are_of_documents_from_all_over_and_of_each_evaluation_once(folder):
+    """Their beginnings are those of lines far apart; what a killed run had written already is not there twice."""
+    lines = [f"{word} is the name of a colour" for word in COLOURS]
+    Path("val.txt").write_text("\n".join(lines), encoding="utf-8")
+    pretrain()
+    samples = Path("models/pretrain/samples.txt").read_text(encoding="utf-8")
+    blocks = samples.split("--- step ")[1:]
+    assert [block.splitlines()[0] for block in blocks] == ["2", "4"]
+    for block in blocks:
+        prompts = [line.split(" → ")[0] for line in block.splitlines()[1:]]
+        numbers = [next(n for n, line in enumerate(lines) if line.startswith(prompt)) for prompt in prompts]
+        assert len(numbers) == 3 and numbers[0] == 0 and numbers[1] in (2, 3) and numbers[2] in (4, 5)
+    Path("models/pretrain/checkpoints/step_00000004.pth").unlink()
+    pretrain("--resume", "auto")
+    assert Path("models/pretrain/samples.txt").read_text(encoding="utf-8") == samples
 
 
 def test_sigterm_ends_the_process_with_130_and_the_same_command_continues(folder):
@@ -209,3 +228,13 @@ def test_learned_lines_are_continued(folder, corpus):
         assert tokenizer.decode(output.tolist()) == line
         assert int(output[-1]) == tokenizer.eos_token_id
     assert Path("models/pretrain/curves.png").stat().st_size > 1000
+
+
+def test_sources_are_mixed_and_documents_kept_apart(folder, capsys):
+    """The smaller source is repeated."""
+    lines = Path("lines.txt").read_text(encoding="utf-8").splitlines()
+    Path("few.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:40]), encoding="utf-8")
+    options = [*SMALL, "--train_data_dir", "lines.txt:0.5", "few.jsonl:0.5", "--val_data_dir", "val.txt"]
+    pretrain_trainer.main([*options, "--separate_documents", "--output_dir", "mixed"])
+    assert "mixed by weight: a pass is" in capsys.readouterr().out
+    assert Path("mixed/pretrain_best.pth").is_file()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -214,8 +215,28 @@ def test_a_burst_is_answered_to_the_last_socket(server):
     assert set(statuses) <= {200, 429} and 200 in statuses
     assert server.get("/health")[0] == 200
     metrics = server.get("/metrics")[1]
-    refused = float(re.search(r'service:requests_rejected_total{reason="queue_full"} (\S+)', metrics)[1])
+    refused = float(re.search(r'requests_rejected_total\{[^}]*reason="queue_full"[^}]*\} (\S+)', metrics)[1])
     assert refused >= statuses.count(429)
+
+
+def test_a_request_that_finds_the_line_full_is_told_so_past_all_layers_and_may_ask_again(server):
+    """Also where it comes in two halves, which then goes the whole way."""
+    with ExitStack() as stack:
+        for _ in range(8):
+            server.send(stack.enter_context(server.connect()), ENDLESS)
+        server.wait_for(running=4, waiting=4)
+        content = json.dumps(SHORT).encode()
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+        connection = stack.enter_context(server.connect())
+        for parts in ([head + content], [head, content], [head + content]):
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(0.05 * (len(parts) - 1))  # so that they arrive as two
+            status, answer = read_response(connection)
+            assert (status, answer["error"]["code"]) == (429, "queue_full")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_response(connection)[0] == 200
+    server.wait_for(running=0, waiting=0)
 
 
 def test_few_open_files_are_enough(model_path, tmp_path):

@@ -7,13 +7,16 @@ before it trains, and writes the same numbers into its metrics and its checkpoin
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from command_line import UserError
+from text.text_files import UnreadRecords
 
 WARNED_SHARE = 0.05  # of records left out, or of answers' tokens lost, above which a warning is given
 REPEATED = "the same prompt as an earlier record"
 CALLED_BAD = "called bad by their label"
+MALFORMED = "malformed"
 INTENDED = (REPEATED, CALLED_BAD)  # reasons that are no loss
 
 
@@ -39,26 +42,30 @@ class Account:
         kind: what its records are, such as "conversations".
         advice: what helps where records are too long.
         skips_bad_records: whether malformed records are left out and counted, in place of being refused.
+        bad_records_file: where they are then kept, with what is wrong with each; none by default.
         read: records in the files.
         left_out: how many of them were left out, by reason.
         cut: how many samples lost a part (a conversation its end, a ranking an answer, a question its beginning).
         answer_tokens, answer_tokens_lost: of the answers that were read, and how many of these tokens are lost with
             what was cut and left out.
         held_out: samples of the validation part, where that is a share of this data.
-        first_bad: what was wrong with the first malformed record.
+        bad: takes the malformed records.
     """
 
     source: str
     kind: str = "records"
     advice: str = "raise --max_seq_len"
     skips_bad_records: bool = False
+    bad_records_file: Path | None = None
     read: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     cut: int = 0
     answer_tokens: int = 0
     answer_tokens_lost: int = 0
     held_out: int = 0
-    first_bad: str = ""
+
+    def __post_init__(self) -> None:
+        self.bad = UnreadRecords(self.bad_records_file)
 
     def leave_out(self, reason: str, count: int = 1) -> None:
         """Count records that are left out."""
@@ -88,8 +95,8 @@ class Account:
             parts.append(f"{share:.1%} of the answers' {self.answer_tokens:,} tokens lost")
         parts += [f"{self.held_out:,} held out for validation"] * bool(self.held_out)
         said = ["; ".join(parts)]
-        if self.first_bad:
-            said.append(f"the first that cannot be read: {self.first_bad}")
+        if self.bad.count:
+            said.append(f"{self.source}: {self.bad}; the first: {self.bad.first}")
         if self.lost_share > WARNED_SHARE:
             teaches = self.cut and self.kind == "conversations"
             consequence = ", and an answer that is cut does not teach where to stop" if teaches else ""
@@ -103,8 +110,8 @@ class Account:
 
     def as_dict(self) -> dict[str, Any]:
         """The account for a checkpoint or a report, reasons included."""
-        content = asdict(self)
-        return {name: content[name] for name in content if name not in ("advice", "skips_bad_records", "first_bad")}
+        settings = ("advice", "skips_bad_records", "bad_records_file")
+        return {name: value for name, value in asdict(self).items() if name not in settings}
 
     def require(self, kept: int) -> None:
         """Refuse data of which nothing is left.

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from command_line import UserError, option
-from text.account import CALLED_BAD, Account, LeftOut
+from text.account import CALLED_BAD, MALFORMED, Account, LeftOut
 from text.chat_template import ROLES, Message, tool_call_text, tool_response_text, tools_text
 from text.text_files import iter_records
 
@@ -70,7 +70,7 @@ class RecordOptions:
     """Options of whatever reads records."""
 
     columns: str = option("", "fields of other names, such as instruction=question,response=answer")
-    skip_bad_records: bool = option(False, "leave out malformed records and count them, in place of stopping")
+    skip_bad_records: bool = option(False, "leave out what cannot be read, count it and keep it in a file")
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
@@ -570,8 +570,8 @@ def load_records(
         except UserError as error:
             if account is None or not account.skips_bad_records:
                 raise
-            account.leave_out("malformed")
-            account.first_bad = account.first_bad or str(error)
+            account.leave_out(MALFORMED)
+            account.bad.add(str(error), json.dumps(record, ensure_ascii=False))
     return parsed
 
 

@@ -160,7 +160,7 @@ def inspect_records(config: InspectConfig, kind: str) -> None:
     fitting = read(limit) if limit else whole
     if fitting is not None:
         print(*([f"within {limit} tokens:"] if limit else []), *fitting.account.sentences(), sep="\n")
-    if whole.account.first_bad:
+    if whole.account.bad.count:
         print("training stops at a malformed record, or leaves it out with --skip_bad_records")
 
 

@@ -69,6 +69,7 @@ class TrainingLoop:
 
     shown = ("loss", "lr")  # what stands beside the progress
     epoch_figures = ("loss", "val_loss")  # of training and of validation, for the line of an epoch
+    extra: dict[str, Any] = {}  # what else every checkpoint says
     published = ""  # the part of the model that the best checkpoint consists of; empty: all of it
 
     def __init__(
@@ -190,6 +191,10 @@ class TrainingLoop:
             enabled=ranks.is_main(),
             transcript=transcript,
         )
+        if self.step and not ranks.gather_objects(self.best_path.is_file())[0]:  # deleted, or of another folder's run
+            self.best = {}
+            if self.step >= self.max_steps:
+                self._evaluate_and_keep_best(log)
         peak = peak_flops(self.device, self.precision) * ranks.world_size()
         flops = self._flops_per_token()
         tokens = skipped_seconds = 0.0
@@ -431,6 +436,7 @@ class TrainingLoop:
             training_state=training_state,
             lora=self.lora,
             **({"data": {name: account.as_dict() for name, account in self.accounts.items()}} if self.accounts else {}),
+            **self.extra,
         )
 
     def inputs(self) -> Inputs:

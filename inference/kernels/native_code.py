@@ -2,8 +2,9 @@
 
 `load_native(source)` compiles a C file with the system's compiler for exactly this processor, or for the lesser one
 that CPU_LEVEL asks for (cpu_level.py), and loads it with ctypes. The result is kept in a per-user cache, so that only
-the first use waits (about a second). Where there is no compiler, or it fails, the answer is None, the log has a warning
-and `why_not(source)` says why: callers then take a slower way in PyTorch.
+the first use waits (about a second). An image may bring them along (prebuilt.py), for each level of instructions:
+then the best that this processor has is taken, and no compiler is needed. Where there is no compiler, or it fails,
+the answer is None, the log has a warning and `why_not(source)` says why: callers then take a slower way in PyTorch.
 
 Rules for the C files: no #include of omp.h (clang on macOS has none), and each `#pragma omp parallel` takes its
 num_threads from an argument that is `torch.get_num_threads()`. Their parallel regions run in the thread pool that
@@ -29,7 +30,7 @@ from pathlib import Path
 import torch
 
 from command_line import replacing
-from cpu_level import compiler_flags
+from cpu_level import CPU_LEVELS, compiler_flags, cpu_level, possible_levels
 
 EXTRA_FLAGS = shlex.split(os.environ.get("NATIVE_CFLAGS", ""))  # for compiling and linking, such as -fsanitize=address
 COMPILE_FLAGS = ["-O3", "-fPIC", *EXTRA_FLAGS]
@@ -122,11 +123,11 @@ def cpu_fingerprint() -> str:
 
 
 def _load(source: Path) -> ctypes.CDLL:
+    if library := prebuilt_library(source):
+        return ctypes.CDLL(str(library))
     command = compiler()
     version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
-    openmp = _openmp_of_torch()
-    link_flags = [str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else ["-fopenmp"]
-    link_flags = [*link_flags, *EXTRA_FLAGS]
+    link_flags = _link_flags()
     key = hashlib.sha256(_whole_text(source) + version)
     compile_flags = [*COMPILE_FLAGS, *compiler_flags()]
     key.update(repr((command, compile_flags, link_flags, cpu_fingerprint())).encode())
@@ -134,14 +135,52 @@ def _load(source: Path) -> ctypes.CDLL:
     if _is_intact(library):
         return ctypes.CDLL(str(library))
     with tempfile.TemporaryDirectory() as folder:
-        compiled, result = Path(folder) / "source.o", Path(folder) / library.name
-        _run([*command, *compile_flags, "-fopenmp", "-c", str(source), "-o", str(compiled)])
-        _run([*command, "-shared", str(compiled), *link_flags, "-lm", "-o", str(result)])
+        result = Path(folder) / library.name
+        _compile(source, command, compile_flags, result)
         try:
             _store(result, library)
         except OSError:  # a home that cannot be written to: this process loads what it compiled, the next one compiles
             return ctypes.CDLL(str(result))
     return ctypes.CDLL(str(library))
+
+
+def _compile(source: Path, command: list[str], flags: list[str], result: Path) -> None:
+    """Make a library of a C file."""
+    compiled = result.with_suffix(".o")
+    _run([*command, *flags, "-fopenmp", "-c", str(source), "-o", str(compiled)])
+    _run([*command, "-shared", str(compiled), *_link_flags(), "-lm", "-o", str(result)])
+    compiled.unlink()
+
+
+def _link_flags() -> list[str]:
+    openmp = _openmp_of_torch()
+    return [*([str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else ["-fopenmp"]), *EXTRA_FLAGS]
+
+
+def prebuilt_library(source: Path) -> Path | None:
+    """The library of a C file that was built beforehand, for the best level that this processor has and CPU_LEVEL
+    allows; None where there is none, as after a change of the C file."""
+    folder, best, possible = os.environ.get("PREBUILT_KERNELS"), cpu_level(), possible_levels()
+    allowed = possible[: possible.index(best.name) + 1] if best else possible
+    paths = (prebuilt_path(source, level, folder) for level in reversed(allowed) if folder)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def prebuilt_path(source: Path, level: str, folder: str | Path) -> Path:
+    """Where the library of a C file for a level of instructions is kept."""
+    return Path(folder) / f"{source.stem}-{level}-{hashlib.sha256(_whole_text(source)).hexdigest()[:16]}.so"
+
+
+def prebuild(source: Path, level: str, folder: Path) -> Path:
+    """Compile a C file for a level of instructions, which need not be one of this machine.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails.
+    """
+    path = prebuilt_path(source, level, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _compile(source.resolve(), compiler(), [*COMPILE_FLAGS, *CPU_LEVELS[level].compiler_flags], path)
+    return path
 
 
 def _whole_text(source: Path) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -31,6 +32,9 @@ from inference.service.text_classifier import load_filter_classifier
 
 logger = logging.getLogger("service")
 
+# The event loop gives Python's lock away at every read and write, and the engine's thread keeps it for this long: with
+# Python's own 5 ms, a hundred requests that come at once would wait for seconds
+SWITCH_SECONDS = 0.0005
 WATCH_SECONDS = 0.5  # how often the engine's thread is looked at
 EDIT_SECONDS = 2.0  # how often the filters' files are looked at
 
@@ -211,6 +215,7 @@ class Service:
 
     def start(self) -> None:
         """Load the model in a thread, so that the port is open meanwhile."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         self.background(self._load())
         self.background(self._watch())
         if self.filters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -89,7 +90,7 @@ class ServiceSettings:
         settings.num_threads = settings.num_threads or max(1, available_cores() - 1)
         return settings
 
-    @property
+    @functools.cached_property
     def torch_device(self) -> torch.device:
         """The device to compute on."""
         return resolve_device(self.device)

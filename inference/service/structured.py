@@ -115,12 +115,14 @@ class AnswerState:
             allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")[: len(scores)])
         if not len(allowed):  # the grammar leads nowhere
             allowed = np.array([self.form.tokenizer.eos_token_id])
-        ids = torch.from_numpy(allowed).to(scores.device)
-        kept = scores[ids]
-        if not (kept > -torch.inf).any():  # bans leave nothing of the form: the form is what was asked for
-            kept = torch.zeros_like(kept)
-        scores.fill_(-torch.inf)
-        scores[ids] = kept
+        values = scores.cpu().numpy()  # of a CPU's scores these are the very numbers
+        kept = values[allowed]
+        if not (kept > -np.inf).any():  # bans leave nothing of the form: the form is what was asked for
+            kept = np.zeros_like(kept)
+        values.fill(-np.inf)
+        values[allowed] = kept
+        if scores.device.type != "cpu":
+            scores.copy_(torch.from_numpy(values))
 
     def accept(self, token_id: int) -> None:
         """See `FormState.accept`."""

@@ -78,7 +78,7 @@ const WORDS = {
     systemHint: "对模型的要求，适用于所有对话",
     temperature: "温度",
     topP: "Top-p",
-    maxTokens: "回答上限（词元）",
+    maxTokens: "回答上限（token）",
     noLimit: "不限",
     seed: "随机种子",
     random: "随机",
@@ -88,7 +88,7 @@ const WORDS = {
     light: "浅色",
     dark: "深色",
     key: "API 密钥",
-    keyHint: "仅在服务要求时填写，关闭标签页后即清除",
+    keyHint: "服务要求时填写，关闭即清除",
     defaults: "恢复默认",
     export: "导出此对话",
     exportAll: "导出全部对话",
@@ -117,7 +117,7 @@ const WORDS = {
     forgotten: (n) => `最早的 ${n} 条消息已超出模型的上下文，未发送。`,
     notKept: "浏览器存储已满或被禁用，关闭标签页后此对话将丢失。",
     figures: (tokens, rate, first) =>
-      [`${tokens} 个词元`, rate && `${rate} 词元/秒`, `首个词元 ${first}`].filter(Boolean).join(" · "),
+      [`${tokens} 个 token`, rate && `${rate} token/秒`, `首个 token ${first}`].filter(Boolean).join(" · "),
     suggestions: ["法国的首都是哪里？", "17 加 25 等于多少？", "解释什么是机器学习。"],
   },
 };
