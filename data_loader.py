@@ -410,6 +410,7 @@ class RecordData(Dataset):
     """
 
     parallel: tuple[str, ...] = ("samples",)  # names of the lists that hold something for each sample
+    part_of = ""  # of a part, which one it is, for messages
 
     def __init__(self, account: Account | None, kind: str, records: Sequence) -> None:
         self.account = account or Account("the data", kind, read=len(records))
@@ -420,11 +421,6 @@ class RecordData(Dataset):
     def __getitem__(self, index: int) -> Any:
         return self.samples[index]
 
-    @property
-    def n_dropped(self) -> int:
-        """How many records were left out."""
-        return self.account.n_left_out
-
     def group(self, index: int) -> int:
         """Samples of one group stay on one side of a split."""
         return index
@@ -433,6 +429,7 @@ class RecordData(Dataset):
         """Two data sets of the samples to train on and of those held out; one of them may come out empty."""
         inside = [in_validation_part(self.group(index), fraction) for index in range(len(self))]
         train, val = (self._part([i for i, held in enumerate(inside) if held == side]) for side in (False, True))
+        train.part_of, val.part_of = "the training part of ", "the held-out part of "
         self.account.held_out = len(val)
         return train, val
 
@@ -719,8 +716,9 @@ class UnpairedDataset(RecordData):
             other = next((record["answer"] for record in following if record["prompt"] != own["prompt"]), None)
             if other is None:
                 raise UserError(
-                    f"all {len(self)} answers of {self.account.source}, or of its held-out part, are to the same "
-                    "prompt; give answers to two different ones at least, of which KTO compares one with the other's"
+                    f"all {len(self)} answers of {self.part_of}{self.account.source} are to the same prompt, and KTO "
+                    "needs those to another one beside them; give answers to two different ones at least"
+                    + (", or a larger --val_fraction" if self.part_of else "")
                 )
             ids, labels = encode_answer(self.tokenizer, own["prompt"], other)
             answers = [own["encoded"], (ids[: self.max_seq_len], labels[: self.max_seq_len])]

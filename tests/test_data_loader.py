@@ -436,7 +436,7 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out(tokeniz
     prompt = tokenizer.encode_chat(CONVERSATIONS[1][:1], add_generation_prompt=True)["input_ids"]
     for room, kept in ((0, 0), (1, 1), (2, 1)):
         dataset = GPTSFTDataset([CONVERSATIONS[1], conversation("a", "b")], tokenizer, len(prompt) + room)
-        assert (len(dataset), dataset.n_dropped) == (1 + kept, 1 - kept)
+        assert (len(dataset), dataset.account.n_left_out) == (1 + kept, 1 - kept)
         assert max(dataset.lengths) <= len(prompt) + room
     with pytest.raises(UserError, match="none of the 3 .* .3 no answer within 4 tokens.; raise --max_seq_len"):
         GPTSFTDataset(CONVERSATIONS, tokenizer, max_seq_len=4)
@@ -473,7 +473,7 @@ def test_preferences_are_compared_pair_by_pair_and_each_prompt_weighs_1(tokenize
     ]
     preferences = [parse_preference(record, "record") for record in records]
     dataset = PreferenceDataset(preferences, tokenizer, max_seq_len=64)
-    assert (len(dataset), dataset.n_dropped) == (2, 1)
+    assert (len(dataset), dataset.account.n_left_out) == (2, 1)
     batch = dataset.collate(list(dataset))
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, max(dataset.lengths))
     assert dataset.count(batch) == 2
