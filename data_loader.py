@@ -104,6 +104,12 @@ class TokenShards:
         vars(self).update(state, arrays=arrays)
 
 
+def joined_shards(parts: Sequence[TokenShards]) -> TokenShards:
+    """Several texts as one."""
+    arrays = [array for part in parts for array in part.arrays]
+    return TokenShards(arrays, sum(part.n_bytes for part in parts), sum(part.n_documents for part in parts))
+
+
 def in_validation_part(index: int, fraction: float) -> bool:
     """Whether document number `index` (from 0) is set aside for validation: evenly spread, the same in every run.
 
@@ -275,13 +281,14 @@ def _utf8_length(text: str) -> int:
 def _with_ends(ids: np.ndarray, borders: np.ndarray, prefix: list[int], eos_token_id: int, dtype: type) -> np.ndarray:
     """Ids of documents one after another, cut at `borders` (N + 1,), with a prefix before and `</s>` after each one."""
     lengths, more = np.diff(borders), len(prefix) + 1
-    result = np.empty(len(ids) + more * len(lengths), dtype)
-    # Each token moves on by what is put in before it
-    result[np.arange(len(ids)) + np.repeat(np.arange(len(lengths)) * more + more - 1, lengths)] = ids
-    ends = np.cumsum(lengths + more)
-    result[ends - 1] = eos_token_id
+    ends = np.cumsum(lengths + more) - 1
+    result = np.full(len(ids) + more * len(lengths), eos_token_id, dtype)
+    is_text = np.ones(len(result), bool)
+    is_text[ends] = False
     for place, token in enumerate(prefix):
-        result[ends - lengths - more + place] = token
+        here = ends - lengths - (len(prefix) - place)
+        result[here], is_text[here] = token, False
+    result[is_text] = ids
     return result
 
 
@@ -350,6 +357,47 @@ class GPTPretrainDataset(Dataset):
         return count_labels(batch)
 
 
+class MixedDataset(Dataset):
+    """Windows of several texts, each text as often as its weight says.
+
+    A pass sees every window of every text at least once: the text that has most windows for its weight gives each of
+    them once, the others begin again from their first window as often as it takes.
+
+    Args:
+        datasets: of one text each.
+        weights: their shares of the samples, in any unit.
+    """
+
+    def __init__(self, datasets: Sequence[GPTPretrainDataset], weights: Sequence[float]) -> None:
+        self.datasets = datasets
+        shares = np.array(weights) / sum(weights)
+        lengths = np.array([len(dataset) for dataset in datasets])
+        self.counts = np.maximum(lengths, np.rint(shares * (lengths / shares).max())).astype(np.int64)
+        self.ends = np.cumsum(self.counts)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """A window, as its own data set gives it."""
+        index = range(len(self))[index]
+        number = int(np.searchsorted(self.ends, index, "right"))
+        dataset = self.datasets[number]
+        return dataset[(index - int(self.ends[number] - self.counts[number])) % len(dataset)]
+
+    def collate(self, samples: Sequence[dict[str, torch.Tensor]]) -> Batch:
+        """As a single data set does."""
+        return self.datasets[0].collate(samples)
+
+    def count(self, batch: Batch) -> int:
+        """How many tokens of the batch are predicted."""
+        return count_labels(batch)
+
+    def __str__(self) -> str:
+        passes = (f"{count / len(data):.2f}" for count, data in zip(self.counts, self.datasets, strict=True))
+        return f"a pass is {len(self):,} windows: {', '.join(passes)} passes over the sources in turn"
+
+
 class RecordData(Dataset):
     """Samples made of records, with an account of what became of the records.
 
@@ -362,6 +410,7 @@ class RecordData(Dataset):
     """
 
     parallel: tuple[str, ...] = ("samples",)  # names of the lists that hold something for each sample
+    part_of = ""  # of a part, which one it is, for messages
 
     def __init__(self, account: Account | None, kind: str, records: Sequence) -> None:
         self.account = account or Account("the data", kind, read=len(records))
@@ -372,11 +421,6 @@ class RecordData(Dataset):
     def __getitem__(self, index: int) -> Any:
         return self.samples[index]
 
-    @property
-    def n_dropped(self) -> int:
-        """How many records were left out."""
-        return self.account.n_left_out
-
     def group(self, index: int) -> int:
         """Samples of one group stay on one side of a split."""
         return index
@@ -385,6 +429,7 @@ class RecordData(Dataset):
         """Two data sets of the samples to train on and of those held out; one of them may come out empty."""
         inside = [in_validation_part(self.group(index), fraction) for index in range(len(self))]
         train, val = (self._part([i for i, held in enumerate(inside) if held == side]) for side in (False, True))
+        train.part_of, val.part_of = "the training part of ", "the held-out part of "
         self.account.held_out = len(val)
         return train, val
 
@@ -671,8 +716,9 @@ class UnpairedDataset(RecordData):
             other = next((record["answer"] for record in following if record["prompt"] != own["prompt"]), None)
             if other is None:
                 raise UserError(
-                    f"all {len(self)} answers of {self.account.source}, or of its held-out part, are to the same "
-                    "prompt; give answers to two different ones at least, of which KTO compares one with the other's"
+                    f"all {len(self)} answers of {self.part_of}{self.account.source} are to the same prompt, and KTO "
+                    "needs those to another one beside them; give answers to two different ones at least"
+                    + (", or a larger --val_fraction" if self.part_of else "")
                 )
             ids, labels = encode_answer(self.tokenizer, own["prompt"], other)
             answers = [own["encoded"], (ids[: self.max_seq_len], labels[: self.max_seq_len])]
