@@ -56,7 +56,7 @@ HOSTILE = {
     "bad keys": lambda: {"prefix": "a", "logit_bias": {f"a{i}": "" for i in range(95_000)}},
     "bad values": lambda: {"prefix": "a", "logit_bias": {str(i): "" for i in range(95_000)}},
     "unknown fields": lambda: {"prefix": "a", **{f"f{i}": 0 for i in range(95_000)}},
-    "empty lists": lambda: {"prefix": "a", "stop": [[]] * 250_000},
+    "empty lists": lambda: {"prefix": "a", "stop": [[]] * 100_000},
     "bad stops": lambda: {"prefix": "a", "stop_token_ids": [""] * 200_000},
     "bad messages": lambda: {"messages": [{}] * 200_000},
     "bad parts": lambda: {"messages": [{"role": "user", "content": [{}] * 200_000}]},
