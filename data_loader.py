@@ -104,6 +104,12 @@ class TokenShards:
         vars(self).update(state, arrays=arrays)
 
 
+def joined_shards(parts: Sequence[TokenShards]) -> TokenShards:
+    """Several texts as one."""
+    arrays = [array for part in parts for array in part.arrays]
+    return TokenShards(arrays, sum(part.n_bytes for part in parts), sum(part.n_documents for part in parts))
+
+
 def in_validation_part(index: int, fraction: float) -> bool:
     """Whether document number `index` (from 0) is set aside for validation: evenly spread, the same in every run.
 
@@ -275,13 +281,14 @@ def _utf8_length(text: str) -> int:
 def _with_ends(ids: np.ndarray, borders: np.ndarray, prefix: list[int], eos_token_id: int, dtype: type) -> np.ndarray:
     """Ids of documents one after another, cut at `borders` (N + 1,), with a prefix before and `</s>` after each one."""
     lengths, more = np.diff(borders), len(prefix) + 1
-    result = np.empty(len(ids) + more * len(lengths), dtype)
-    # Each token moves on by what is put in before it
-    result[np.arange(len(ids)) + np.repeat(np.arange(len(lengths)) * more + more - 1, lengths)] = ids
-    ends = np.cumsum(lengths + more)
-    result[ends - 1] = eos_token_id
+    ends = np.cumsum(lengths + more) - 1
+    result = np.full(len(ids) + more * len(lengths), eos_token_id, dtype)
+    is_text = np.ones(len(result), bool)
+    is_text[ends] = False
     for place, token in enumerate(prefix):
-        result[ends - lengths - more + place] = token
+        here = ends - lengths - (len(prefix) - place)
+        result[here], is_text[here] = token, False
+    result[is_text] = ids
     return result
 
 
@@ -348,6 +355,47 @@ class GPTPretrainDataset(Dataset):
     def count(self, batch: Batch) -> int:
         """How many tokens of the batch are predicted."""
         return count_labels(batch)
+
+
+class MixedDataset(Dataset):
+    """Windows of several texts, each text as often as its weight says.
+
+    A pass sees every window of every text at least once: the text that has most windows for its weight gives each of
+    them once, the others begin again from their first window as often as it takes.
+
+    Args:
+        datasets: of one text each.
+        weights: their shares of the samples, in any unit.
+    """
+
+    def __init__(self, datasets: Sequence[GPTPretrainDataset], weights: Sequence[float]) -> None:
+        self.datasets = datasets
+        shares = np.array(weights) / sum(weights)
+        lengths = np.array([len(dataset) for dataset in datasets])
+        self.counts = np.maximum(lengths, np.rint(shares * (lengths / shares).max())).astype(np.int64)
+        self.ends = np.cumsum(self.counts)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """A window, as its own data set gives it."""
+        index = range(len(self))[index]
+        number = int(np.searchsorted(self.ends, index, "right"))
+        dataset = self.datasets[number]
+        return dataset[(index - int(self.ends[number] - self.counts[number])) % len(dataset)]
+
+    def collate(self, samples: Sequence[dict[str, torch.Tensor]]) -> Batch:
+        """As a single data set does."""
+        return self.datasets[0].collate(samples)
+
+    def count(self, batch: Batch) -> int:
+        """How many tokens of the batch are predicted."""
+        return count_labels(batch)
+
+    def __str__(self) -> str:
+        passes = (f"{count / len(data):.2f}" for count, data in zip(self.counts, self.datasets, strict=True))
+        return f"a pass is {len(self):,} windows: {', '.join(passes)} passes over the sources in turn"
 
 
 class RecordData(Dataset):

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import alignment.ppo
 import alignment.reward_model
@@ -266,9 +267,14 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
 # ---------------------------------------------------------------------------------- what is known before any training
 
 
+def settings_of(config_class: type, arguments: list[str]) -> Any:
+    """What a stage's own command line will make of its arguments."""
+    return parse_config(config_class, arguments, description="")
+
+
 def context_options(config: PipelineConfig) -> list[str]:
     """The context on pretraining's command line, with as many tokens a step as the preset has; none for its own."""
-    preset = parse_config(PretrainConfig, SIZES[config.preset]["pretrain"], description="")
+    preset = settings_of(PretrainConfig, SIZES[config.preset]["pretrain"])
     if config.max_seq_len in (0, preset.max_seq_len):
         return []
     batch_size = max(1, preset.batch_size * preset.max_seq_len // config.max_seq_len)
@@ -308,13 +314,13 @@ def data_of_stages(
         UserError: nothing fits in one of them, or too little to hold some out.
     """
     commands = {stage.name: stage.command for stage in build_stages(config)}
-    pretraining = parse_config(PretrainConfig, commands["pretrain"][1:], description="")
+    pretraining = settings_of(PretrainConfig, commands["pretrain"][1:])
     pretraining.max_seq_len = context
     model = pretraining.model_config(len(tokenizer), tokenizer.pad_token_id)
     made: list[RecordData] = []
     for name, module in (("sft", alignment.sft), ("reward", alignment.reward_model), ("ppo", alignment.ppo)):
         mode, arguments = finetune.split_mode(commands[name][1:])
-        settings = parse_config(finetune.MODES[mode][0], arguments, description="")
+        settings = settings_of(finetune.MODES[mode][0], arguments)
         settings.max_seq_len = context
         made += module.load_data(settings, model, tokenizer, quiet=quiet)
     account = Account(config.sft_test, "questions", "give shorter ones", config.skip_bad_records)
@@ -334,7 +340,7 @@ def settle_context(config: PipelineConfig, tokenizer: ByteLevelBPETokenizer) -> 
     Raises:
         UserError: nothing fits in one of the stages, or too little to hold some out.
     """
-    preset = parse_config(PretrainConfig, SIZES[config.preset]["pretrain"], description="").max_seq_len
+    preset = settings_of(PretrainConfig, SIZES[config.preset]["pretrain"]).max_seq_len
 
     def lost(context: int) -> float:
         try:

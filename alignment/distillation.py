@@ -32,6 +32,7 @@ from text.chat_template import Message
 from text.conversation_data import load_conversations
 from training import ranks
 from training.run_folder import set_earlier_run_aside
+from training.run_identity import fingerprints
 from training.training_config import prepare_machine
 from training.training_loop import TrainingData, TrainingLoop
 
@@ -179,14 +180,24 @@ def teacher_answers(
 ) -> list[list[Message]]:
     """The conversations with the teacher's last answer in place of their own; without those that it did not end.
 
-    They are written to `teacher_answers.jsonl` in the output folder, from where a resumed run takes them. The account
-    learns how many were not ended.
+    They are written to `teacher_answers.jsonl` in the output folder, from where a resumed run takes them; beside it
+    stands what they were made of. The account learns how many were not ended.
 
     Raises:
-        UserError: the teacher ended no answer by itself.
+        UserError: the teacher ended no answer by itself; or a resumed run would have other answers.
     """
     path = Path(config.output_dir) / "teacher_answers.jsonl"
-    if ranks.is_main() and not (config.resume and path.is_file()):
+    record = path.with_name("teacher_answers.made_of.json")  # written last: without it, there are no answers
+    if ranks.is_main():
+        inputs = fingerprints(config)
+        made_of = {name: inputs.get(name) for name in ("teacher_model", "data_path")}
+        made_of |= {name: getattr(config, name) for name in ("max_gen_len", "sampling_temperature", "seed")}
+        before = json.loads(record.read_text(encoding="utf-8")) if config.resume and record.is_file() else None
+        if before and (other := [name for name in made_of if _content(before[name]) != _content(made_of[name])]):
+            raise UserError(
+                f"{path} was written with another --{', --'.join(other)}; use the same, or another --output_dir"
+            )
+    if ranks.is_main() and before is None:
         answers = generate_texts(
             teacher,
             tokenizer,
@@ -206,15 +217,21 @@ def teacher_answers(
             raise UserError(
                 f"{config.teacher_model} ended no answer by itself; raise --max_gen_len or take an sft model"
             )
-        set_earlier_run_aside(Path(config.output_dir), "distill", path.name)
+        set_earlier_run_aside(Path(config.output_dir), "distill", path.name, record.name)
         lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in taught]
-        with replacing(path, "free some space or choose another --output_dir") as file:
-            file.write("".join(lines).encode())
+        for place, text in ((path, "".join(lines)), (record, json.dumps(made_of))):
+            with replacing(place, "free some space or choose another --output_dir") as file:
+                file.write(text.encode())
         print(f"the teacher wrote {len(taught)} answers, see {path}", flush=True)
     ranks.barrier()
     taught = load_conversations(path)
     account.leave_out("the teacher did not end its answer", len(conversations) - len(taught))
     return taught
+
+
+def _content(value: Any) -> Any:
+    """Of an input, what stood at the path and not which path it was."""
+    return value[1] if isinstance(value, list) else value
 
 
 def load_data(

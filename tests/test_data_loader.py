@@ -23,6 +23,7 @@ from data_loader import (
     GPTPPODataset,
     GPTPretrainDataset,
     GPTSFTDataset,
+    MixedDataset,
     PackedDataset,
     PreferenceDataset,
     TokenShards,
@@ -34,7 +35,7 @@ from data_loader import (
 )
 from gpt_model import IGNORED_LABEL
 from text.conversation_data import parse_preference
-from text.text_files import ReadingOptions
+from text.text_files import ReadingOptions, parse_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 BOS, PAD, EOS = 0, 1, 2
@@ -718,3 +719,32 @@ def test_separate_documents_do_not_see_each_other(tokenizer, tmp_path, random_mo
         total += model(row, labels=row)["loss"].item() * (end - start - 1)
     assert len(ends) == 3 and data.count(batch) == data.n_predicted == shards.n_tokens - 3
     assert model(**batch)["loss"].item() * data.n_predicted == pytest.approx(total, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ several sources
+
+
+def test_sources_are_mixed_by_weight_and_none_is_forgotten():
+    sizes, weights = (1001, 101), (0.5, 0.5)  # windows of 11 tokens: 100 and 10
+    arrays = [np.arange(size, dtype=np.uint32) + 10_000 * number for number, size in enumerate(sizes)]
+    sources = [GPTPretrainDataset(TokenShards([array], 0, 1), 11) for array in arrays]
+    mixed = MixedDataset(sources, weights)
+    assert len(mixed) == 200 and mixed.counts.tolist() == [100, 100]
+    seen = Counter(int(mixed[index]["input_ids"][0]) for index in range(len(mixed)))
+    assert all(seen[int(source[index]["input_ids"][0])] for source in sources for index in range(len(source)))
+    assert set(seen.values()) == {1, 10}
+    batch = mixed.collate([mixed[0], mixed[150]])
+    assert batch["input_ids"].shape == (2, 11) and mixed.count(batch) == 20
+    orders = [BatchOrder(len(mixed), 10, seed=3) for _ in range(2)]
+    passes = [[order.batch(step) for step in range(40)] for order in orders]
+    assert passes[0] == passes[1] and passes[0][:20] != passes[0][20:]  # the same for a seed, another in each epoch
+
+
+def test_sources_and_their_weights_are_read(tmp_path):
+    assert parse_sources("a.txt:0.7\nb.jsonl:3") == [("a.txt", 0.7), ("b.jsonl", 3.0)]
+    assert parse_sources("C:data\nfolder") == [("C:data", None), ("folder", None)]
+    (tmp_path / "odd:1").mkdir()
+    assert parse_sources(str(tmp_path / "odd:1")) == [(str(tmp_path / "odd:1"), None)]
+    for wrong, words in (("a:1\nb", "give each one or none"), ("a:1\nb:-1", "must be above 0")):
+        with pytest.raises(UserError, match=words):
+            parse_sources(wrong)

@@ -237,6 +237,8 @@ def test_from_text_the_student_learns_what_the_teacher_writes(folder):
     (folder / "out" / "teacher_answers.jsonl").write_text("\n".join(lines[:25]))
     with pytest.raises(UserError, match="belongs to another run .samples"):
         distill(**settings_of(from_text=True, max_steps=60, eval_interval=20, resume="auto"))
+    with pytest.raises(UserError, match="answers.jsonl was written with another --max_gen_len, --seed; use the"):
+        distill(**settings_of(from_text=True, max_steps=60, max_gen_len=9, seed=3, resume="auto"))
 
 
 def test_an_interrupted_run_continues_exactly(folder):

@@ -70,9 +70,9 @@ def settings_of(script):
 
 def scripts():
     """Every script that reads its options by `parse_config`, but for finetune.py, which has several sets of them."""
-    folders = (ROOT, ROOT / "benchmarks", *(path.parent for path in ROOT.glob("[!.]*/__init__.py")))
+    folders = (ROOT, ROOT / "benchmarks", *(path.parent for path in ROOT.glob("[!.]*/**/__init__.py")))
     there = [path for folder in folders for path in folder.glob("*.py")]
-    found = [path for path in there if " = parse_config(" in path.read_text(encoding="utf-8")]
+    found = [path for path in there if re.search(r" = parse_config\(\w+, argv,", path.read_text(encoding="utf-8"))]
     return {str(path.relative_to(ROOT)) for path in found} - {"command_line.py", "finetune.py"}
 
 
@@ -82,6 +82,8 @@ def python_commands(page):
     for words in (shlex.split(line, comments=True) for line in lines):
         for place, word in enumerate(words):
             script = words[place + 1].replace(".", "/") + ".py" if word == "-m" else word
+            if word == "-m" and (ROOT / script.removesuffix(".py") / "__main__.py").is_file():
+                script = f"{script.removesuffix('.py')}/__main__.py"
             if script.endswith(".py"):
                 yield script, words[place + (2 if word == "-m" else 1) :]
                 break

@@ -1,5 +1,6 @@
 """Pretraining from the command line: real runs of `main`, on the sample data and on twenty lines."""
 
+import json
 import math
 import signal
 import subprocess
@@ -227,3 +228,13 @@ def test_learned_lines_are_continued(folder, corpus):
         assert tokenizer.decode(output.tolist()) == line
         assert int(output[-1]) == tokenizer.eos_token_id
     assert Path("models/pretrain/curves.png").stat().st_size > 1000
+
+
+def test_sources_are_mixed_and_documents_kept_apart(folder, capsys):
+    """The smaller source is repeated."""
+    lines = Path("lines.txt").read_text(encoding="utf-8").splitlines()
+    Path("few.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:40]), encoding="utf-8")
+    options = [*SMALL, "--train_data_dir", "lines.txt:0.5", "few.jsonl:0.5", "--val_data_dir", "val.txt"]
+    pretrain_trainer.main([*options, "--separate_documents", "--output_dir", "mixed"])
+    assert "mixed by weight: a pass is" in capsys.readouterr().out
+    assert Path("mixed/pretrain_best.pth").is_file()

@@ -66,7 +66,17 @@ def test_a_run_continued_in_another_folder_sets_aside_what_is_there(tmp_path):
     path = tmp_path / "first" / "checkpoints" / "step_00000002.pth"
     make_loop(tmp_path / "second", max_steps=3, resume=str(path)).train()
     assert names(tmp_path / "second" / "earlier" / "1") == LEFT
+    assert torch.load(tmp_path / "second" / "pretrain_best.pth")["step"] == 3
     assert not (tmp_path / "first" / "earlier").exists()
+
+
+def test_a_finished_run_whose_best_model_is_gone_leaves_one_again(tmp_path):
+    """Deleted by hand, or left in another folder: what a stage promises is there when it ends."""
+    make_loop(tmp_path, max_steps=2).train()
+    (tmp_path / "pretrain_best.pth").unlink()
+    best = make_loop(tmp_path, max_steps=2, resume="auto").train()
+    assert torch.load(tmp_path / "pretrain_best.pth")["metrics"] == best
+    assert best["step"] == 2
 
 
 def test_what_is_not_of_a_run_stays_where_it_is(tmp_path):

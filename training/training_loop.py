@@ -191,6 +191,10 @@ class TrainingLoop:
             enabled=ranks.is_main(),
             transcript=transcript,
         )
+        if self.step and not ranks.gather_objects(self.best_path.is_file())[0]:  # deleted, or of another folder's run
+            self.best = {}
+            if self.step >= self.max_steps:
+                self._evaluate_and_keep_best(log)
         peak = peak_flops(self.device, self.precision) * ranks.world_size()
         flops = self._flops_per_token()
         tokens = skipped_seconds = 0.0
