@@ -112,6 +112,17 @@ def test_no_path_leads_out_of_the_service(server, path):
     assert status == 404 and set(content["error"]) == {"message", "type", "param", "code"}
 
 
+def test_texts_are_in_the_log_only_where_that_was_asked_for(server, model_path, tmp_path):
+    secret = {**SHORT, "prefix": "a very\nprivate question"}
+    assert server.post("/generate", secret)[0] == 200
+    assert "private" not in server.text
+    with running(tmp_path / "log", "--model_path", str(model_path), "--log_texts", "--log_format", "json") as asked:
+        assert asked.post("/generate", secret, X_Request_Id="mine")[0] == 200
+        lines = [json.loads(line) for line in asked.text.splitlines() if line.startswith("{")]
+    (line,) = [line for line in lines if line["message"] == "texts"]
+    assert line["request_id"] == "mine" and "a very\nprivate question" in line["prompt"] and "answer" in line
+
+
 def test_nothing_that_a_client_sends_begins_a_line_of_the_log(server):
     server.get("/x%0a2026-01-01T00:00:00.000Z%20ERROR%20forged%e2%80%a8forged", X_Request_Id="a b\x7f")
     named = server.call("/health", None, X_Request_Id="mine-7")
