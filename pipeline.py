@@ -64,7 +64,7 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "pretrain": ["--preset", "tiny"],
         "sft": [],
         "reward": [],
-        "ppo": [],
+        "ppo": ["--max_gen_len", "48"],
         "evaluate": [],
     },
     "small": {
@@ -72,7 +72,7 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "pretrain": ["--preset", "small"],
         "sft": ["--lr", "5e-4", "--batch_size", "32"],
         "reward": ["--lr", "2e-4"],
-        "ppo": ["--lr", "1e-4"],
+        "ppo": ["--lr", "1e-4", "--max_gen_len", "48"],
         "evaluate": [],
     },
     "gpt2": {
@@ -80,12 +80,18 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "pretrain": ["--preset", "gpt2"],
         "sft": ["--optimizer", "adamw", "--lr", "3e-5", "--batch_size", "16", "--grad_accum_steps", "2"],
         "reward": ["--optimizer", "adamw", "--lr", "1e-5", "--batch_size", "16"],
-        "ppo": ["--lr", "3e-6", "--batch_size", "16"],
+        "ppo": ["--lr", "3e-6", "--batch_size", "16", "--max_gen_len", "48"],
         "evaluate": [],
     },
 }
 LONGEST_CONTEXT = 1024  # that is chosen without being asked for
-QUESTIONS = ("法国的首都是哪里？", "What is 27 + 48?", "Which planet is the largest?")
+QUESTIONS = (  # the first is the request that README and the service's page show
+    "解释什么是机器学习",
+    "Explain what a neural network is.",
+    "法国的首都是哪里？",
+    "What is 27 + 48?",
+    "用一句话概括：放学以后，小明在公园画了一幅画。天上飘着几朵云。回家的路上下起了雨。",
+)
 
 
 @dataclass
@@ -469,7 +475,7 @@ def ask(address: str, question: str) -> str:
 
 
 def try_service(model: Path, port: int, log_path: Path) -> list[dict[str, str]]:
-    """Ask the served model three questions through `POST /generate` and show the answers."""
+    """Ask the served model `QUESTIONS` through `POST /generate` and show the answers."""
     exchanges = []
     print(f"serving: {model} on port {port}", flush=True)
     with running_service(model, port, log_path) as address:
