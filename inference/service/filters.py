@@ -21,9 +21,10 @@ is blocked. `reload_if_changed` reads the files anew after an edit.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import regex
@@ -92,9 +93,11 @@ class Rules:
         for reading in folding.readings(folded, ended):
             found = self._automaton.find_matches_as_indexes(reading, overlapping=True)
             found = [(self._entry_of[index], start, stop) for index, start, stop in found]
-            allowed = [(start, stop) for index, start, stop in found if index >= len(self.phrases)]
+            allowed = sorted((start, stop) for index, start, stop in found if index >= len(self.phrases))
+            starts, reach = [start for start, _ in allowed], list(accumulate((stop for _, stop in allowed), max))
             for index, start, stop in found:
-                if index < len(self.phrases) and not any(a <= start and stop <= b for a, b in allowed):
+                n_before = bisect_right(starts, start)  # exceptions that begin here or earlier, and how far they reach
+                if index < len(self.phrases) and not (n_before and reach[n_before - 1] >= stop):
                     return self.phrases[index]
         for reading in folding.spelled_readings(folded, ended):
             for index, _, _ in self._spelled_automaton.find_matches_as_indexes(reading):
