@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -193,6 +194,7 @@ class Filters:
 
     def __init__(self, paths: list[Path], classifier: Classifier | None = None) -> None:
         self.paths, self.classifier = paths, classifier
+        self.blocked: Counter[str] = Counter()  # "question" or "answer" → how many
         self._state = self._look()
         self.rules = read_rules(self._state)
 
@@ -235,6 +237,12 @@ class Filters:
         self._state = state  # also where it is faulty, so that a fault is told once
         self.rules = read_rules(state)
         return True
+
+    def block(self, part: str, finding: Finding) -> str:
+        """Count and log what is blocked, a "question" or an "answer"; returns what people are told."""
+        self.blocked[part] += 1
+        logger.info("%s is blocked by %s in %s", part, finding.entry, finding.source)
+        return self.message
 
     def check(self, text: str) -> Finding | None:
         """What is forbidden in a whole text, if anything."""
