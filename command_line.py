@@ -50,17 +50,24 @@ BOUNDS = {  # of a number: how it is compared, and how that is said
 
 
 def option(
-    default: Any, help: str, *, choices: Collection[str] | None = None, reads: str = "", **bounds: float
+    default: Any,
+    help: str,
+    *,
+    choices: Collection[str] | None = None,
+    reads: str = "",
+    joined: bool = False,
+    **bounds: float,
 ) -> Any:
     """A dataclass field with a default, a sentence of help and, where it applies, the values that are allowed.
 
     `default` may also be the word `list` for a field that takes several values and is empty by default. A number may
     have bounds, by the names in `BOUNDS`; it is then never infinite or NaN. What the result of a run depends on is
-    marked by `reads`: a path, if it is not empty, of a "model" (a checkpoint), "records" or "text".
+    marked by `reads`: a path, if it is not empty, of a "model" (a checkpoint), "records" or "text". A `joined` text is
+    made of all the words that the user gives, with line ends between them.
     """
     if bounds.keys() - BOUNDS.keys():
         raise TypeError(f"option() takes the bounds {', '.join(BOUNDS)}, not {', '.join(bounds)}")
-    metadata = {"help": help, "choices": choices, "reads": reads, "bounds": bounds}
+    metadata = {"help": help, "choices": choices, "reads": reads, "joined": joined, "bounds": bounds}
     if default is list:
         return dataclasses.field(default_factory=list, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -71,6 +78,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` lists the options")
+
+
+class _Joined(argparse.Action):
+    """Keeps several words as the lines of one text."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Sequence[str], option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, "\n".join(values))
 
 
 def _boolean(text: str) -> bool:
@@ -91,7 +105,7 @@ def _value_type(annotation: Any) -> tuple[Callable[[str], Any], bool]:
 
 def _said_of(config_class: type, name: str) -> dict[str, Any]:
     """What `option` said of a field: help, choices and bounds, each from the nearest class that says it."""
-    said = {"choices": None, "reads": "", "bounds": {}}
+    said = {"choices": None, "reads": "", "joined": False, "bounds": {}}
     for base in reversed(config_class.__mro__):
         if field := vars(base).get("__dataclass_fields__", {}).get(name):
             said |= {key: value for key, value in field.metadata.items() if value}
@@ -166,6 +180,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
             default=argparse.SUPPRESS,  # so that an option given by the user can be told from a default
             help=f"{said['help']} ({allowed + '; ' if allowed else ''}default: {default})",
             **({"action": "extend", "nargs": "*" if default == [] else "+"} if several else {}),
+            **({"action": _Joined, "nargs": "+"} if said["joined"] else {}),
             **({"nargs": "?", "const": True} if read is _boolean else {}),  # `--flag` alone means true
             **({} if choices else {"metavar": getattr(read, "__name__", "value").strip("_").upper()}),
         )

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import alignment.ppo
 import alignment.reward_model
@@ -63,7 +64,7 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "pretrain": ["--preset", "tiny"],
         "sft": [],
         "reward": [],
-        "ppo": [],
+        "ppo": ["--max_gen_len", "48"],
         "evaluate": [],
     },
     "small": {
@@ -71,7 +72,7 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "pretrain": ["--preset", "small"],
         "sft": ["--lr", "5e-4", "--batch_size", "32"],
         "reward": ["--lr", "2e-4"],
-        "ppo": ["--lr", "1e-4"],
+        "ppo": ["--lr", "1e-4", "--max_gen_len", "48"],
         "evaluate": [],
     },
     "gpt2": {
@@ -79,12 +80,18 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "pretrain": ["--preset", "gpt2"],
         "sft": ["--optimizer", "adamw", "--lr", "3e-5", "--batch_size", "16", "--grad_accum_steps", "2"],
         "reward": ["--optimizer", "adamw", "--lr", "1e-5", "--batch_size", "16"],
-        "ppo": ["--lr", "3e-6", "--batch_size", "16"],
+        "ppo": ["--lr", "3e-6", "--batch_size", "16", "--max_gen_len", "48"],
         "evaluate": [],
     },
 }
 LONGEST_CONTEXT = 1024  # that is chosen without being asked for
-QUESTIONS = ("法国的首都是哪里？", "What is 27 + 48?", "Which planet is the largest?")
+QUESTIONS = (  # the first is the request that README and the service's page show
+    "解释什么是机器学习",
+    "Explain what a neural network is.",
+    "法国的首都是哪里？",
+    "What is 27 + 48?",
+    "用一句话概括：放学以后，小明在公园画了一幅画。天上飘着几朵云。回家的路上下起了雨。",
+)
 
 
 @dataclass
@@ -266,9 +273,14 @@ def build_stages(config: PipelineConfig) -> list[Stage]:
 # ---------------------------------------------------------------------------------- what is known before any training
 
 
+def settings_of(config_class: type, arguments: list[str]) -> Any:
+    """What a stage's own command line will make of its arguments."""
+    return parse_config(config_class, arguments, description="")
+
+
 def context_options(config: PipelineConfig) -> list[str]:
     """The context on pretraining's command line, with as many tokens a step as the preset has; none for its own."""
-    preset = parse_config(PretrainConfig, SIZES[config.preset]["pretrain"], description="")
+    preset = settings_of(PretrainConfig, SIZES[config.preset]["pretrain"])
     if config.max_seq_len in (0, preset.max_seq_len):
         return []
     batch_size = max(1, preset.batch_size * preset.max_seq_len // config.max_seq_len)
@@ -308,13 +320,13 @@ def data_of_stages(
         UserError: nothing fits in one of them, or too little to hold some out.
     """
     commands = {stage.name: stage.command for stage in build_stages(config)}
-    pretraining = parse_config(PretrainConfig, commands["pretrain"][1:], description="")
+    pretraining = settings_of(PretrainConfig, commands["pretrain"][1:])
     pretraining.max_seq_len = context
     model = pretraining.model_config(len(tokenizer), tokenizer.pad_token_id)
     made: list[RecordData] = []
     for name, module in (("sft", alignment.sft), ("reward", alignment.reward_model), ("ppo", alignment.ppo)):
         mode, arguments = finetune.split_mode(commands[name][1:])
-        settings = parse_config(finetune.MODES[mode][0], arguments, description="")
+        settings = settings_of(finetune.MODES[mode][0], arguments)
         settings.max_seq_len = context
         made += module.load_data(settings, model, tokenizer, quiet=quiet)
     account = Account(config.sft_test, "questions", "give shorter ones", config.skip_bad_records)
@@ -334,7 +346,7 @@ def settle_context(config: PipelineConfig, tokenizer: ByteLevelBPETokenizer) -> 
     Raises:
         UserError: nothing fits in one of the stages, or too little to hold some out.
     """
-    preset = parse_config(PretrainConfig, SIZES[config.preset]["pretrain"], description="").max_seq_len
+    preset = settings_of(PretrainConfig, SIZES[config.preset]["pretrain"]).max_seq_len
 
     def lost(context: int) -> float:
         try:
@@ -463,7 +475,7 @@ def ask(address: str, question: str) -> str:
 
 
 def try_service(model: Path, port: int, log_path: Path) -> list[dict[str, str]]:
-    """Ask the served model three questions through `POST /generate` and show the answers."""
+    """Ask the served model `QUESTIONS` through `POST /generate` and show the answers."""
     exchanges = []
     print(f"serving: {model} on port {port}", flush=True)
     with running_service(model, port, log_path) as address:

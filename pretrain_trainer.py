@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model, require_same_model
 from command_line import UserError, beyond_bounds, complaints_about, holding, option, parse_config, replacing, run_main
-from data_loader import GPTPretrainDataset, TokenShards, tokenize_to_shards
+from data_loader import GPTPretrainDataset, MixedDataset
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
 from machine import resolve_device
-from text.text_files import ReadingOptions, iter_documents, resolve_files
+from text.text_files import ReadingOptions, iter_documents, parse_sources, resolve_files
+from text.token_shards import TokenShards, joined_shards, tokenize_to_shards
 from training import ranks
 from training.interruptions import advice_if_out_of_memory
 from training.training_config import TrainingConfig, prepare_machine
@@ -50,7 +51,10 @@ class PretrainConfig(TrainingConfig, ReadingOptions):
     }  # fmt: skip
 
     train_data_dir: str = option(
-        SAMPLE_TRAIN, "training text: a file, a folder, or a name without its ending", reads="text"
+        SAMPLE_TRAIN,
+        "training text: files, folders, or names without ending; with weights, such as a.txt:0.7 b.jsonl:0.3, mixed",
+        reads="text",
+        joined=True,
     )
     val_data_dir: str = option(
         "", "validation text; empty: the sample's own, or --val_fraction of the training text", reads="text"
@@ -169,16 +173,26 @@ class GPTTrainer:
         self.config = config
         self.device = prepare_machine(config)
         self.val_path = config.val_data_dir or (SAMPLE_VAL if config.train_data_dir == SAMPLE_TRAIN else "")
-        for path in filter(None, (config.train_data_dir, self.val_path)):
+        self.sources = parse_sources(config.train_data_dir)
+        for path in filter(None, (*(path for path, _ in self.sources), self.val_path)):
             resolve_files(path)  # before the long work of tokenizing
         for turn_of_main in (True, False):  # the other ranks then find tokenizer and shards on the disk
             if ranks.is_main() == turn_of_main:
                 self.tokenizer = load_or_train_tokenizer(config)
-                self.train_shards, self.val_shards = self._tokenize()
+                train_shards, self.val_shards = self._tokenize()
             ranks.barrier()
         gpt_config = config.model_config(len(self.tokenizer), self.tokenizer.pad_token_id)
         end = self.tokenizer.eos_token_id if config.separate_documents else None
-        train_data = GPTPretrainDataset(self.train_shards, config.max_seq_len, config.train_data_dir, end)
+        weights = [weight for _, weight in self.sources]
+        if weights[0] is None or len(weights) == 1:
+            name = " and ".join(path for path, _ in self.sources)
+            train_data = GPTPretrainDataset(joined_shards(train_shards), config.max_seq_len, name, end)
+        else:
+            named = zip(train_shards, self.sources, strict=True)
+            windows = [GPTPretrainDataset(shards, config.max_seq_len, path, end) for shards, (path, _) in named]
+            train_data = MixedDataset(windows, weights)
+            print(f"mixed by weight: {train_data}", flush=True)
+        self.train_shards = joined_shards(train_shards)
         self.val_data = val_data = GPTPretrainDataset(self.val_shards, config.max_seq_len, "the validation text", end)
         size = f"--d_model {config.d_model} and --n_layers {config.n_layers}"
         with advice_if_out_of_memory(f"for a model of {size}; lower them, or take a smaller --preset or --depth"):
@@ -195,27 +209,24 @@ class GPTTrainer:
                 score=self._score,
             )
 
-    def _tokenize(self) -> tuple[TokenShards, TokenShards]:
-        config, tokenizer = self.config, self.tokenizer
-        if self.val_path:
-            return (
-                tokenize_to_shards(config.train_data_dir, tokenizer, config.shard_dir, reading=config),
-                tokenize_to_shards(self.val_path, tokenizer, config.shard_dir, reading=config),
-            )
-        if not config.val_fraction:
+    def _tokenize(self) -> tuple[list[TokenShards], TokenShards]:
+        """The shards of each source to train on, and of the validation text."""
+        config = self.config
+        if not self.val_path and not config.val_fraction:
             config.val_fraction = DEFAULT_VAL_FRACTION
             print(f"no validation text given: {config.val_fraction:.0%} of the documents are set aside", flush=True)
-        return tuple(
-            tokenize_to_shards(
-                config.train_data_dir,
-                tokenizer,
-                config.shard_dir,
-                part=part,
-                val_fraction=config.val_fraction,
-                reading=config,
-            )
-            for part in ("train", "val")
-        )
+
+        def shards(part: str) -> list[TokenShards]:
+            options = {} if self.val_path else {"part": part, "val_fraction": config.val_fraction}
+            return [
+                tokenize_to_shards(path, self.tokenizer, config.shard_dir, reading=config, **options)
+                for path, _ in self.sources
+            ]
+
+        if self.val_path:
+            val_shards = tokenize_to_shards(self.val_path, self.tokenizer, config.shard_dir, reading=config)
+            return shards("all"), val_shards
+        return shards("train"), joined_shards(shards("val"))
 
     def _score(self, model: GPTModel, metrics: dict[str, float]) -> dict[str, float]:
         """Bits per byte of the raw text, which compares models of different tokenizers; and samples, to be read."""
@@ -266,7 +277,7 @@ class GPTTrainer:
 
 def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
     """The tokenizer of `--tokenizer_dir`. The default folder is filled from the training text if it is not there."""
-    place, source = config.tokenizer_dir, config.train_data_dir
+    place, sources = config.tokenizer_dir, [path for path, _ in parse_sources(config.train_data_dir)]
     if "tokenizer_dir" not in config.given:
         with contextlib.ExitStack() as stack:
             try:
@@ -276,9 +287,11 @@ def load_or_train_tokenizer(config: PretrainConfig) -> ByteLevelBPETokenizer:
                     f"{place} cannot be written to ({error.strerror}); name another --tokenizer_dir"
                 ) from error
             if not (Path(place) / "tokenizer.json").is_file():
-                print(f"no tokenizer in {place} yet: training one of 4096 tokens on {source}", flush=True)
+                name = " and ".join(sources)
+                print(f"no tokenizer in {place} yet: training one of 4096 tokens on {name}", flush=True)
                 tokenizer = ByteLevelBPETokenizer(vocab_size=4096)
-                tokenizer.train(iter_documents(source, config), min_frequency=2, show_progress=True)
+                documents = (document for path in sources for document in iter_documents(path, config))
+                tokenizer.train(documents, min_frequency=2, show_progress=True)
                 tokenizer.save(place)
     return ByteLevelBPETokenizer.from_pretrained(place)
 

@@ -3,8 +3,9 @@
     python data/build_sample_data.py --output_dir data
 
 Written are the pretraining text, instructions, preferences, and a test whose questions are held out in one of three
-ways: by operands (the numbers were never seen together), by phrasing (the wording was never seen) or by combination
-(fact and phrasing were both seen, but never together). `leak_proof.prove_no_leak` checks this before a file is written.
+ways: by operands (numbers that were never seen together) or passage (who, where and what were never seen together), by
+phrasing (the wording was never seen) or by combination (fact and phrasing were both seen, but never together).
+`leak_proof.prove_no_leak` checks this before a file is written.
 The same files come out on every machine, byte for byte.
 """
 
@@ -25,7 +26,7 @@ from command_line import option, parse_config, replacing, run_main
 from data.leak_proof import HeldOutOperands, normalise, prove_no_leak
 from data.sample_cases import LANGUAGES, Case, Relation
 from data.sample_phrasings import RELATIONS
-from data.sample_skills import PAIR_SKILLS, SKILLS, SORTING, Skill
+from data.sample_skills import PAIR_SKILLS, SKILLS, SORTING, SUMMARISING, SUMMARY_PARTS, Skill
 from data.sample_translation import translation_pairs
 from data.sample_world import WORDS
 from evaluation.answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, check_answer
@@ -33,13 +34,17 @@ from evaluation.answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, check_an
 SEED = "sample world 1"
 TESTS = 18  # questions a skill and language; half of them held out by phrasing (a third for skills that generalise)
 PREFERENCE_TESTS = 9
-PREFERENCES = 50  # pairs a skill and language
+PREFERENCES = 45  # pairs a skill and language
 # Records a language for each skill that generalises
-SKILL_INSTRUCTIONS = {"addition": 320, "subtraction": 320, "comparing": 240, "sorting": 240, "counting": 320}
-FACT_INSTRUCTIONS = 2  # records for each fact and language, more where a relation has few facts
+SKILL_INSTRUCTIONS = {
+    "addition": 320, "subtraction": 320, "comparing": 240, "sorting": 240, "counting": 320, "summarising": 200,
+}  # fmt: skip
+LONG_ANSWER_INSTRUCTIONS = 3  # records for each explanation; for other facts 2, more where a relation has few
 QUESTIONS_IN_TEXT = 3  # how often the pretraining text asks for each fact
 CANONICAL_IN_TEXT = 2  # how often it states the fact in the canonical form, besides each other form once
-PRACTICE = {"addition": 4000, "subtraction": 3000, "comparing": 1000, "sorting": 1200, "counting": 1000}  # a language
+PRACTICE = {  # examples in the pretraining text, a language
+    "addition": 4400, "subtraction": 3300, "comparing": 1000, "sorting": 1200, "counting": 1000, "summarising": 200,
+}  # fmt: skip
 SPACE = {"zh": "", "en": " "}  # between sentences
 DEFECTS = ("wrong", "cut_off", "repetitive", "rude", "plain")
 
@@ -102,7 +107,7 @@ class World:
                     case = skill.case(self._new_operands(skill, rng), language)
                     template = case.wording.asks[number % len(case.wording.asks)]
                     if number < TESTS - by_phrasing:
-                        self.tests.append(_test_record(case, template, "operands"))
+                        self.tests.append(_test_record(case, template, skill.held_out_by))
                     else:
                         self.preference_tests.append((case, template))
                 later.append((skill, language, rng))
@@ -122,6 +127,8 @@ class World:
             self.operands.pairs.add(frozenset(operands[:2]))
         elif skill is SORTING:
             self.operands.lists.add(frozenset(operands))
+        elif skill is SUMMARISING:
+            self.operands.passages.update(zip(*operands[:SUMMARY_PARTS], strict=True))
         else:
             self.operands.counts.update((word, operands[1]) for word in WORDS[operands[0]])
         return operands
@@ -224,10 +231,11 @@ def _practice(world: World, skill: Skill) -> Iterator[str]:
         cases = _practice_cases(world, skill, language, rng)
         asked = cases[: len(cases) // 10]
         questions = [_dialogue(case, case.wording.asks[i % len(case.wording.asks)]) for i, case in enumerate(asked)]
-        yield from _join(questions, SPACE[language], rng, 2, 4)
+        fewest, most = skill.examples_a_line
+        yield from _join(questions, SPACE[language], rng, min(fewest, 2), min(most, 4))
         mark, stop = ("；", "。") if language == "zh" else ("; ", ".")
         examples = [case.say(case.wording.says[0]) for case in cases]
-        yield from (line + stop for line in _join(examples, mark, rng, 5, 9))
+        yield from (line + stop for line in _join(examples, mark, rng, fewest, most))
 
 
 def _practice_cases(world: World, skill: Skill, language: str, rng: Random) -> list[Case]:
@@ -252,7 +260,7 @@ def instruction_records(world: World) -> list[dict]:
         for case in world.facts[language]:
             siblings = sum(other.relation == case.relation for other in world.facts[language])
             askable = [template for template in case.wording.asks if world.may_ask(case, template)]
-            count = max(FACT_INSTRUCTIONS, min(6, 50 // siblings))
+            count = LONG_ANSWER_INSTRUCTIONS if case.skill == "explanations" else max(2, min(6, 50 // siblings))
             asked += [(case, template) for template in rng.sample(askable, count)]
         asked += _missing_phrasings(world, asked, language)
         for skill in SKILLS:

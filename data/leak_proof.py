@@ -25,9 +25,15 @@ class HeldOutOperands:
     pairs: set[frozenset[int]] = field(default_factory=set)  # two numbers that never stand in one sentence
     lists: set[frozenset[int]] = field(default_factory=set)  # the numbers of a list to be sorted
     counts: set[tuple[str, int]] = field(default_factory=set)  # (word in either language, how often it is repeated)
+    passages: set[tuple[str, ...]] = field(default_factory=set)  # who, where and what, in one language
 
     def found_in(self, text: str) -> str | None:
-        """Name the first held-out operands that stand together in a sentence of the text; None if none do."""
+        """Name the first held-out operands that stand together in a sentence of the text (those of a passage: in the
+        whole text, as its sentences share them); None if none do."""
+        lowered = text.lower()
+        for parts in self.passages:
+            if all(part.lower() in lowered for part in parts):
+                return f"the passage of {', '.join(parts)}"
         for sentence in _SENTENCE_END.split(text):
             numbers = frozenset(int(digits) for digits in re.findall(r"\d+", sentence))
             for pair in combinations(sorted(numbers), 2):
@@ -64,8 +70,15 @@ def _fixed_parts(phrasing: str) -> list[str]:
     return [normalise(piece) for piece in re.split(r"\{\w+\}", phrasing)]
 
 
-def _asked_in(phrasing: str, corpus: str) -> str | None:
+def sentences_of(texts: Iterable[str]) -> str:
+    """The sentences of some texts, normalised, one a line."""
+    return "\n".join(normalise(sentence) for text in texts for sentence in _SENTENCE_END.split(text))
+
+
+def asked_in(phrasing: str, corpus: str) -> str | None:
     """A question of this phrasing in a corpus of normalised sentences, one a line; None if there is none."""
+    # A phrasing of several sentences is known by one of them: "How many times does it appear? {x}" by the first
+    phrasing = max(_SENTENCE_END.split(phrasing), key=lambda sentence: len("".join(_fixed_parts(sentence))))
     longest = max(_fixed_parts(phrasing), key=len)
     if longest not in corpus:  # spares a slow search
         return None
@@ -90,10 +103,7 @@ def prove_no_leak(
         held_out_phrasings: templates that only the test may use.
     """
     corpus = {name: "\n".join(normalise(text) for text in texts) for name, texts in training.items()}
-    sentences = {
-        name: "\n".join(normalise(sentence) for text in texts for sentence in _SENTENCE_END.split(text))
-        for name, texts in training.items()
-    }
+    sentences = {name: sentences_of(texts) for name, texts in training.items()}
     for name, texts in training.items():
         for text in texts:
             if (found := operands.found_in(text)) is not None:
@@ -102,7 +112,7 @@ def prove_no_leak(
             if normalise(record["instruction"]) in corpus[name]:
                 raise LeakError(f"{name}: a test question stands in the training data: {record['instruction']}")
         for phrasing in held_out_phrasings:
-            if (question := _asked_in(phrasing, sentences[name])) is not None:
+            if (question := asked_in(phrasing, sentences[name])) is not None:
                 raise LeakError(f"{name}: the held-out phrasing “{phrasing}” is used: {question}")
     asked = [normalise(instruction) for instruction in instructions]
     everything = "\n".join(corpus.values())

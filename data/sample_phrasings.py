@@ -37,8 +37,8 @@ RELATIONS: tuple[Relation, ...] = (
         "zh": Wording(
             "{a}的首都",
             says=("{b}是{a}的首都。", "{a}把{b}定为首都。", "{a}的首都叫{b}。"),
-            asks=("{a}的首都是哪座城市？", "{a}的首都在哪里？", "哪座城市是{a}的首都？", "{a}首都叫什么名字？"),
-            held_out_asks=("{a}的首都是哪里？",),
+            asks=("{a}的首都是哪座城市？", "{a}的首都是哪里？", "哪座城市是{a}的首都？", "{a}首都叫什么名字？"),
+            held_out_asks=("{a}的首都在哪里？",),
         ),
         "en": Wording(
             "the capital of {a}",
@@ -410,6 +410,25 @@ RELATIONS: tuple[Relation, ...] = (
             asks=("How many days does {a} of a common year have?", "How many days are there in {a} of a common year?",
                   "In a common year, how many days has {a}?", "{A} of a common year: days?"),
             held_out_asks=("In a common year, how many days does {a} have?",), topic_says=False,
+        ),
+    }),
+    Relation("explanations", "meaning", _columns(world.TERMS, (0, 1), (2, 3)), {
+        "zh": Wording(
+            canonical="{a}是{b}。",
+            says=("{b}叫做{a}。", "所谓{a}，就是{b}。", "简单地说，{a}就是{b}。", "说到{a}，人们指的就是{b}。"),
+            asks=("解释什么是{a}", "什么是{a}？", "{a}是什么？", "请解释什么是{a}。", "解释一下{a}。", "请解释{a}。",
+                  "{a}是什么意思？", "用一句话解释{a}。", "请说明什么是{a}。", "请问什么是{a}？", "给{a}下一个定义。",
+                  "请介绍一下{a}。"),
+            held_out_asks=("能用一句话说明{a}是什么吗？", "我不懂{a}，请解释。", "什么叫{a}？"),
+        ),
+        "en": Wording(
+            canonical="{A} is {b}.",
+            says=("{B} is called {a}.", "By {a} people mean {b}.", "In short, {a} is {b}.", "As for {a}, it is {b}."),
+            asks=("Explain what {a} is.", "What is {a}?", "Explain {a}.", "Please explain what {a} is.", "Define {a}.",
+                  "Explain {a} in one sentence.", "Can you explain {a}?", "Describe {a} briefly.",
+                  "In one sentence, what is {a}?", "Please define {a}.", "Could you explain what {a} is?",
+                  "What do people mean by {a}?"),
+            held_out_asks=("What exactly is {a}?", "Give a short explanation of {a}.", "How would you define {a}?"),
         ),
     }),
 )  # fmt: skip

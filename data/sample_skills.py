@@ -1,4 +1,4 @@
-"""The skills of the sample world that generalise: addition, subtraction, comparing, sorting and counting.
+"""The skills of the sample world that generalise: addition, subtraction, comparing, sorting, counting, summarising.
 
 A `Skill` turns operands into a `Case`. To add one, write how operands become the fields of its templates and how a
 wrong result looks, and give it a `Wording` for each language.
@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from data.sample_cases import Case, Wording
+from data import sample_world as world
+from data.sample_cases import LANGUAGES, Case, Wording
 from data.sample_world import WORDS
 
-Operands = tuple  # of numbers; of a word's row in WORDS and a count for counting
+# of numbers; of a word's row in WORDS and a count for counting; of rows and the order of sentences for summarising
+Operands = tuple
 NUMBERS = range(10, 100)
 MOST_REPEATS = 9
 
@@ -25,9 +27,12 @@ class Skill:
     name: str
     draw: Callable[[Random], Operands]
     fields: Callable[[Operands, str], dict[str, str]]  # operands, language → what the templates need
-    wrong: Callable[[Operands, Random], str | dict[str, str]]  # a wrong result, as it stands in field {b}
+    # a wrong result, as it stands in field {b}, or several fields, each a text or a row of texts by language
+    wrong: Callable[[Operands, Random], str | dict[str, str | tuple[str, ...]]]
     wordings: dict[str, Wording]
     all_operands: tuple[Operands, ...] | None = None  # None where there are too many to list
+    held_out_by: str = "operands"  # what a test question of operands that were never seen together is held out by
+    examples_a_line: tuple[int, int] = (5, 9)  # worked examples in a line of the pretraining text: fewest, most
 
     def case(self, operands: Operands, language: str) -> Case:
         """The case of these operands in one language."""
@@ -36,7 +41,9 @@ class Skill:
     def wrong_answer(self, case: Case, rng: Random) -> str:
         """A plausible wrong answer: the canonical sentence with a wrong result in it."""
         wrong = self.wrong(case.key, rng)
-        return case.say(case.wording.canonical, **(wrong if isinstance(wrong, dict) else {"b": wrong}))
+        fields = wrong if isinstance(wrong, dict) else {"b": wrong}
+        in_language = {n: v if isinstance(v, str) else v[LANGUAGES.index(case.language)] for n, v in fields.items()}
+        return case.say(case.wording.canonical, **in_language)
 
 
 def _two_numbers(rng: Random) -> Operands:
@@ -212,5 +219,56 @@ COUNTING = Skill(
     },
 )  # fmt: skip
 
-SKILLS: tuple[Skill, ...] = (ADDITION, SUBTRACTION, COMPARING, SORTING, COUNTING)
+_PASSAGES = {  # the event in the first or the second of three sentences; {t} when, {e} around it, {f} afterwards
+    "zh": ("{t}，{s}在{p}{d}。{e}{f}", "{e}{t}，{s}在{p}{d}。{f}"),
+    "en": ("{t} {s} {d} at {p}. {e} {f}", "{e} {t} {s} {d} at {p}. {f}"),
+}
+_PARTS = {
+    "s": world.PEOPLE, "p": world.PLACES, "d": world.DEEDS,
+    "t": world.TIMES, "e": world.SURROUNDINGS, "f": world.AFTERWARDS,
+}  # fmt: skip
+SUMMARY_PARTS = 3  # the first parts are what a summary keeps, and what no two passages of training and test share
+
+
+def _passage_fields(operands: Operands, language: str) -> dict[str, str]:
+    *rows, order = operands
+    parts = {name: row[LANGUAGES.index(language)] for name, row in zip(_PARTS, rows, strict=True)}
+    passage = _PASSAGES[language][order].format(**parts)
+    return {"x": passage, **{name: parts[name] for name in list(_PARTS)[:SUMMARY_PARTS]}}
+
+
+def _wrong_summary(operands: Operands, rng: Random) -> dict[str, tuple[str, str]]:
+    """Who, where or what is another one."""
+    name, row = rng.choice(list(zip(_PARTS, operands, strict=False))[:SUMMARY_PARTS])
+    return {name: rng.choice([other for other in _PARTS[name] if other != row])}
+
+
+SUMMARISING = Skill(
+    "summarising",
+    draw=lambda rng: (*(rng.choice(table) for table in _PARTS.values()), rng.randrange(2)),
+    fields=_passage_fields,
+    wrong=_wrong_summary,
+    held_out_by="passage",
+    examples_a_line=(1, 1),
+    wordings={
+        "zh": Wording(
+            canonical="{s}在{p}{d}。", says=("{x}总之，{s}在{p}{d}",),
+            asks=("用一句话概括：{x}", "概括下面的短文：{x}", "总结：{x}", "请概括这段话：{x}", "请用一句话总结：{x}",
+                  "{x}请概括这段话。", "{x}用一句话总结。", "这段话讲了什么？{x}", "写出下文的大意：{x}",
+                  "帮我概括一下：{x}"),
+            held_out_asks=("请用一句话概括下文：{x}", "下面这段话讲了什么？{x}", "请写出这段话的大意：{x}"),
+        ),
+        "en": Wording(
+            canonical="{s} {d} at {p}.", says=("{x} In short, {s} {d} at {p}",),
+            asks=("Summarise in one sentence: {x}", "Summarise this passage: {x}", "Sum up: {x}",
+                  "Please summarise: {x}", "Give a summary in one sentence: {x}", "{x} Summarise this.",
+                  "{x} Sum this up in one sentence.", "What is this passage about? {x}", "Write a short summary: {x}",
+                  "Summarise the following text: {x}"),
+            held_out_asks=("Please summarise this passage in one sentence: {x}", "What happens in this text? {x}",
+                           "Sum this text up in one sentence: {x}"),
+        ),
+    },
+)  # fmt: skip
+
+SKILLS: tuple[Skill, ...] = (ADDITION, SUBTRACTION, COMPARING, SORTING, COUNTING, SUMMARISING)
 PAIR_SKILLS = (ADDITION, SUBTRACTION, COMPARING)

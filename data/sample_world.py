@@ -434,3 +434,136 @@ MONTHS = table("""
 十一月 | November | 30
 十二月 | December | 31
 """)
+
+# term zh | what it is zh | en | what it is en
+TERMS = table("""
+机器学习 | 让计算机从数据中学习规律的方法 | machine learning | a way for computers to learn patterns from data
+深度学习 | 使用多层神经网络的机器学习 | deep learning | machine learning with neural networks of many layers
+强化学习 | 靠奖励学会行动的方法 | reinforcement learning | a way of learning to act from rewards
+人工智能 | 让机器完成智能任务的技术 | artificial intelligence | machines doing tasks that need thought
+神经网络 | 由许多简单单元连成的模型 | a neural network | a model of many simple connected units
+语言模型 | 预测下一个词的模型 | a language model | a model that predicts the next word
+奖励模型 | 给回答打分的模型 | a reward model | a model that gives marks to answers
+梯度 | 函数上升最快的方向 | a gradient | the direction in which a function rises fastest
+过拟合 | 记住训练数据却不会推广的现象 | overfitting | learning the training data by heart without understanding it
+分词器 | 把文本切成小块的程序 | a tokenizer | a program that cuts text into small pieces
+词元 | 模型读写文本的最小单位 | a token | the smallest piece of text that a model reads
+注意力机制 | 让模型选择看哪些词的机制 | attention | a way for a model to choose which words to look at
+词向量 | 表示词的含义的一串数 | an embedding | a list of numbers that stands for the meaning of a word
+损失函数 | 衡量预测有多错的函数 | a loss function | a measure of how wrong a prediction is
+学习率 | 每次更新参数的步长 | a learning rate | the size of each step of training
+训练集 | 供模型学习的数据 | a training set | the data that a model learns from
+测试集 | 用来检验模型的新数据 | a test set | new data that a model is checked with
+参数 | 模型在训练中调整的数 | a parameter | a number that a model adjusts in training
+预训练 | 在大量文本上进行的第一阶段训练 | pretraining | the first training of a model, on a lot of text
+微调 | 用少量数据继续训练模型 | fine-tuning | the further training of a model on a little data
+量化 | 用更少的位数存储参数 | quantization | the storing of parameters with fewer bits
+算法 | 解决问题的一系列明确步骤 | an algorithm | a list of steps that solves a problem
+数据库 | 有条理地存放数据的系统 | a database | a system that keeps data in order
+编译器 | 把代码翻译成机器语言的程序 | a compiler | a program that turns code into machine language
+操作系统 | 管理计算机的软件 | an operating system | the software that manages a computer
+浏览器 | 用来查看网页的程序 | a browser | a program for looking at web pages
+密码 | 证明身份的一串秘密字符 | a password | a secret word that proves who you are
+质数 | 大于一、只能被一和自己整除的数 | a prime number | a number above one that only one and itself divide
+原子 | 化学元素的最小单位 | an atom | the smallest unit of a chemical element
+细胞 | 生物体的最小单位 | a cell | the smallest unit of a living thing
+细菌 | 只有一个细胞的微小生物 | a bacterium | a tiny living thing of a single cell
+疫苗 | 预防疾病的药 | a vaccine | a medicine that prevents a disease
+化石 | 古代生物留在石头里的遗迹 | a fossil | the trace of an ancient living thing in stone
+光合作用 | 植物用阳光制造养分的过程 | photosynthesis | the way in which plants make food from sunlight
+重力 | 地球吸引物体的力 | gravity | the force that pulls things towards the Earth
+彩虹 | 雨后阳光形成的七色光带 | a rainbow | a band of colours that sunlight makes after rain
+日食 | 月亮挡住太阳的现象 | a solar eclipse | the Moon covering the Sun
+月食 | 地球的影子遮住月亮的现象 | a lunar eclipse | the shadow of the Earth falling on the Moon
+地震 | 地面突然的震动 | an earthquake | a sudden shaking of the ground
+火山 | 会喷出岩浆的山 | a volcano | a mountain that throws out molten rock
+沙漠 | 很少下雨的干旱地区 | a desert | a dry land with very little rain
+岛屿 | 四面被水包围的陆地 | an island | a piece of land with water on all sides
+恒星 | 自己发光的巨大气体球 | a star | a huge ball of glowing gas
+卫星 | 绕着行星运行的物体 | a satellite | an object that circles a planet
+望远镜 | 用来看远处物体的仪器 | a telescope | an instrument for seeing distant things
+显微镜 | 用来看微小物体的仪器 | a microscope | an instrument for seeing tiny things
+温度计 | 测量温度的工具 | a thermometer | a tool that measures temperature
+指南针 | 指示南北方向的工具 | a compass | a tool that shows where north is
+字典 | 解释字词意思的书 | a dictionary | a book that explains words
+地图 | 按比例画出地面的图 | a map | a drawing of a place as seen from above
+日历 | 列出一年中日子的表 | a calendar | a table of the days of a year
+预算 | 对收入和支出的计划 | a budget | a plan for earning and spending money
+利息 | 借钱时要多还的钱 | interest | the price of borrowed money
+法律 | 国家规定人人遵守的规则 | a law | a rule that everyone in a country must follow
+民主 | 由人民决定国家大事的制度 | democracy | the rule of a country by its people
+小说 | 讲述虚构故事的长篇作品 | a novel | a long book that tells an invented story
+诗歌 | 讲究节奏和韵律的文字 | a poem | a text with rhythm and often rhyme
+早餐 | 一天中的第一顿饭 | breakfast | the first meal of the day
+邻居 | 住在附近的人 | a neighbour | a person who lives nearby
+假期 | 不用上班上学的日子 | a holiday | a day without work or school
+""")
+
+# What the passages to be summarised are made of. Who | where | what was done there, told of the past
+PEOPLE = table("""
+小明 | Ben
+小红 | Anna
+小刚 | Jack
+小丽 | Emma
+小华 | Peter
+小芳 | Alice
+小军 | David
+小兰 | Nora
+小强 | Oscar
+小梅 | Lily
+小龙 | Henry
+小雪 | Clara
+""")
+PLACES = table("""
+公园 | the park
+图书馆 | the library
+市场 | the market
+车站 | the station
+海边 | the beach
+博物馆 | the museum
+医院 | the hospital
+动物园 | the zoo
+机场 | the airport
+邮局 | the post office
+湖边 | the lake
+广场 | the square
+""")
+DEEDS = table("""
+拍了一张照片 | took a photo
+画了一幅画 | painted a picture
+读了一份报纸 | read a newspaper
+写了一封信 | wrote a letter
+喝了一杯茶 | drank a cup of tea
+吃了一个面包 | ate some bread
+遇见了一位老朋友 | met an old friend
+丢了一把雨伞 | lost an umbrella
+找到了一把钥匙 | found a key
+买了一顶帽子 | bought a hat
+唱了一首歌 | sang a song
+讲了一个故事 | told a story
+""")
+# When they set out | what else there was | how the day went on: what a summary leaves out
+TIMES = table("""
+星期六上午 | On Saturday morning
+昨天下午 | Yesterday afternoon
+放学以后 | After school
+午饭以后 | After lunch
+天刚亮 | At daybreak
+一个晴天 | One sunny day
+""")
+SURROUNDINGS = table("""
+路上人很多。 | There were many people on the way.
+天上飘着几朵云。 | A few clouds were in the sky.
+外面刮着风。 | The wind was blowing.
+门口坐着一只猫。 | A cat sat by the door.
+天气不冷也不热。 | It was neither cold nor warm.
+四周非常安静。 | All was very quiet.
+""")
+AFTERWARDS = table("""
+天黑以前大家都回了家。 | Everyone was home before dark.
+回家的路上下起了雨。 | It rained on the way home.
+这一天过得很愉快。 | It was a happy day.
+晚上全家都听说了这件事。 | In the evening the family heard about it.
+时间过得真快。 | The time went by quickly.
+后来灯都亮了。 | Later the lights went on.
+""")

@@ -66,9 +66,9 @@ PAGE = """<!doctype html>
 <td class="n">{{ "%.1f" | format(row.scores.mean_tokens) }}</tr>
 {% endfor %}</table></div>
 <p class="note">{{ n_questions }} questions{% if sample %}, none of which is in the training data: held out by operands,
-by phrasing or by combination of fact and phrasing{% endif %}. <i>Exactly right</i>: the answer without courtesies is
-the expected sentence, character for character. <i>Preferred</i>: right, complete, polite, not repetitive, not rude; a
-program decides. BLEU and ROUGE compare with the plain answer, so courtesies lower them.</p>
+by passage, by phrasing or by combination of fact and phrasing{% endif %}. <i>Exactly right</i>: the answer without
+courtesies is the expected sentence, character for character. <i>Preferred</i>: right, complete, polite, not repetitive,
+not rude; a program decides. BLEU and ROUGE compare with the plain answer, so courtesies lower them.</p>
 
 {% if text %}<p>On held-out text the pretrained model has a perplexity of
 {{ "%.2f" | format(text.perplexity) }} a token,

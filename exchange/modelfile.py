@@ -78,7 +78,7 @@ def turn_template(tokenizer: ByteLevelBPETokenizer) -> TurnTemplate:
     except ValueError:
         raise UserError("it does not put each message into a conversation as it is, and once") from None
     before_user = before_second.removeprefix(after_answer)
-    opening = bos if (bos := bos_string(tokenizer)) and before_first.startswith(bos) else ""
+    opening = bos_string(tokenizer) if adds_bos(tokenizer, True) else ""
     found = TurnTemplate(
         around={
             "system": (to_system.removeprefix(opening), system_to_user.removesuffix(before_user)),
@@ -158,9 +158,8 @@ def modelfile(
 
 
 def adds_bos(tokenizer: ByteLevelBPETokenizer, is_chat_model: bool) -> bool:
-    """Whether llama.cpp is to put the first token before what it is given: if a conversation begins with it, which the
-    Modelfile then leaves out; of a model that continues texts, if a text does."""
-    if not is_chat_model:
+    """Whether llama.cpp is to put the first token before what it is given: if the tokenizer does so with a text, and a
+    conversation begins with it, too; the Modelfile then leaves it out."""
+    if not is_chat_model or not tokenizer.prefix_ids:
         return bool(tokenizer.prefix_ids)
-    bos = bos_string(tokenizer)
-    return bool(bos) and tokenizer.render_chat([{"role": "user", "content": WORDS["user"]}]).startswith(bos)
+    return tokenizer.render_chat([{"role": "user", "content": WORDS["user"]}]).startswith(bos_string(tokenizer))

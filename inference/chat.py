@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
 
 from command_line import UserError, option, parse_config, replacing, run_main

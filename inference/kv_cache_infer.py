@@ -213,11 +213,24 @@ class GenerationConfig:
         ]
 
 
+def take_defaults(config: GenerationConfig, tokenizer: ByteLevelBPETokenizer) -> None:
+    """Of the settings that were not given, take those that came with the model, and say so."""
+    taken = {name: value for name, value in tokenizer.generation_defaults.items() if name not in config.given}
+    for name, value in taken.items():
+        setattr(config, name, value)
+    if taken:
+        listed = ", ".join(f"--{name} {value:g}" for name, value in taken.items())
+        print(f"as the model's makers recommend: {listed}", file=sys.stderr)
+    if complaints := config.params.complaints():
+        raise UserError("; ".join(f"--{complaint}" for complaint in complaints))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the model's answers as they are made, and at the end how fast that was."""
     config = parse_config(GenerationConfig, argv, description="Let a model answer questions or continue texts.")
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
     model, tokenizer, checkpoint = load_any(config.model_path, resolve_device(config.device))
+    take_defaults(config, tokenizer)
     chat = checkpoint["stage"] != "pretrain" if config.chat is None else config.chat
     if config.num_beams > 1:
         for prompt in config.prompt:

@@ -6,8 +6,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 

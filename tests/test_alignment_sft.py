@@ -109,7 +109,7 @@ def test_conversations_that_are_too_long_are_cut_or_left_out_and_counted():
     n_prompt = len(tokenizer.encode_chat(talk("a", "x")[:1], add_generation_prompt=True)["input_ids"])
     data = GPTSFTDataset([talk("a", "xyz" * 20), talk("b" * 100, "x"), talk("c", "d")], tokenizer, n_prompt + 5)
     assert len(data) == 2
-    assert data.n_dropped == 1
+    assert data.account.n_left_out == 1
     assert data.lengths == [n_prompt + 5, n_prompt + 2]
     assert data[0][1][-5:] == tokenizer.encode("xyzxy", add_special_tokens=False)["input_ids"]
     with pytest.raises(UserError, match="can be used .[0-9]+ no answer within 8 tokens.; raise --max_seq_len"):

@@ -326,6 +326,11 @@ def test_preferences_that_cannot_be_honoured_are_refused(record, complaint):
     assert complaint in str(caught.value)
 
 
+def test_a_text_about_a_tag_is_no_picture():
+    record = {"instruction": "What does the <image> element of SVG do?", "output": "It shows <image> files."}
+    assert len(parse_conversation(record, "record 1")) == 2
+
+
 def test_malformed_records_are_left_out_on_request(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"instruction": "x", "output": "y"}\n{"instruction": ""}\n{"messages": []}\n')

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-import data_loader
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from data_loader import (
@@ -23,18 +22,18 @@ from data_loader import (
     GPTPPODataset,
     GPTPretrainDataset,
     GPTSFTDataset,
+    MixedDataset,
     PackedDataset,
     PreferenceDataset,
-    TokenShards,
     best_fit,
     create_pretrain_dataloader,
     create_sft_dataloader,
-    in_validation_part,
-    tokenize_to_shards,
 )
 from gpt_model import IGNORED_LABEL
+from text import token_shards
 from text.conversation_data import parse_preference
-from text.text_files import ReadingOptions
+from text.text_files import ReadingOptions, parse_sources
+from text.token_shards import TokenShards, in_validation_part, tokenize_to_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 BOS, PAD, EOS = 0, 1, 2
@@ -75,7 +74,7 @@ def test_a_long_corpus_is_cut_into_several_shards_that_read_as_one(corpus, token
     path = tmp_path / "text.txt"
     path.write_text("\n".join(corpus * 200), encoding="utf-8")
     whole = tokenize_to_shards(path, tokenizer, tmp_path / "one")
-    monkeypatch.setattr(data_loader, "SHARD_TOKENS", 10_000)
+    monkeypatch.setattr(token_shards, "SHARD_TOKENS", 10_000)
     parts = tokenize_to_shards(path, tokenizer, tmp_path / "many")
     assert len(whole.arrays) == 1
     assert len(parts.arrays) > 2
@@ -99,7 +98,7 @@ def test_a_large_vocabulary_has_room_in_the_shards(text_file, tokenizer, tmp_pat
 def test_shards_are_reused_while_text_and_tokenizer_stay(text_file, tokenizer, tmp_path, monkeypatch):
     first = tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
     tokens = all_tokens(first)
-    monkeypatch.setattr(data_loader, "_write_shards", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(token_shards, "_write_shards", lambda *_: pytest.fail("tokenized again"))
     again = tokenize_to_shards(
         str(text_file.with_suffix("")), tokenizer, tmp_path / "shards"
     )  # found without its ending
@@ -138,7 +137,7 @@ def test_shards_are_made_anew_when_a_file_joins_the_folder(tokenizer, tmp_path):
 TOKENIZE = """
 import sys
 from byte_level_bpe import ByteLevelBPETokenizer
-from data_loader import tokenize_to_shards
+from text.token_shards import tokenize_to_shards
 tokenize_to_shards(sys.argv[1], ByteLevelBPETokenizer.from_pretrained(sys.argv[2]), sys.argv[3])
 """
 
@@ -168,13 +167,13 @@ THREE_AT_ONCE = """
 import sys
 from pathlib import Path
 import at_once
-import data_loader
 from byte_level_bpe import ByteLevelBPETokenizer
+from text import token_shards
 path, tokenizer, *folders = sys.argv[1:]
 tokenizer = ByteLevelBPETokenizer.from_pretrained(tokenizer)
 
 def tokenize():
-    sys.stdout.write(f"{data_loader.tokenize_to_shards(path, tokenizer, folder).n_tokens} ")  # in one piece
+    sys.stdout.write(f"{token_shards.tokenize_to_shards(path, tokenizer, folder).n_tokens} ")  # in one piece
     sys.stdout.flush()
 
 def pause_in_the_middle():  # after the first chunk
@@ -182,7 +181,7 @@ def pause_in_the_middle():  # after the first chunk
     def encode_first(*arguments):
         chunks.append(at_once.pause_instead() if chunks else encode(*arguments))
         return chunks[-1]
-    ByteLevelBPETokenizer.encode_arrays, data_loader.SHARD_TOKENS = encode_first, 1
+    ByteLevelBPETokenizer.encode_arrays, token_shards.SHARD_TOKENS = encode_first, 1
 
 for folder in folders:
     at_once.three_at_once(tokenize, pause_in_the_middle, lambda: any(Path(folder).rglob("*.bin")))
@@ -435,7 +434,7 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out(tokeniz
     prompt = tokenizer.encode_chat(CONVERSATIONS[1][:1], add_generation_prompt=True)["input_ids"]
     for room, kept in ((0, 0), (1, 1), (2, 1)):
         dataset = GPTSFTDataset([CONVERSATIONS[1], conversation("a", "b")], tokenizer, len(prompt) + room)
-        assert (len(dataset), dataset.n_dropped) == (1 + kept, 1 - kept)
+        assert (len(dataset), dataset.account.n_left_out) == (1 + kept, 1 - kept)
         assert max(dataset.lengths) <= len(prompt) + room
     with pytest.raises(UserError, match="none of the 3 .* .3 no answer within 4 tokens.; raise --max_seq_len"):
         GPTSFTDataset(CONVERSATIONS, tokenizer, max_seq_len=4)
@@ -472,7 +471,7 @@ def test_preferences_are_compared_pair_by_pair_and_each_prompt_weighs_1(tokenize
     ]
     preferences = [parse_preference(record, "record") for record in records]
     dataset = PreferenceDataset(preferences, tokenizer, max_seq_len=64)
-    assert (len(dataset), dataset.n_dropped) == (2, 1)
+    assert (len(dataset), dataset.account.n_left_out) == (2, 1)
     batch = dataset.collate(list(dataset))
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, max(dataset.lengths))
     assert dataset.count(batch) == 2
@@ -627,7 +626,7 @@ def test_shards_do_not_depend_on_how_the_work_is_cut(tokenizer, tmp_path, monkey
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     once = tokenize_to_shards(path, tokenizer, tmp_path / "one")
-    monkeypatch.setattr(data_loader, "CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(token_shards, "CHUNK_CHARACTERS", 1000)
     encode, sizes = tokenizer.encode_arrays, []
 
     def watched(texts):
@@ -718,3 +717,68 @@ def test_separate_documents_do_not_see_each_other(tokenizer, tmp_path, random_mo
         total += model(row, labels=row)["loss"].item() * (end - start - 1)
     assert len(ends) == 3 and data.count(batch) == data.n_predicted == shards.n_tokens - 3
     assert model(**batch)["loss"].item() * data.n_predicted == pytest.approx(total, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ several sources
+
+
+def test_sources_are_mixed_by_weight_and_none_is_forgotten():
+    sizes, weights = (1001, 101), (0.5, 0.5)  # windows of 11 tokens: 100 and 10
+    arrays = [np.arange(size, dtype=np.uint32) + 10_000 * number for number, size in enumerate(sizes)]
+    sources = [GPTPretrainDataset(TokenShards([array], 0, 1), 11) for array in arrays]
+    mixed = MixedDataset(sources, weights)
+    assert len(mixed) == 200 and mixed.counts.tolist() == [100, 100]
+    seen = Counter(int(mixed[index]["input_ids"][0]) for index in range(len(mixed)))
+    assert all(seen[int(source[index]["input_ids"][0])] for source in sources for index in range(len(source)))
+    assert set(seen.values()) == {1, 10}
+    batch = mixed.collate([mixed[0], mixed[150]])
+    assert batch["input_ids"].shape == (2, 11) and mixed.count(batch) == 20
+    orders = [BatchOrder(len(mixed), 10, seed=3) for _ in range(2)]
+    passes = [[order.batch(step) for step in range(40)] for order in orders]
+    assert passes[0] == passes[1] and passes[0][:20] != passes[0][20:]  # the same for a seed, another in each epoch
+
+
+def test_sources_and_their_weights_are_read(tmp_path):
+    assert parse_sources("a.txt:0.7\nb.jsonl:3") == [("a.txt", 0.7), ("b.jsonl", 3.0)]
+    assert parse_sources("C:data\nfolder") == [("C:data", None), ("folder", None)]
+    (tmp_path / "odd:1").mkdir()
+    assert parse_sources(str(tmp_path / "odd:1")) == [(str(tmp_path / "odd:1"), None)]
+    for wrong, words in (("a:1\nb", "give each one or none"), ("a:1\nb:-1", "must be above 0")):
+        with pytest.raises(UserError, match=words):
+            parse_sources(wrong)
+
+
+# ------------------------------------------------------------------------------------------------------ bounded memory
+
+TOKENIZE_IN_BOUNDS = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from byte_level_bpe import ByteLevelBPETokenizer
+from text.token_shards import tokenize_to_shards
+import text.fast_encoding
+from text import token_shards
+
+token_shards.CHUNK_CHARACTERS, text.fast_encoding.FRESH_AFTER = int(sys.argv[4]), 4 * int(sys.argv[4])
+tokenizer = ByteLevelBPETokenizer(300)
+tokenizer.encode_arrays(["hello"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+shards = tokenize_to_shards(sys.argv[2], tokenizer, sys.argv[3])
+print(shards.n_bytes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """CORPUS_MB=4000 before pytest tries it with a corpus that is larger than memory: 1.5 GB at most are taken then."""
+    megabytes = int(os.environ.get("CORPUS_MB", "0"))
+    size, chunk, limit = (megabytes, 4_000_000, 1500) if megabytes else (12, 250_000, 100)
+    generator = np.random.default_rng(0)
+    with (tmp_path / "large.txt").open("w", encoding="utf-8") as file:
+        for _ in range(size):  # a megabyte of clauses that hardly come twice, as in verse
+            codes = generator.integers(0x4E00, 0x9000, 1_000_000 // 3)
+            codes[6::7], codes[60::61] = ord("，"), ord("\n")
+            file.write("".join(map(chr, codes)))
+    command = [sys.executable, "-c", TOKENIZE_IN_BOUNDS, str(ROOT), "large.txt", "shards", str(chunk)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    n_bytes, grown = map(int, done.stdout.split())
+    assert n_bytes > 0.9e6 * size and grown < limit

@@ -29,6 +29,7 @@ ALL_PAGES = sorted(DOCS.glob("*.md"))
 
 # Options of programs that are not ours
 TORCHRUN = ["standalone", "nnodes", "nproc_per_node", "rdzv_id", "rdzv_backend", "rdzv_endpoint"]
+OTHERS = ["no", "tensor"]  # of pip and vLLM, likewise
 DOCKER = ["profile", "scale"]
 LOCUST = ["tags"]
 SBATCH = ["nodes", "ntasks", "gpus", "cpus", "signal", "requeue"]  # those with hyphens by their first word
@@ -70,9 +71,9 @@ def settings_of(script):
 
 def scripts():
     """Every script that reads its options by `parse_config`, but for finetune.py, which has several sets of them."""
-    folders = (ROOT, ROOT / "benchmarks", *(path.parent for path in ROOT.glob("[!.]*/__init__.py")))
+    folders = (ROOT, ROOT / "benchmarks", *(path.parent for path in ROOT.glob("[!.]*/**/__init__.py")))
     there = [path for folder in folders for path in folder.glob("*.py")]
-    found = [path for path in there if " = parse_config(" in path.read_text(encoding="utf-8")]
+    found = [path for path in there if re.search(r" = parse_config\(\w+, argv,", path.read_text(encoding="utf-8"))]
     return {str(path.relative_to(ROOT)) for path in found} - {"command_line.py", "finetune.py"}
 
 
@@ -82,6 +83,8 @@ def python_commands(page):
     for words in (shlex.split(line, comments=True) for line in lines):
         for place, word in enumerate(words):
             script = words[place + 1].replace(".", "/") + ".py" if word == "-m" else word
+            if word == "-m" and (ROOT / script.removesuffix(".py") / "__main__.py").is_file():
+                script = f"{script.removesuffix('.py')}/__main__.py"
             if script.endswith(".py"):
                 yield script, words[place + (2 if word == "-m" else 1) :]
                 break
@@ -145,9 +148,9 @@ def test_options_exist(page):
     """Every --option that a page names is one of some script, or of a program that starts ours."""
     settings = [config for config, _, _ in finetune.MODES.values()] + [settings_of(script) for script in scripts()]
     settings.append(ServiceSettings)
-    known = {field.name for config in settings for field in fields(config)} | {"mode", "preset", "help"}
+    known = {field.name.rstrip("_") for config in settings for field in fields(config)} | {"mode", "preset", "help"}
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", page.read_text(encoding="utf-8")))
-    assert named - known - {*TORCHRUN, *SBATCH, *DOCKER, *LOCUST} == set()
+    assert named - known - {*TORCHRUN, *SBATCH, *DOCKER, *LOCUST, *OTHERS} == set()
 
 
 def test_code_for_readers_of_the_articles_runs(tmp_path, monkeypatch, capsys):

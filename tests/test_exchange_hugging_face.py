@@ -1,10 +1,13 @@
 """Hugging Face folders come in: the same logits, the same ids, and a sentence where that cannot be had."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from exchange_models import FAMILIES, SCALINGS, TEXTS, random_ids, save, save_tokenizer
+from exchange_models import FAMILIES, SCALINGS, TEXTS, make, random_ids, save, save_tokenizer
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model
@@ -144,7 +147,7 @@ def test_several_end_tokens_and_the_makers_sampling(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_half_precision_stays_half_and_loses_nothing(name, dtype, tmp_path, transformers):
-    from exchange_models import make
+
 
     theirs = make(name).to(dtype)
     save(name, tmp_path / "theirs", theirs)
@@ -175,7 +178,7 @@ def test_straight_into_int8(tmp_path):
 
 @pytest.mark.parametrize("layout", ["shards", "torch.save", "torch.save in shards", "without a head"])
 def test_every_layout_of_the_weights(layout, tmp_path):
-    from exchange_models import make
+
 
     name = "gpt2" if layout == "without a head" else "llama"
     theirs, folder = make(name), tmp_path / "theirs"
@@ -309,3 +312,28 @@ def test_too_little_memory_or_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "available_memory", lambda: 1000)
     with pytest.raises(UserError, match="MiB of memory as fp32, and 0 are free; close other programs"):
         take_in(tmp_path / "theirs")
+
+
+@pytest.mark.skipif(not hasattr(__import__("resource"), "RLIMIT_DATA"), reason="this system has no such limit")
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_memory_holds_the_result_and_one_tensor(weights, tmp_path):
+    """The command runs within that, the mapped file and 96 MiB for all else; twice the model would not fit."""
+    sizes = dict(vocab_size=4096, n_embd=1024, n_head=16, n_layer=3, n_positions=64, initializer_range=0.02)
+    theirs = make("gpt2", **{**sizes, "n_inner": None})
+    save("gpt2", tmp_path / "theirs", theirs)
+    n_bytes = (tmp_path / "theirs/model.safetensors").stat().st_size
+    largest = 4 * 4096 * 1024
+    room = n_bytes + n_bytes // (4 if weights == "int8" else 1) + 2 * largest + (96 << 20)
+    code = f"""
+import resource
+from exchange import import_model
+import torch
+torch.set_num_threads(1)
+torch.ones(4) @ torch.ones(4)
+used = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData"))) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + {room}, used + {room}))
+import_model.main(["--from={tmp_path / "theirs"}", "--output_path={tmp_path / "taken.pth"}", "--weights={weights}"])
+"""
+    root = Path(import_model.__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True)
+    assert room < 3 * n_bytes and (tmp_path / "taken.pth").is_file()

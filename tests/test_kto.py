@@ -257,7 +257,8 @@ def test_wrong_settings_are_named():
         ({"sft_model": "nowhere.pth"}, "the SFT model nowhere.pth does not exist; run finetune.py --mode sft first"),
         ({"max_seq_len": 5}, "none of the 24 records of data.json .* .24 longer than 5 tokens.; raise --max_seq_len"),
         ({"pairwise_data": "sft.json"}, 'record 1 of sft.json: the field "label" is missing'),
-        ({"pairwise_data": "same.json"}, "are to the same prompt; give answers to two different ones"),
+        ({"pairwise_data": "same.json"}, "all . answers of the training part of same.json are to the same prompt"),
+        ({"val_fraction": 0.01}, "all 1 answers of the held-out part of data.json .* or a larger --val_fraction"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(settings, words, folder):

@@ -1,5 +1,6 @@
 """Pretraining from the command line: real runs of `main`, on the sample data and on twenty lines."""
 
+import json
 import math
 import signal
 import subprocess
@@ -13,10 +14,10 @@ import torch
 import pretrain_trainer
 from checkpoint import load_checkpoint, load_model
 from command_line import UserError, parse_config
-from data_loader import in_validation_part
 from gpt_model import GPTModel
 from pretrain_trainer import GPTTrainer, PretrainConfig, turn_depth_dial
 from text.text_files import iter_documents
+from text.token_shards import in_validation_part
 from training.run_log import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -227,3 +228,13 @@ def test_learned_lines_are_continued(folder, corpus):
         assert tokenizer.decode(output.tolist()) == line
         assert int(output[-1]) == tokenizer.eos_token_id
     assert Path("models/pretrain/curves.png").stat().st_size > 1000
+
+
+def test_sources_are_mixed_and_documents_kept_apart(folder, capsys):
+    """The smaller source is repeated."""
+    lines = Path("lines.txt").read_text(encoding="utf-8").splitlines()
+    Path("few.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:40]), encoding="utf-8")
+    options = [*SMALL, "--train_data_dir", "lines.txt:0.5", "few.jsonl:0.5", "--val_data_dir", "val.txt"]
+    pretrain_trainer.main([*options, "--separate_documents", "--output_dir", "mixed"])
+    assert "mixed by weight: a pass is" in capsys.readouterr().out
+    assert Path("mixed/pretrain_best.pth").is_file()

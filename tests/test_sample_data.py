@@ -12,11 +12,22 @@ import pytest
 
 from data import build_sample_data as builder
 from data import sample_world
-from data.leak_proof import HeldOutOperands, LeakError, normalise, phrasing_pattern, prove_no_leak
+from data.leak_proof import (
+    HeldOutOperands,
+    LeakError,
+    asked_in,
+    normalise,
+    phrasing_pattern,
+    prove_no_leak,
+    sentences_of,
+)
 from data.sample_phrasings import RELATIONS
 from data.sample_skills import SKILLS
 from evaluation.answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES, check_answer
+from inference.api_service import GenerateRequest
+from pipeline import QUESTIONS
 
+SKILLS_BY_NAME = {skill.name: skill for skill in SKILLS}
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
     "pretrain/train.txt", "pretrain/val.txt", "sft/sft_data.json", "sft/sft_test.json", "sft/rlhf_pairwise.json",
@@ -45,13 +56,13 @@ def test_builder_writes_the_committed_files_byte_for_byte(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env={"PYTHONHASHSEED": "7"}, capture_output=True, check=True)
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (ROOT / "data" / name).read_bytes(), name
-    assert "0 leaks over 612 test questions" in run.stdout.decode()
+    assert "0 leaks over 684 test questions" in run.stdout.decode()
 
 
 def test_size_and_counts(files):
-    """About 2 MB in all; thousands of instructions and preferences, hundreds of held-out questions."""
+    """About 3 MB in all; thousands of instructions and preferences, hundreds of held-out questions."""
     total = sum((ROOT / "data" / name).stat().st_size for name in FILES)
-    assert 1.8e6 < total < 2.8e6
+    assert 2.5e6 < total < 3.3e6
     assert all(b"\r" not in (ROOT / "data" / name).read_bytes() for name in FILES)
     counts = {name: len(content) for name, content in files.items()}
     assert counts["sft/sft_data.json"] > 4000 and counts["sft/rlhf_pairwise.json"] > 1500
@@ -79,9 +90,10 @@ def test_skills_languages_and_ways_of_holding_out_are_balanced(files):
     tests = files["sft/sft_test.json"]
     assert set(Counter((r["skill"], r["language"]) for r in tests).values()) == {builder.TESTS}
     assert len({r["skill"] for r in tests}) >= 14
-    general = {skill.name for skill in SKILLS}
-    ways = Counter((r["skill"] in general, r["held_out"]) for r in tests)
-    assert set(ways) == {(True, "operands"), (True, "phrasing"), (False, "phrasing"), (False, "combination")}
+    ways = {skill.name: {skill.held_out_by, "phrasing"} for skill in SKILLS}
+    for skill in {r["skill"] for r in tests}:
+        found = {r["held_out"] for r in tests if r["skill"] == skill}
+        assert found == ways.get(skill, {"phrasing", "combination"}), skill
     assert len({(r["instruction"], r["language"]) for r in tests}) == len(tests)
     trained = Counter((r["skill"], r["language"]) for r in files["sft/sft_data.json"])
     assert set(trained) == {(r["skill"], r["language"]) for r in tests} and min(trained.values()) >= 50
@@ -205,7 +217,7 @@ def _first(files, held_out, skill=None):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "test" not in name])
-@pytest.mark.parametrize("held_out", ["operands", "phrasing", "combination"])
+@pytest.mark.parametrize("held_out", ["operands", "passage", "phrasing", "combination"])
 def test_proof_catches_a_planted_test_question(files, world, name, held_out):
     """A test question in any training file, in other case and punctuation, makes the builder stop."""
     leaky = shortened(files)
@@ -220,7 +232,7 @@ def test_proof_catches_a_planted_test_question(files, world, name, held_out):
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_proof_catches_held_out_operands_in_another_form(files, world, skill, language):
     """Held-out operands are found in other words, another order and the other language."""
-    test = _first(files, "operands", skill)
+    test = _first(files, SKILLS_BY_NAME[skill].held_out_by, skill)
     numbers = [word for word in normalise(test["answer"]).split() if word.isdigit()]
     if skill in ("addition", "subtraction"):
         first, second = numbers[:2]
@@ -229,6 +241,10 @@ def test_proof_catches_held_out_operands_in_another_form(files, world, skill, la
         row = next(row for row in sample_world.WORDS if test["instruction"].split()[-1] in row)
         count = int(numbers[0])
         text = {"zh": " ".join([row[0]] * count), "en": "Here: " + " ".join([row[1]] * count) + "!"}
+    elif skill == "summarising":
+        tables = (sample_world.PEOPLE, sample_world.PLACES, sample_world.DEEDS)
+        (who, where, what) = (next(row for row in table if row[0] in test["answer"]) for table in tables)
+        text = {"zh": f"{what[0]}的是谁？{where[0]}里的{who[0]}。", "en": f"At {where[1]}. Who {what[1]}? {who[1]}!"}
     else:
         text = {"zh": "、".join(reversed(numbers)) + " 都在这里。", "en": "We see " + " and ".join(numbers) + "."}
     leaky = shortened(files)
@@ -264,6 +280,53 @@ def test_normalised_text_compares_words_and_runs():
     assert normalise("key key key") not in normalise("count: key key key key")
     assert normalise("is it in") not in normalise("this it in")
     assert phrasing_pattern("Who wrote {a}?").fullmatch(normalise("who wrote War and Peace"))
+
+
+def test_phrasing_of_two_sentences_is_found_by_the_longer_one():
+    """What stands before a field in a sentence of its own marks the phrasing, whatever follows it."""
+    training = {"sft": ["How many times does it appear? key key"], "text": ["How often? key key"]}
+    assert asked_in("How many times does it appear? {x}", sentences_of(training["sft"])) is not None
+    assert asked_in("How many times does it appear? {x}", sentences_of(training["text"])) is None
+
+
+def test_explanations_are_short_and_unambiguous():
+    """A term means one thing, an explanation one term, and a small model can write it in a few tokens."""
+    for term, meaning in [row[:2] for row in sample_world.TERMS] + [row[2:] for row in sample_world.TERMS]:
+        assert 4 <= len(meaning) <= 64 and not re.search(r"[0-9.。]", meaning) and term not in meaning.split(), term
+    for column in range(4):
+        assert len({row[column] for row in sample_world.TERMS}) == len(sample_world.TERMS)
+
+
+def test_first_request_of_a_reader_can_be_answered(files, world):
+    """The request on the README's and the service's pages asks for a fact of the world in a phrasing of training."""
+    question = GenerateRequest.model_json_schema()["properties"]["prefix"]["examples"][0]
+    case = next(c for c in world.facts["zh"] if question in [c.say(template) for template in c.wording.asks])
+    assert case.answer in "\n".join(files["pretrain/train.txt"])
+    asked = {record["instruction"] for record in files["sft/sft_data.json"]}
+    assert any("解释什么是" in instruction for instruction in asked)
+
+
+def shown_prompts():
+    """What README, docs, the service's page and the pipeline ask a model that answers."""
+    pages = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "inference" / "api_service.py"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    asked = set(re.findall(r'"prefix": "([^"…]+)"', text)) | set(QUESTIONS)
+    for prompts in re.findall(r"kv_cache_infer --model_path models/sft\S* --prompt((?: \"[^\"]+\")+)", text):
+        asked |= set(re.findall(r'"([^"]+)"', prompts))
+    return asked | set(GenerateRequest.model_json_schema()["properties"]["prefix"]["examples"])
+
+
+def test_every_prompt_that_is_shown_asks_for_something_of_the_world(world):
+    """In a phrasing that training or the test uses: a reader who copies an example gets an answer that makes sense."""
+    facts = world.facts["zh"] + world.facts["en"]
+    of_facts = {case.say(t) for case in facts for t in (*case.wording.asks, *case.wording.held_out_asks)}
+    wordings = [skill.wordings[language] for skill in SKILLS for language in ("zh", "en")]
+    of_skills = [phrasing_pattern(t) for w in wordings for t in (*w.asks, *w.held_out_asks)]
+    prompts = shown_prompts()
+    assert {"解释什么是机器学习", "法国的首都是哪里？"} <= prompts and len(prompts) >= len(QUESTIONS)
+    for prompt in prompts:
+        assert prompt in of_facts or any(pattern.fullmatch(normalise(prompt)) for pattern in of_skills), prompt
+        assert all(10 <= int(number) < 100 for number in re.findall(r"\d+", prompt)), prompt
 
 
 def test_numbers_in_different_sentences_are_no_leak():

@@ -19,8 +19,9 @@ import torch
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model
 from command_line import UserError, run_main
-from data_loader import GPTPretrainDataset, GPTSFTDataset, TokenShards
+from data_loader import GPTPretrainDataset, GPTSFTDataset
 from gpt_model import GPTConfig, GPTModel
+from text.token_shards import TokenShards
 from training.run_log import read_metrics
 from training.training_config import TrainingConfig, prepare_machine
 from training.training_loop import TrainingLoop

@@ -25,7 +25,9 @@ SLICE = 1 << 20  # characters of a text that are looked at at once
 
 Merges = list[tuple[bytes, bytes]]
 
-_long = regex.compile("|".join(f"{kind}{{{LONGEST_PIECE}}}" for kind in (r"\p{L}", r"[^\s\p{L}\p{N}]", r"\s")))
+# From where a run begins, so that each is looked at once
+_kinds = (r"\p{L}", r"[^\s\p{L}\p{N}]", r"\s")
+_long = regex.compile("|".join(f"(?<!{kind}){kind}{{{LONGEST_PIECE + 1},}}+" for kind in _kinds))
 
 
 class TextSample:
@@ -65,8 +67,9 @@ class TextSample:
         for text in self.texts:
             start = 0
             for match in _long.finditer(text):
-                yield text[start : match.end()]
-                start = match.end()
+                for end in range(match.start() + LONGEST_PIECE, match.end(), LONGEST_PIECE):
+                    yield text[start:end]
+                    start = end
             yield text[start:]
 
 

@@ -61,7 +61,7 @@ SYSTEM = ("system", "system_prompt")
 COLUMNS = (*QUESTION, *ADDITION, *ANSWER, *SYSTEM, *CONVERSATION, "history", "tools", "chosen", "rejected", "margin",
            "responses", "scores", "label")  # fmt: skip
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-PLACEHOLDER = re.compile(r"\s*<(image|video|audio)>|<(image|video|audio)>\s*$")
+PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>|<(image|video|audio)>\s*\Z")  # not one that a text is about
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
@@ -70,7 +70,9 @@ class RecordOptions:
     """Options of whatever reads records."""
 
     columns: str = option("", "fields of other names, such as instruction=question,response=answer")
-    skip_bad_records: bool = option(False, "leave out what cannot be read, count it and keep it in a file")
+    skip_bad_records: bool = option(
+        False, "leave out malformed records and count them; training and evaluation keep them in a file"
+    )
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
@@ -172,10 +174,10 @@ def _content(turn: dict, field: str, where: str) -> str:
                 raise UserError(f"{where} has a part of type {kind}, not text; leave such records out")
         turn = {field: "".join(_text(part, "text", where) for part in value)}
     text = _text(turn, field, where)
-    if match := PLACEHOLDER.match(text) or PLACEHOLDER.search(text):
+    if match := PLACEHOLDER.search(text):
+        kind = match[1] or match[2]
         raise UserError(
-            f"{where} stands beside an {match[1] or match[2]} (<{match[1] or match[2]}>), which a model of text cannot "
-            "take in; leave such records out"
+            f"{where} stands beside an {kind} (<{kind}>), which a model of text cannot take in; leave such records out"
         )
     return text
 

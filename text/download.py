@@ -104,8 +104,6 @@ class DownloadConfig:
     def validate(self) -> list[str]:
         if not self.name:
             return [f"name a set: {', '.join(SETS)}"]
-        if self.from_dir and not Path(self.from_dir).is_dir():
-            return [f"--from_dir {self.from_dir} is no folder; name the one with the set's files"]
         return []
 
 
@@ -159,6 +157,8 @@ def fetch(config: DownloadConfig) -> dict[str, int]:
         UserError: it cannot be read, or there is nothing in it.
     """
     public, folder = SETS[config.name], Path(config.output_dir) / config.name
+    if config.from_dir and not Path(config.from_dir).is_dir():
+        raise UserError(f"--from_dir {config.from_dir} is no folder; name the one with the set's files")
     written: dict[str, int] = {}
     for split, name in public.splits:
         rows: Iterable[Row]

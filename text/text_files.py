@@ -115,6 +115,28 @@ def resolve_files(path: str | Path, endings: tuple[str, ...] = TEXT_ENDINGS) -> 
     return files[:1]
 
 
+def parse_sources(text: str) -> list[tuple[str, float | None]]:
+    """Data paths, one a line, with the weights that they may have: `a.txt:0.7` → ("a.txt", 0.7).
+
+    Raises:
+        UserError: only some of several have a weight, or one is not positive.
+    """
+    sources: list[tuple[str, float | None]] = []
+    for line in text.split("\n"):
+        path, colon, weight = line.rpartition(":")
+        try:
+            number = float(weight) if colon and not Path(line).exists() else None
+        except ValueError:
+            number = None
+        sources.append((line, None) if number is None else (path, number))
+    weights = [weight for _, weight in sources]
+    if None in weights and any(weight is not None for weight in weights):
+        raise UserError(f"some of the sources {', '.join(text.split())} have a weight; give each one or none")
+    if not all(weight is None or 0 < weight < float("inf") for weight in weights):
+        raise UserError(f"the weights of {', '.join(text.split())} must be above 0; leave out what has none")
+    return sources
+
+
 @functools.cache
 def _say_once(sentence: str) -> None:
     print(f"note: {sentence}", file=sys.stderr, flush=True)

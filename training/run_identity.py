@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoint import load_checkpoint, weight_fingerprint
 from command_line import UserError, inputs_of
-from text.text_files import RECORD_ENDINGS, TEXT_ENDINGS, resolve_files
+from text.text_files import RECORD_ENDINGS, TEXT_ENDINGS, parse_sources, resolve_files
 
 BLOCK = 1 << 20
 MOST_BLOCKS = 1024  # of a file, evenly spread: up to 1 GiB all of it, and no more of one that is larger
@@ -33,7 +33,8 @@ def fingerprints(config: Any) -> Inputs:
             if kind == "model":
                 inputs[name] = [path, weight_fingerprint(load_checkpoint(path))]
             else:
-                inputs[name] = [path, content_fingerprint(resolve_files(path, ENDINGS[kind]))]
+                files = [file for source, _ in parse_sources(path) for file in resolve_files(source, ENDINGS[kind])]
+                inputs[name] = [path, content_fingerprint(files)]
     return inputs
 
 

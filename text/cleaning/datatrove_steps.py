@@ -136,7 +136,8 @@ def executors(config: DatatroveConfig) -> list:
 
 
 def main(argv: list[str] | None = None) -> None:
-    executors(parse_config(DatatroveConfig, argv, description="clean text with datatrove's executors"))[-1].run()
+    config = parse_config(DatatroveConfig, argv, description="clean text with datatrove's executors")
+    executors(config)[-1].run()
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ function requestBody(messages) {
 
 function figures(tokens, firstMs, restMs) {
   const rate = tokens > 1 && restMs > 0 ? ((tokens - 1) / restMs) * 1000 : 0;
-  const first = firstMs < 1000 ? `${Math.round(firstMs)} ms` : `${(firstMs / 1000).toFixed(1)} s`;
+  const first = firstMs < 1000 ? `${Math.round(firstMs)}\u00a0ms` : `${(firstMs / 1000).toFixed(1)}\u00a0s`;
   return { tokens, rate: rate && Number(rate.toPrecision(rate < 10 ? 2 : 3)), first };
 }
 

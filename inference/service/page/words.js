@@ -88,7 +88,7 @@ const WORDS = {
     light: "浅色",
     dark: "深色",
     key: "API 密钥",
-    keyHint: "仅在服务要求时填写，关闭标签页后即清除",
+    keyHint: "服务要求时填写，关闭即清除",
     defaults: "恢复默认",
     export: "导出此对话",
     exportAll: "导出全部对话",
