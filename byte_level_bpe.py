@@ -501,6 +501,8 @@ def _bytes_of_token(token: str) -> bytes:
 
 
 def _replace_lone_surrogates(text: str) -> str:
+    if text.isascii():  # which is known without looking at it
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
