@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model, require_same_model
 from command_line import UserError, beyond_bounds, complaints_about, holding, option, parse_config, replacing, run_main
-from data_loader import GPTPretrainDataset, MixedDataset, TokenShards, joined_shards, tokenize_to_shards
+from data_loader import GPTPretrainDataset, MixedDataset
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
 from machine import resolve_device
 from text.text_files import ReadingOptions, iter_documents, parse_sources, resolve_files
+from text.token_shards import TokenShards, joined_shards, tokenize_to_shards
 from training import ranks
 from training.interruptions import advice_if_out_of_memory
 from training.training_config import TrainingConfig, prepare_machine

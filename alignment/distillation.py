@@ -24,12 +24,13 @@ from alignment.stage import InstructionData, StageConfig, fit_context, load_part
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model
 from command_line import UserError, option, replacing
-from data_loader import GPTPretrainDataset, GPTSFTDataset, tokenize_to_shards
+from data_loader import GPTPretrainDataset, GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
 from text.account import Account
 from text.chat_template import Message
 from text.conversation_data import load_conversations
+from text.token_shards import tokenize_to_shards
 from training import ranks
 from training.run_folder import set_earlier_run_aside
 from training.run_identity import fingerprints

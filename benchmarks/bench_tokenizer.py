@@ -28,8 +28,8 @@ from benchmarks.bench_cleaning import make_text  # noqa: E402
 from benchmarks.tables import Table, about, in_a_sentence, write_section  # noqa: E402
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from command_line import option, parse_config, run_main  # noqa: E402
-from data_loader import tokenize_to_shards  # noqa: E402
 from text.text_files import iter_documents  # noqa: E402
+from text.token_shards import tokenize_to_shards  # noqa: E402
 from text.tokenizer_files import PRETOKENIZER_PATTERN, byte_pre_tokenizer  # noqa: E402
 
 GOALS = {  # what is compared: (at least or at most, how much)

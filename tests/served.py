@@ -58,7 +58,8 @@ class Server:
         while "listening on " not in self.text and self.process.poll() is None:
             assert time.monotonic() < deadline, self.text
             time.sleep(0.05)
-        return self.text.rpartition("listening on ")[2].split()[0] if self.process.poll() is None else None
+        found = re.findall(r"listening on (http://[0-9.:]+)", self.text)
+        return found[-1] if found else None
 
     @property
     def text(self):

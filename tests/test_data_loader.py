@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-import data_loader
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from data_loader import (
@@ -26,16 +25,15 @@ from data_loader import (
     MixedDataset,
     PackedDataset,
     PreferenceDataset,
-    TokenShards,
     best_fit,
     create_pretrain_dataloader,
     create_sft_dataloader,
-    in_validation_part,
-    tokenize_to_shards,
 )
 from gpt_model import IGNORED_LABEL
+from text import token_shards
 from text.conversation_data import parse_preference
 from text.text_files import ReadingOptions, parse_sources
+from text.token_shards import TokenShards, in_validation_part, tokenize_to_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 BOS, PAD, EOS = 0, 1, 2
@@ -76,7 +74,7 @@ def test_a_long_corpus_is_cut_into_several_shards_that_read_as_one(corpus, token
     path = tmp_path / "text.txt"
     path.write_text("\n".join(corpus * 200), encoding="utf-8")
     whole = tokenize_to_shards(path, tokenizer, tmp_path / "one")
-    monkeypatch.setattr(data_loader, "SHARD_TOKENS", 10_000)
+    monkeypatch.setattr(token_shards, "SHARD_TOKENS", 10_000)
     parts = tokenize_to_shards(path, tokenizer, tmp_path / "many")
     assert len(whole.arrays) == 1
     assert len(parts.arrays) > 2
@@ -100,7 +98,7 @@ def test_a_large_vocabulary_has_room_in_the_shards(text_file, tokenizer, tmp_pat
 def test_shards_are_reused_while_text_and_tokenizer_stay(text_file, tokenizer, tmp_path, monkeypatch):
     first = tokenize_to_shards(text_file, tokenizer, tmp_path / "shards")
     tokens = all_tokens(first)
-    monkeypatch.setattr(data_loader, "_write_shards", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(token_shards, "_write_shards", lambda *_: pytest.fail("tokenized again"))
     again = tokenize_to_shards(
         str(text_file.with_suffix("")), tokenizer, tmp_path / "shards"
     )  # found without its ending
@@ -139,7 +137,7 @@ def test_shards_are_made_anew_when_a_file_joins_the_folder(tokenizer, tmp_path):
 TOKENIZE = """
 import sys
 from byte_level_bpe import ByteLevelBPETokenizer
-from data_loader import tokenize_to_shards
+from text.token_shards import tokenize_to_shards
 tokenize_to_shards(sys.argv[1], ByteLevelBPETokenizer.from_pretrained(sys.argv[2]), sys.argv[3])
 """
 
@@ -169,13 +167,13 @@ THREE_AT_ONCE = """
 import sys
 from pathlib import Path
 import at_once
-import data_loader
 from byte_level_bpe import ByteLevelBPETokenizer
+from text import token_shards
 path, tokenizer, *folders = sys.argv[1:]
 tokenizer = ByteLevelBPETokenizer.from_pretrained(tokenizer)
 
 def tokenize():
-    sys.stdout.write(f"{data_loader.tokenize_to_shards(path, tokenizer, folder).n_tokens} ")  # in one piece
+    sys.stdout.write(f"{token_shards.tokenize_to_shards(path, tokenizer, folder).n_tokens} ")  # in one piece
     sys.stdout.flush()
 
 def pause_in_the_middle():  # after the first chunk
@@ -183,7 +181,7 @@ def pause_in_the_middle():  # after the first chunk
     def encode_first(*arguments):
         chunks.append(at_once.pause_instead() if chunks else encode(*arguments))
         return chunks[-1]
-    ByteLevelBPETokenizer.encode_arrays, data_loader.SHARD_TOKENS = encode_first, 1
+    ByteLevelBPETokenizer.encode_arrays, token_shards.SHARD_TOKENS = encode_first, 1
 
 for folder in folders:
     at_once.three_at_once(tokenize, pause_in_the_middle, lambda: any(Path(folder).rglob("*.bin")))
@@ -628,7 +626,7 @@ def test_shards_do_not_depend_on_how_the_work_is_cut(tokenizer, tmp_path, monkey
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     once = tokenize_to_shards(path, tokenizer, tmp_path / "one")
-    monkeypatch.setattr(data_loader, "CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(token_shards, "CHUNK_CHARACTERS", 1000)
     encode, sizes = tokenizer.encode_arrays, []
 
     def watched(texts):
@@ -748,3 +746,39 @@ def test_sources_and_their_weights_are_read(tmp_path):
     for wrong, words in (("a:1\nb", "give each one or none"), ("a:1\nb:-1", "must be above 0")):
         with pytest.raises(UserError, match=words):
             parse_sources(wrong)
+
+
+# ------------------------------------------------------------------------------------------------------ bounded memory
+
+TOKENIZE_IN_BOUNDS = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from byte_level_bpe import ByteLevelBPETokenizer
+from text.token_shards import tokenize_to_shards
+import text.fast_encoding
+from text import token_shards
+
+token_shards.CHUNK_CHARACTERS, text.fast_encoding.FRESH_AFTER = int(sys.argv[4]), 4 * int(sys.argv[4])
+tokenizer = ByteLevelBPETokenizer(300)
+tokenizer.encode_arrays(["hello"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+shards = tokenize_to_shards(sys.argv[2], tokenizer, sys.argv[3])
+print(shards.n_bytes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """CORPUS_MB=4000 before pytest tries it with a corpus that is larger than memory: 1.5 GB at most are taken then."""
+    megabytes = int(os.environ.get("CORPUS_MB", "0"))
+    size, chunk, limit = (megabytes, 4_000_000, 1500) if megabytes else (12, 250_000, 100)
+    generator = np.random.default_rng(0)
+    with (tmp_path / "large.txt").open("w", encoding="utf-8") as file:
+        for _ in range(size):  # a megabyte of clauses that hardly come twice, as in verse
+            codes = generator.integers(0x4E00, 0x9000, 1_000_000 // 3)
+            codes[6::7], codes[60::61] = ord("，"), ord("\n")
+            file.write("".join(map(chr, codes)))
+    command = [sys.executable, "-c", TOKENIZE_IN_BOUNDS, str(ROOT), "large.txt", "shards", str(chunk)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    n_bytes, grown = map(int, done.stdout.split())
+    assert n_bytes > 0.9e6 * size and grown < limit

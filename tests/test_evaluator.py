@@ -11,12 +11,13 @@ from alignment.reward_model import RewardModel
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import save_checkpoint
 from command_line import UserError
-from data_loader import GPTPretrainDataset, tokenize_to_shards
+from data_loader import GPTPretrainDataset
 from evaluation.answer_report import Question, answers_summary, grade, load_questions, report_answers, segment
 from evaluator import GPTEvaluator, evaluate_reward
 from gpt_model import GPTConfig, GPTModel
 from inference.request import Generation
 from inference.text_generation import generate_texts
+from text.token_shards import tokenize_to_shards
 
 TEXTS = ["hello world", "你好，世界。", "a", "The quick brown fox jumps over the lazy dog.", "二加三等于五。"]
 

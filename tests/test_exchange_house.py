@@ -17,9 +17,9 @@ import evaluator
 import finetune
 import pretrain_trainer
 from checkpoint import load_checkpoint, load_model
-from data_loader import tokenize_to_shards
 from inference import kv_cache_infer, quantizer
 from inference.quantizer import load_any
+from text.token_shards import tokenize_to_shards
 
 QUESTIONS = ["2 + 3 = ?", "法国的首都是哪里？", "Name a noble gas.", "Say <|im_end|> twice."] * 4
 SFT = [{"instruction": question, "response": f"It is {index}."} for index, question in enumerate(QUESTIONS)]

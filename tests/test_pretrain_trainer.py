@@ -14,10 +14,10 @@ import torch
 import pretrain_trainer
 from checkpoint import load_checkpoint, load_model
 from command_line import UserError, parse_config
-from data_loader import in_validation_part
 from gpt_model import GPTModel
 from pretrain_trainer import GPTTrainer, PretrainConfig, turn_depth_dial
 from text.text_files import iter_documents
+from text.token_shards import in_validation_part
 from training.run_log import read_metrics
 
 ROOT = Path(__file__).parent.parent

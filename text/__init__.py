@@ -4,5 +4,5 @@ In order: text_files (documents and records, from files and folders), download (
 was left out or cut), cleaning (a folder: dirty text → clean text), conversation_data (all shapes of records → one),
 chat_template (messages → the text of a prompt), tokenizer_files (tokenizer folders, ours and published ones),
 fast_encoding (text → ids by the fastest engine), bpe_training (text → merges), tokenizer_report (how well a tokenizer
-fits a text). For users: inspect (what a data file will be to a model).
+fits a text), token_shards (tokenized text on the disk). For users: inspect (what a data file will be to a model).
 """

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference.service.bodies import ClientLeft
 from inference.service.errors import ApiError, unavailable
+from inference.service.logs import request_id
 from inference.service.model_server import Service
 
 logger = logging.getLogger("service")
@@ -44,7 +45,8 @@ class Gate:
         headers = dict(scope["headers"])
         name = headers.get(b"x-request-id", b"").decode("latin-1")
         name = name if SAFE_REQUEST_ID.fullmatch(name) else uuid.uuid4().hex
-        scope["state"]["log"] = fields = {"request_id": name}
+        fields = {"request_id": name}
+        request_id.set(name)
 
         async def send_named(message: Message) -> None:
             nonlocal started, status, ended

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextvars import ContextVar
 from typing import Any
 
+request_id: ContextVar[str] = ContextVar("request_id", default="")  # of the request that is being answered
 NEVER_ASCII_ONLY = {"ensure_ascii": False, "default": str}
 
 

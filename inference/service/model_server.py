@@ -25,6 +25,7 @@ from inference.sampling import SamplingParams
 from inference.service.conversations import Conversation, guarded
 from inference.service.errors import ApiError, unavailable
 from inference.service.filters import Filters, Finding
+from inference.service.logs import request_id
 from inference.service.rate_limit import RateLimit
 from inference.service.settings import ServiceSettings, end_process
 from inference.service.structured import AnswerForm
@@ -107,6 +108,7 @@ class Answer:
         self.served, self.streamed, self.n_answers, self.filters = served, streamed, n_answers, filters
         self.blocked: str | None = None
         self.requests: list[Request] = []
+        self.request_id = request_id.get()
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         self._pieces: deque[tuple[int, str | None]] = deque()
         self._is_woken = False
@@ -391,6 +393,12 @@ class Service:
         """Nobody waits for this answer any more: it is taken out if it has not ended."""
         answer.cancel()
         self._answers.discard(answer)
+        if self.settings.log_texts:
+            for request in answer.requests:
+                text = request.generation.text if request.generation else None
+                prompt = answer.served.tokenizer.decode(request.prompt_ids, skip_special_tokens=False)
+                fields = {"request_id": answer.request_id, "prompt": prompt, "answer": text}
+                logger.info("texts", extra={"fields": fields})
 
     # -- another model -------------------------------------------------------------------------------------------------
 
