@@ -445,7 +445,8 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {"max_samples": config.max_samples, "batch_size": config.batch_size}
     kind = {"sft": "questions", "reward": "preferences"}.get(model_type, "documents")
     advice = "the model's context was fixed in pretraining: lower --max_gen_len, or give shorter records"
-    account = Account(str(data_path), kind, advice, config.skip_bad_records)
+    unread = output_path.with_name(f"{output_path.stem}_left_out.jsonl")
+    account = Account(str(data_path), kind, advice, config.skip_bad_records, unread)
     records = {"account": account, "columns": parse_columns(config.columns)}
     if model_type == "reward":
         report = evaluate_reward(*load_reward_model(model_path, device), data_path, **sizes, **records)

@@ -403,7 +403,9 @@ def test_the_command_line_trains_from_several_files_and_reports(tmp_path, capsys
     report = capsys.readouterr().out.strip().splitlines()[-1]
     assert "300 tokens" in report and "bytes per token" in report and str(output) in report
     assert ByteLevelBPETokenizer.from_pretrained(output).vocab_size == 300
-    assert set(KNOWN_FILES) >= {path.name for path in output.iterdir()}
+    assert {*KNOWN_FILES, "report.json", "report.png"} >= {path.name for path in output.iterdir()}
+    figures = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert figures["bytes_per_token"]["all"] > 1 and 0 <= figures["unused"] < 1 and figures["longest"]
 
 
 @pytest.mark.parametrize(

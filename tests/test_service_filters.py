@@ -92,6 +92,9 @@ def test_a_blocked_answer_ends_at_once(client, clean, folder):
         assert clean.startswith(text.removesuffix(MESSAGE).removesuffix("\n\n"))
         assert phrase not in text
         assert client.get("/health").json()["running"] == 0
+        metrics = client.get("/metrics").text
+        blocked = re.findall(r'^service:blocked_total\{.*part="answer"\} (\S+)', metrics, re.MULTILINE)
+        assert blocked == ["2.0"]
     finally:
         list_of_words.write_text(before, encoding="utf-8")
         client.app_state["service"].filters.reload_if_changed()

@@ -70,7 +70,9 @@ class RecordOptions:
     """Options of whatever reads records."""
 
     columns: str = option("", "fields of other names, such as instruction=question,response=answer")
-    skip_bad_records: bool = option(False, "leave out what cannot be read, count it and keep it in a file")
+    skip_bad_records: bool = option(
+        False, "leave out malformed records and count them; training and evaluation keep them in a file"
+    )
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""

@@ -217,7 +217,7 @@ def _what_is_wrong(path: Path, reading: ReadingOptions | None, error: UnicodeDec
                 break
     name = "UTF-8" if encoding.lower().replace("-", "").replace("_", "") == "utf8" else encoding
     byte = error.object[error.start : error.start + 1].hex()
-    place = f"byte 0x{byte}, the {error.start + 1}th, is an {error.reason} in line {number}"
+    place = f"{error.reason}: byte 0x{byte} at place {error.start + 1} in line {number}"
     sentence = f"{path} is not {name} text ({place}); save it as UTF-8"
     if reading is None:
         return sentence

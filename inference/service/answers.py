@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,6 @@ from inference.service.bodies import ClientLeft
 from inference.service.errors import ApiError
 from inference.service.filters import Filters
 from inference.service.model_server import Answer, ServedModel, Service
-
-logger = logging.getLogger("service")
 
 LOWEST_LOG_PROB = -9999.0  # JSON has no minus infinity
 FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}  # the engine's → OpenAI's
@@ -94,11 +91,11 @@ async def filtered_pieces_of(answer: Answer, filters: Filters) -> AsyncIterator[
             sent[index] += leaving
             yield Written(index, leaving)
         if finding:
-            logger.info("an answer is blocked by %s in %s", finding.entry, finding.source)
             ended[index] = True
             request.cancel()
-            yield Written(index, f"\n\n{filters.message}" if sent[index] else filters.message)
-            yield Written(index, filters.message, "content_filter")
+            message = filters.block("answer", finding)
+            yield Written(index, f"\n\n{message}" if sent[index] else message)
+            yield Written(index, message, "content_filter")
         elif piece is None:
             generation = answer.generation(index)
             log_probs = None if request.params.logprobs is None else request.log_probs

@@ -21,9 +21,11 @@ is blocked. `reload_if_changed` reads the files anew after an edit.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import regex
@@ -92,9 +94,11 @@ class Rules:
         for reading in folding.readings(folded, ended):
             found = self._automaton.find_matches_as_indexes(reading, overlapping=True)
             found = [(self._entry_of[index], start, stop) for index, start, stop in found]
-            allowed = [(start, stop) for index, start, stop in found if index >= len(self.phrases)]
+            allowed = sorted((start, stop) for index, start, stop in found if index >= len(self.phrases))
+            starts, reach = [start for start, _ in allowed], list(accumulate((stop for _, stop in allowed), max))
             for index, start, stop in found:
-                if index < len(self.phrases) and not any(a <= start and stop <= b for a, b in allowed):
+                n_before = bisect_right(starts, start)  # exceptions that begin here or earlier, and how far they reach
+                if index < len(self.phrases) and not (n_before and reach[n_before - 1] >= stop):
                     return self.phrases[index]
         for reading in folding.spelled_readings(folded, ended):
             for index, _, _ in self._spelled_automaton.find_matches_as_indexes(reading):
@@ -190,6 +194,7 @@ class Filters:
 
     def __init__(self, paths: list[Path], classifier: Classifier | None = None) -> None:
         self.paths, self.classifier = paths, classifier
+        self.blocked: Counter[str] = Counter()  # "question" or "answer" → how many
         self._state = self._look()
         self.rules = read_rules(self._state)
 
@@ -232,6 +237,12 @@ class Filters:
         self._state = state  # also where it is faulty, so that a fault is told once
         self.rules = read_rules(state)
         return True
+
+    def block(self, part: str, finding: Finding) -> str:
+        """Count and log what is blocked, a "question" or an "answer"; returns what people are told."""
+        self.blocked[part] += 1
+        logger.info("%s is blocked by %s in %s", part, finding.entry, finding.source)
+        return self.message
 
     def check(self, text: str) -> Finding | None:
         """What is forbidden in a whole text, if anything."""

@@ -93,6 +93,10 @@ class ServiceCollector:
         for reason in REJECTIONS:
             rejected.add_metric([*values, reason], self.rejected[reason])
         yield rejected
+        blocked = CounterMetricFamily("service:blocked", "Texts that filters have blocked", labels=[*names, "part"])
+        for part in ("question", "answer"):
+            blocked.add_metric([*values, part], self.service.filters.blocked[part] if self.service.filters else 0)
+        yield blocked
         answered = CounterMetricFamily(
             "service:http_requests", "Requests by their answer", labels=[*names, "path", "status"]
         )

@@ -355,8 +355,7 @@ class Service:
         try:
             for prompt in prompts if self.filters else ():
                 if finding := await asyncio.to_thread(self._check_question, served, prompt):
-                    logger.info("a question is blocked by %s in %s", finding.entry, finding.source)
-                    answer.blocked = self.filters.message
+                    answer.blocked = self.filters.block("question", finding)
                     return answer
             # In threads, as long prompts and large forms take a while; what follows is quick
             made = form and await asyncio.to_thread(form, served.tokenizer)
