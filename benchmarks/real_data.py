@@ -42,7 +42,7 @@ from training.run_log import read_metrics  # noqa: E402
 
 REWARD = "def reward(prompts, responses, records):\n    return [len(set(response)) / 10 for response in responses]\n"
 HEADER = ["file", "taken for", "stage", "read", "left out", "cut", "answers lost %", "steps", "score"]
-LEAST_TEXT = 50_000  # characters: a few windows to train and to validate on
+LEAST_TEXT = 100_000  # characters: a few windows to train and to validate on
 COUNTED = ("read", "left_out", "cut", "answer_tokens", "answer_tokens_lost")  # in an account
 # By kind, the stages: name, command, what the best checkpoint is called, the figure that is shown
 STAGES: dict[str, list[tuple[str, str, str, str]]] = {
@@ -72,12 +72,17 @@ class RealDataConfig(RecordOptions):
     """Settings of the trial."""
 
     data: str = option("data", "folder of data files, or one of them")
-    max_seq_len: int = option(512, "context of the small model", at_least=8)
+    max_seq_len: int = option(1024, "context of the small model", at_least=8)
     vocab_size: int = option(1024, "size of the tokenizer", at_least=260)
     max_steps: int = option(4, "steps of each run", at_least=1)
     max_samples: int = option(8, "questions that are asked of each SFT model", at_least=1)
     num_threads: int = option(1, "CPU threads", at_least=1)
     output_dir: str = option("", "where to keep the runs; empty: nowhere")
+
+    def sizes(self) -> str:
+        """What all runs have in common on their command lines."""
+        steps = f"--max_steps {self.max_steps} --eval_interval {self.max_steps}"
+        return f"{steps} --batch_size 4 --num_threads {self.num_threads}"
 
 
 @dataclass
@@ -127,7 +132,7 @@ class Trial:
             "reward": self.out / "reward.py",
             "rollouts": "--rollout_batch_size 8 --max_gen_len 8",
         }
-        sizes = f"--max_steps {config.max_steps} --batch_size 4 --num_threads {config.num_threads} --val_fraction 0.1"
+        sizes = f"{config.sizes()} --val_fraction 0.1"
         for mode, command, best, figure in STAGES[kind]:
             command = f"--mode {mode} {command.format(**places)} {sizes} --output_dir {folder / mode}{of_records}"
             row = self.run(file.name, shape, mode, finetune.main, command)
@@ -168,7 +173,7 @@ def line_of(row: dict[str, Any]) -> list[str]:
 
 
 def text_of_records(files: list[Path], columns: dict[str, str], path: Path) -> None:
-    """Where a folder has no text, its questions serve as such, again and again if they are few."""
+    """Where a folder has little text, its questions serve as such, again and again if they are few."""
     questions = []
     for file in files:
         with contextlib.suppress(UserError):
@@ -199,9 +204,9 @@ def try_folder(config: RealDataConfig, out: Path) -> Trial:
         except UserError as error:
             trial.rows.append({"file": file.name, "shape": "?", "stage": "reading", "refused": str(error)})
     texts = [file for file, (kind, _) in kinds.items() if kind == "text"]
-    if not texts:
-        texts = [out / "text.txt"]
-        text_of_records(list(kinds), columns, texts[0])
+    if sum(file.stat().st_size for file in texts) < LEAST_TEXT:
+        text_of_records([file for file in kinds if file not in texts], columns, out / "questions.txt")
+        texts.append(out / "questions.txt")
     (out / "texts").mkdir()
     for number, file in enumerate(texts):
         (out / "texts" / f"{number}_{file.name}").symlink_to(file.resolve())
@@ -213,7 +218,7 @@ def try_folder(config: RealDataConfig, out: Path) -> Trial:
         f"--train_data_dir {out / 'texts'} --val_fraction 0.1 --tokenizer_dir {tokenizer} "
         f"--output_dir {out / 'pretrain'} --shard_dir {out / 'shards'} --d_model 64 --n_layers 2 "
         f"--n_heads 2 --max_seq_len {config.max_seq_len} "
-        f"--batch_size 4 --max_steps {config.max_steps} --sample_tokens 0 --num_threads {config.num_threads}",
+        f"--sample_tokens 0 {config.sizes()}",
     )  # fmt: skip
     if "refused" in row:
         raise UserError(f"no small model can be made of {name}: {row['refused']}")

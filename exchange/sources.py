@@ -22,7 +22,7 @@ from inference.kernels.linear_products import DTYPES
 from inference.quantizer import prepare_for_inference
 
 WEIGHTS = ("auto", "fp32", "fp16", "bf16", "int8", "int8_dynamic")
-ROWS_AT_ONCE = 1 << 22  # numbers that are quantized at once
+ROWS_AT_ONCE = 1 << 20  # numbers that are quantized at once
 
 
 @dataclass
