@@ -376,7 +376,7 @@ def test_perplexity_is_that_of_the_evaluator(model, tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(texts))
     samples = held_out_samples(tmp_path / "text", tokenizer, 64, 1000)
     assert len(samples) == 3
-    expected = GPTEvaluator(model, tokenizer).compute_perplexity(texts)
+    expected = GPTEvaluator(model, tokenizer).compute_perplexity(texts, as_documents=True)
     found, choices = perplexity_and_choices(model, samples)
     assert found == pytest.approx(expected["perplexity"], rel=1e-4)
     assert len(choices) == expected["tokens"] + 3  # the token after the last is not known

@@ -117,7 +117,8 @@ SAYS = {
 
 def blocks(readme, language):
     """The contents of a README's fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)  # all, or an end is a beginning
+    return [content for kind, content in fenced if kind == language]
 
 
 def commands_of(readme):

@@ -85,7 +85,7 @@ def test_weights_that_are_not_finite_are_reported(tokenizer, random_model):
     model = random_model("gpt2", vocab_size=len(tokenizer), max_seq_len=48, seed=7)
     model.final_norm.weight.data.fill_(float("nan"))
     prompts = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
-    with pytest.raises(UserError, match="the policy cannot write answers: .*not finite.*; lower --lr"):
+    with pytest.raises(UserError, match="the policy cannot write answers: .*not finite.*lower --lr"):
         write_answers(model, prompts, end_token_ids=(2,), max_gen_len=3)
 
 

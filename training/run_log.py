@@ -53,15 +53,15 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
+        if tensorboard:
+            self._sinks.append(_tensorboard(self.folder / "tensorboard", start_step))
+        if tracker != "none":
+            self._sinks.append(_tracker(tracker, name, settings or {}))
         if transcript is not None:
             try:
                 transcript.move_to(self.folder / "run.log")
             except OSError as error:
                 raise self._unwritable(error) from error
-        if tensorboard:
-            self._sinks.append(_tensorboard(self.folder / "tensorboard", start_step))
-        if tracker != "none":
-            self._sinks.append(_tracker(tracker, name, settings or {}))
         # Steps that a killed run made after its last checkpoint are made, and recorded, again
         kept = [record for record in read_metrics(self.path) if record["step"] <= start_step] if start_step else []
         self._restart_file(kept)
