@@ -37,13 +37,13 @@ PREFERENCE_TESTS = 9
 PREFERENCES = 45  # pairs a skill and language
 # Records a language for each skill that generalises
 SKILL_INSTRUCTIONS = {
-    "addition": 320, "subtraction": 320, "comparing": 240, "sorting": 240, "counting": 320, "summarising": 200,
+    "addition": 320, "subtraction": 320, "comparing": 240, "sorting": 240, "counting": 320, "summarising": 280,
 }  # fmt: skip
 LONG_ANSWER_INSTRUCTIONS = 3  # records for each explanation; for other facts 2, more where a relation has few
 QUESTIONS_IN_TEXT = 3  # how often the pretraining text asks for each fact
 CANONICAL_IN_TEXT = 2  # how often it states the fact in the canonical form, besides each other form once
 PRACTICE = {  # examples in the pretraining text, a language
-    "addition": 4400, "subtraction": 3300, "comparing": 1000, "sorting": 1200, "counting": 1000, "summarising": 200,
+    "addition": 4400, "subtraction": 3300, "comparing": 1000, "sorting": 1200, "counting": 1000, "summarising": 480,
 }  # fmt: skip
 SPACE = {"zh": "", "en": " "}  # between sentences
 DEFECTS = ("wrong", "cut_off", "repetitive", "rude", "plain")
