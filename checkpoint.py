@@ -317,10 +317,11 @@ def require_same_model(
     content: dict[str, Any], config: GPTConfig, tokenizer: ByteLevelBPETokenizer, path: Path
 ) -> None:
     """Refuse to continue from a checkpoint of another architecture or tokenizer, naming the differences."""
-    theirs, ours = asdict(config_of(content, path)), asdict(config)
-    differing = [name for name in ours if theirs.get(name) != ours[name] and name != "dropout"]
+    ours = asdict(config)
+    theirs = {field.name: field.default for field in fields(config)} | content["config"]  # what came later: as it was
+    differing = [name for name in theirs if theirs[name] != ours.get(name) and name != "dropout"]
     if differing:
-        listed = ", ".join(f"{name} {theirs.get(name)} there, {ours[name]} here" for name in differing)
+        listed = ", ".join(f"{name} {theirs[name]} there, {ours.get(name)} here" for name in differing)
         raise UserError(f"{path} is of another architecture ({listed}); use the same settings or another --output_dir")
     if content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         same_ids = content["tokenizer"]["files"]["tokenizer.json"] == tokenizer.to_files()["tokenizer.json"]

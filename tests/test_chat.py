@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -50,7 +51,8 @@ class Terminal:
         """Read until the pattern has come; what was read until then is forgotten."""
         deadline = time.monotonic() + 120
         while not (found := re.search(pattern, self.text)):
-            assert time.monotonic() < deadline, self.text
+            there = select.select([self.screen], [], [], max(0.0, deadline - time.monotonic()))[0]
+            assert there, f"{pattern!r} did not come after {self.text!r}"
             self.text += os.read(self.screen, 4096).decode("utf-8", "replace")
         self.text, before = self.text[found.end() :], self.text[: found.end()]
         return before

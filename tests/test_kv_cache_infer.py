@@ -169,9 +169,10 @@ def test_a_conversation_is_one_prompt_and_several_are_several(model, tokenizer):
     settings = dict(max_gen_len=8, temperature=0, chat=True)
     question = tokenizer.encode_chat(talk, add_generation_prompt=True)["input_ids"]
     answer = tokenizer.decode(greedy_without_cache(model, question, 8, tokenizer.eos_token_id))
-    assert generate_with_kv_cache(model, tokenizer, talk, **settings) == answer
+    whole = generate_with_kv_cache(model, tokenizer, talk, **settings)
+    assert whole.rstrip("\ufffd") == answer.rstrip("\ufffd")  # half a character at the end is cut off
     alone = generate_with_kv_cache(model, tokenizer, "hi", **settings)
-    assert generate_with_kv_cache(model, tokenizer, [talk, talk[:1], "hi"], **settings) == [answer, alone, alone]
+    assert generate_with_kv_cache(model, tokenizer, [talk, talk[:1], "hi"], **settings) == [whole, alone, alone]
 
 
 def test_sampling_is_repeatable_and_heeds_top_k(model, tokenizer):

@@ -262,7 +262,7 @@ def test_schedules_at_known_points(schedule, step, expected):
     assert learning_rate_factor(schedule, step, 100, 10) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "noam"])  # which has no end to fall to
 @pytest.mark.parametrize(
     ("max_steps", "warmup", "floor"), [(100, 10, 0.1), (7, 0, 0.0), (1, 0, 0.1), (1000, 500, 0.3), (5, 5, 0.1)]
 )

@@ -61,6 +61,10 @@ pipeline.settle(config)
 print(*(" ".join(stage.command) for stage in pipeline.build_stages(config)), sep="\\n")
 '"""
 INSTEAD = {
+    "python -m exchange.import_model": (
+        "python -m exchange.import_model --help #",
+        "the model is downloaded first; tests/test_exchange_real_model.py goes this way where it is there",
+    ),
     "bash run_training.sh": (
         PLAN_THE_STAGES,
         "a whole run is too long here (.ci/run makes one, with --smoke); the arguments are read and the stages planned",
