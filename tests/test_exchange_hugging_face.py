@@ -317,13 +317,14 @@ def test_too_little_memory_or_disk(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(__import__("resource"), "RLIMIT_DATA"), reason="this system has no such limit")
 @pytest.mark.parametrize("weights", ["auto", "int8"])
 def test_memory_holds_the_result_and_one_tensor(weights, tmp_path):
-    """The command runs within that, the mapped file and 96 MiB (INT8: 160) for all else; twice the model would not fit."""
+    """The command runs within that, the mapped file and little for all else; twice the model would not fit."""
     sizes = dict(vocab_size=4096, n_embd=1024, n_head=16, n_layer=3, n_positions=64, initializer_range=0.02)
     theirs = make("gpt2", **{**sizes, "n_inner": None})
     save("gpt2", tmp_path / "theirs", theirs)
     n_bytes = (tmp_path / "theirs/model.safetensors").stat().st_size
     largest = 4 * 4096 * 1024
-    room = n_bytes + n_bytes // (4 if weights == "int8" else 1) + 2 * largest + ((160 if weights == "int8" else 96) << 20)
+    share, other = (4, 160 << 20) if weights == "int8" else (1, 96 << 20)
+    room = n_bytes + n_bytes // share + 2 * largest + other
     code = f"""
 import resource
 from exchange import import_model
