@@ -224,16 +224,19 @@ def load_translator(
     content = load_checkpoint(path)
     if content["stage"] != "translate":
         raise UserError(f"{path} is a {content['stage']} model, not an encoder–decoder; give one of seq2seq_trainer.py")
+    return _translator(content, path, weights).to(device), tokenizer_of(content), content
+
+
+def _translator(content: dict[str, Any], path: str | Path, weights: str) -> Transformer:
     config, kind = Seq2SeqConfig(**content["config"]), content.get("quantization")
     if kind:
         with torch.device("meta"):  # shapes without memory
             model = prepare_for_inference(Transformer.from_config(config), kind)
         load_weights(model, content["model"], path, assign=True)
-    else:
-        model = Transformer.from_config(config)
-        load_weights(model, content["model"], path)
-        model = prepare_for_inference(model, weights)
-    return model.to(device), tokenizer_of(content), content
+        return model
+    model = Transformer.from_config(config)
+    load_weights(model, content["model"], path)
+    return prepare_for_inference(model, weights)
 
 
 # -- what it costs and what it brings ----------------------------------------------------------------------------------
@@ -331,9 +334,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
     kind, source = config.weights, Path(config.model_path)
     output = Path(config.output_path or source.with_name(f"{source.stem}_{kind}{source.suffix}"))
-    if load_checkpoint(source)["stage"] == "translate":
-        plain, _, checkpoint = load_translator(source)
-        quantized, *_ = load_translator(source, weights=kind)
+    checkpoint = load_checkpoint(source)
+    if checkpoint["stage"] == "translate":
+        plain, quantized = (_translator(checkpoint, source, weights) for weights in ("fp32", kind))
         save_quantized_model(quantized, output, checkpoint)
         print_change("weights", "MiB", weight_bytes(plain) / 2**20, weight_bytes(quantized) / 2**20)
         print_change("file", "MiB", source.stat().st_size / 2**20, output.stat().st_size / 2**20)
