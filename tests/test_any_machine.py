@@ -29,7 +29,8 @@ import_module = builtins.__import__
 
 def import_what_windows_has(name, globals=None, *arguments, **settings):
     if name in ("fcntl", "grp", "pty", "pwd", "resource", "termios"):
-        if (globals or {}).get("__file__", "").startswith(sys.argv[1]):
+        importer = (globals or {}).get("__file__", "")
+        if importer.startswith(sys.argv[1]) and not importer.startswith(sys.prefix):  # libraries lie in .venv
             raise ModuleNotFoundError(name)
     return import_module(name, globals, *arguments, **settings)
 
