@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from command_line import UserError, option, parse_config, replacing, run_main
-from evaluation.answer_checker import COURTEOUS_CLOSINGS
+from evaluation.answer_checker import COURTEOUS_CLOSINGS, RUDE_PHRASES
 from text.account import Account, LeftOut
 from text.conversation_data import (
     Message,
@@ -33,8 +37,9 @@ from text.text_files import iter_records
 
 SEVERAL_TURNS = "more than a question and its answer"
 REMEDY = "give another --output_dir"
-# What an answer may have besides what it says: closings, then final punctuation; as `answer_checker` judges
-IGNORED = [*(re.escape(text) for texts in COURTEOUS_CLOSINGS.values() for text in texts), r"[。.！!？?\s]+$"]
+# What an answer may have besides what it says, as `answer_checker` judges: closings, final punctuation, more spaces
+_CLOSINGS = [phrase for kind in (COURTEOUS_CLOSINGS, RUDE_PHRASES) for phrases in kind.values() for phrase in phrases]
+IGNORED = [rf"(\s*({'|'.join(map(re.escape, _CLOSINGS))}))+\s*$", r"[。.！!？?\s]+$", r"(?<=\s)\s+"]
 
 
 @dataclass
