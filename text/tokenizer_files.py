@@ -62,7 +62,7 @@ def byte_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     numbers are read place by place; text full of sums takes 16 % more tokens for it than by GPT-4's, which cuts after
     three digits. `benchmarks/bench_tokenizer.py` compares them.
 
-    Who takes it: `tokenizers`, `rustbpe` and `tiktoken` take any pattern; `gigatoken` and llama.cpp know published ones,
+    Who takes it: `tokenizers`, `rustbpe` and `tiktoken` take any; `gigatoken` and llama.cpp know published patterns,
     and this one as Qwen2's. `gigatoken` trains by GPT-2's only.
     """
     return pre_tokenizers.Sequence(
