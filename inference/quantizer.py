@@ -39,6 +39,7 @@ from checkpoint import (
     load_checkpoint,
     load_model,
     load_weights,
+    require_language_model,
     require_tokenizer,
     tokenizer_of,
     weight_fingerprint,
@@ -169,6 +170,7 @@ def load_quantized_model(path: str | Path, device: torch.device | str = "cpu") -
 
 def _quantized_model(content: dict[str, Any], path: str | Path, device: torch.device | str) -> GPTModel:
     kind = content.get("quantization")
+    require_language_model(content, path)
     if kind not in QUANTIZED:
         raise UserError(f"{path} is not quantized; run python -m inference.quantizer --model_path {path} first")
     return _mapped_model(content, path, kind, device)
