@@ -163,7 +163,7 @@ def test_report_adds_up():
     assert scores["calibration_error"] == 0
     assert report["by_subject"]["a"]["acc"] == 3 / 4 and report["by_subject"]["b"]["count"] == 2
     for name, (low, high) in intervals.items():
-        assert low <= scores[name] <= high and 0 <= low and high <= 1, name
+        assert low <= scores[name] <= high and low >= 0 and high <= 1, name
     assert report == report_choices(graded, seed=0)
 
 
