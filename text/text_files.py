@@ -293,6 +293,16 @@ def _csv_rows(path: Path, stream: TextIO) -> Iterator[dict]:
         raise UserError(f"{path} is not a sound CSV file ({error}); create it again") from None
 
 
+def csv_lines(path: Path) -> list[list[str]]:
+    """The lines of a CSV file that are not blank, as they are: the first one need not hold names."""
+    csv.field_size_limit(LONGEST_FIELD)
+    with _reading(path), _open_text(path) as stream:
+        try:
+            return [line for line in csv.reader(stream, strict=True) if line]
+        except csv.Error as error:
+            raise UserError(f"{path} is not a sound CSV file ({error}); create it again") from None
+
+
 def _documents_of_text(path: Path, reading: ReadingOptions) -> Iterator[str]:
     """Lines, stretches between blank lines, or the whole."""
     block: list[str] = []
