@@ -128,8 +128,9 @@ def test_a_file_without_text_is_named(content, tmp_path):
 
 
 def test_a_binary_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"a\.txt is a binary file .line 2 has a zero byte."):
-        list(iter_documents(write(tmp_path / "a.txt", b"fine\nsome\0thing\n")))
+    for rest in (b"", b"bad \xff\n"):
+        with pytest.raises(UserError, match=r"a\.txt is a binary file .line 2 has a zero byte."):
+            list(iter_documents(write(tmp_path / "a.txt", b"fine\nsome\0thing\n" + rest)))
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "utf-16", "latin-1"])
@@ -300,6 +301,12 @@ def test_another_encoding_is_read_or_offered(tmp_path):
     with pytest.raises(UserError, match=r"byte 0xd6.* in line 1\).*--encoding gb18030.*--errors replace"):
         read(path)
     assert read(path, encoding="gb18030") == ["中文，简体。", "第二行"]
+    utf16 = write(tmp_path / "c.txt", "中文\nand more\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"--encoding utf-16.*--errors replace"):
+        read(utf16)
+    assert read(utf16, encoding="utf-16") == ["中文", "and more"]
+    with pytest.raises(UserError, match=r"nothing of .*a\.txt can be read, the first of it because a document of"):
+        read(path, skip_bad_records=True)
     mixed = write(tmp_path / "b.txt", b"first\nbad \xff\nthird\n")
     assert read(mixed, errors="replace") == ["first", "bad \ufffd", "third"]
     assert read(mixed, errors="ignore") == ["first", "bad ", "third"]

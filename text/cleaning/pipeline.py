@@ -528,6 +528,9 @@ def run_cleaning(config: CleaningConfig) -> dict[str, Any]:
             f"cleaning cannot write into {folder} ({error.strerror}); free some space or choose another --work_dir, "
             "and give the same command again: it goes on where it was"
         ) from error
+    finally:
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["fingerprint"]:
+            shutil.rmtree(folder)  # there is nothing to go on with
 
 
 def _clean_into(folder: Path, files: Sequence[Path], config: CleaningConfig) -> dict[str, Any]:
