@@ -183,7 +183,8 @@ def test_mistakes_are_named(trained, tmp_path):
     (tmp_path / "b.txt").write_text("one\n", encoding="utf-8")
     (tmp_path / "bad.jsonl").write_text('{"src": "一", "target": "one"}\n', encoding="utf-8")
     out = ["--output_dir", str(tmp_path / "out"), *SMALL]
-    model = trained / "translate_best.pth"
+    model, int8 = trained / "translate_best.pth", tmp_path / "int8.pth"
+    quantizer.main(["--model_path", str(model), "--output_path", str(int8)])
     mistakes = {
         "--src and --tgt belong together": lambda: parsed(["--src", "a.txt"]),
         "num_heads": lambda: parsed(["--d_model", "31"]),
@@ -193,6 +194,8 @@ def test_mistakes_are_named(trained, tmp_path):
         ),
         "record 1 of": lambda: seq2seq_trainer.main(["--pairs", str(tmp_path / "bad.jsonl"), *out]),
         "encoder–decoder; python -m inference.translate": lambda: load_model(model),
+        "is not scored here": lambda: quantizer.main(["--model_path", str(model), "--text", "a.txt"]),
+        "is quantized already": lambda: quantizer.main(["--model_path", str(int8)]),
         "either --text or --input": lambda: translate.main(["--model_path", str(model)]),
         "text 1 is empty": lambda: translate.main(["--text", " ", "--model_path", str(model)]),
         "cut it into sentences": lambda: translate.main(["--text", "字" * 90, "--model_path", str(model)]),
