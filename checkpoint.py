@@ -183,10 +183,7 @@ def load_model(
     require_tokenizer(content, path)
     if content.get("quantization"):
         raise UserError(f"{path} is quantized ({content['quantization']}); give the checkpoint it was made from")
-    if content["stage"] == "reward":
-        raise UserError(f"{path} is a reward model, which writes no text; give a pretrained, sft or ppo checkpoint")
-    if content["stage"] == "translate":
-        raise UserError(f"{path} is an encoder–decoder; python -m inference.translate reads it")
+    require_language_model(content, path)
     model = restore_model(content, path, base=base, load_base=load_base, mapped=mapped)
     if "lora" in content:  # what is returned is a plain model
         content |= {"made_from": weight_fingerprint(content), "model": model.state_dict()}
@@ -288,6 +285,14 @@ def require_tokenizer(content: dict[str, Any], path: str | Path) -> None:
     files = (content.get("tokenizer") or {}).get("files") if isinstance(content.get("tokenizer"), dict) else None
     if not isinstance(files, dict) or not files:
         raise UserError(f"{path} holds no tokenizer; train or quantize it anew")
+
+
+def require_language_model(content: dict[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint of a model that does not continue texts."""
+    if content["stage"] == "reward":
+        raise UserError(f"{path} is a reward model, which writes no text; give a pretrained, sft or ppo checkpoint")
+    if content["stage"] == "translate":
+        raise UserError(f"{path} is an encoder–decoder; python -m inference.translate reads it")
 
 
 def tokenizer_of(content: dict[str, Any]) -> ByteLevelBPETokenizer:

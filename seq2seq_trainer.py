@@ -19,7 +19,7 @@ from typing import Any
 from byte_level_bpe import IGNORED_LABEL, ByteLevelBPETokenizer
 from command_line import UserError, beyond_bounds, option, parse_config, replacing, require_file, run_main
 from data_loader import Batch, RecordData, pad_rows
-from evaluation.translation_scores import sacre_bleu
+from evaluation.text_metrics import sacre_bleu
 from inference.quantizer import load_translator
 from inference.translate import translate
 from seq2seq_model import ACTIVATIONS, Seq2SeqConfig, Transformer

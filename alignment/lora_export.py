@@ -45,6 +45,8 @@ def peft_adapters(
     Raises:
         UserError: `transformers` has no such model.
     """
+    if any(".experts." in name for name in state):
+        raise UserError("peft has no adapters for single experts; merge them, or train with --lora_targets attention")
     adapters = {}
     for theirs, ours in parts_of(config).items():
         rank = next((state[f"{name}.lora_A"].size(0) for name in ours if f"{name}.lora_A" in state), 0)

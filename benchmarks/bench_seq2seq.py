@@ -26,7 +26,7 @@ import finetune  # noqa: E402
 from benchmarks.tables import Table, about, in_a_sentence, write_section  # noqa: E402
 from checkpoint import load_model, save_checkpoint  # noqa: E402
 from command_line import option, parse_config, run_main  # noqa: E402
-from evaluation.translation_scores import sacre_bleu  # noqa: E402
+from evaluation.text_metrics import sacre_bleu  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
 from inference.quantizer import load_translator  # noqa: E402
 from inference.text_generation import generate_texts  # noqa: E402

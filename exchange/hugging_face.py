@@ -42,6 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": dict(head_dim=None),
     "Qwen2ForCausalLM": dict(head_dim=None),
     "Qwen3ForCausalLM": dict(head_dim=128),
+    "Qwen3MoeForCausalLM": dict(head_dim=None, router_aux_loss_coef=0.001, norm_topk_prob=False),
 }
 ROPE_DEFAULTS = dict(rms_norm_eps=1e-6, tie_word_embeddings=False)
 
@@ -55,12 +56,16 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "partial_rotary_factor": (1.0,),
     "rope_interleaved": (False,),
+    "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": (None, []),
 }
 # Fields about something else: training, what a library does with the model, where it comes from
 ELSEWHERE = {
     "architectures", "attention_dropout", "attn_pdrop", "bos_token_id", "chunk_size_feed_forward",
     "cross_attention_hidden_size", "decoder_start_token_id", "do_sample", "dtype", "early_stopping", "embd_pdrop",
     "eos_token_id", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range",
+    "intermediate_size", "num_local_experts", "output_router_logits",  # of experts; of others the first is a size
     "is_decoder", "is_llama_config", "label2id", "length_penalty", "max_length", "max_window_layers", "min_length",
     "model_type", "n_ctx", "name_or_path", "num_beams", "output_attentions", "output_hidden_states", "pad_token_id",
     "prefix", "pretraining_tp", "problem_type", "pruned_heads", "reorder_and_upcast_attn", "repetition_penalty",
@@ -171,6 +176,8 @@ def config_from(
             f"{folder} is quantized ({method}), and its weights would have to be unpacked as that program does; take "
             "the model that it was made from, or a GGUF file of it"
         )
+    if "num_local_experts" in content:  # as newer versions of `transformers` write it
+        content = {"num_experts": content["num_local_experts"], **content}
     sizes = column(SIZES, architecture)
     values = DEFAULTS[theirs] | ({} if architecture == "gpt2" else ROPE_DEFAULTS) | content
     refuse_unknown_fields(content, folder, {name for _, name in sizes}, ignored)

@@ -10,7 +10,7 @@ import seq2seq_trainer
 from checkpoint import load_checkpoint, load_model
 from command_line import UserError
 from data.sample_translation import prove_combinations_are_new, translation_pairs
-from evaluation.translation_scores import sacre_bleu
+from evaluation.text_metrics import sacre_bleu
 from inference import quantizer, translate
 from inference.kernels.linear_layers import InferenceEmbedding
 from inference.quantizer import load_translator
