@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         + [f"{row['seconds']:.0f}"]
         for row in rows
     ]
-    note = f"{len(references)} held-out pairs, greedy; {config.epochs:g} passes over the training pairs in both directions."
+    note = f"{len(references)} held-out pairs, greedy; {config.epochs:g} passes over the training pairs both ways."
     table = Table("Translation", note, header, cells)
     print(table.plain())
     if config.write:
