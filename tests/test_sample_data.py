@@ -236,7 +236,7 @@ def test_proof_catches_held_out_operands_in_another_form(files, world, skill, la
     test = _first(files, SKILLS_BY_NAME[skill].held_out_by, skill)
     numbers = [word for word in normalise(test["answer"]).split() if word.isdigit()]
     if skill in ("addition", "subtraction"):
-        first, second = numbers[:2]
+        first, second = numbers[-3:-1]  # "2 + 4 = 6, 1 + 2 = 3, 12 + 24 = 36": of the last equation
         text = {"zh": f"{second} 和 {first} 都是数。", "en": f"Both {second} and {first} are numbers."}
     elif skill == "counting":
         row = next(row for row in sample_world.WORDS if test["instruction"].split()[-1] in row)
