@@ -74,9 +74,16 @@ class UnreadRecords:
     def add(self, why: str, text: str) -> None:
         self.first = self.first or why
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a" if self.count else "w", encoding="utf-8", errors="replace") as file:
-                file.write(json.dumps({"why": why, "text": text}, ensure_ascii=True) + "\n")
+            line = json.dumps({"why": why, "text": text}, ensure_ascii=True) + "\n"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a" if self.count else "w", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:  # which is not a fault of the file that is being read
+                raise UserError(
+                    f"what is left out cannot be kept in {self.path} ({error.strerror}); free some space or choose "
+                    "another place"
+                ) from None
         self.count += 1
 
     def __str__(self) -> str:
@@ -284,6 +291,16 @@ def _csv_rows(path: Path, stream: TextIO) -> Iterator[dict]:
         yield from csv.DictReader(stream, strict=True)
     except csv.Error as error:
         raise UserError(f"{path} is not a sound CSV file ({error}); create it again") from None
+
+
+def csv_lines(path: Path) -> list[list[str]]:
+    """The lines of a CSV file that are not blank, as they are: the first one need not hold names."""
+    csv.field_size_limit(LONGEST_FIELD)
+    with _reading(path), _open_text(path) as stream:
+        try:
+            return [line for line in csv.reader(stream, strict=True) if line]
+        except csv.Error as error:
+            raise UserError(f"{path} is not a sound CSV file ({error}); create it again") from None
 
 
 def _documents_of_text(path: Path, reading: ReadingOptions) -> Iterator[str]:
