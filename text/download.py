@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from command_line import UserError, option, parse_config, replacing, run_main
+from command_line import UserError, option, parse_config, replacing, require_writable_folder, run_main
 from text.text_files import RECORD_ENDINGS, iter_rows, resolve_files
 
 Row = dict[str, Any]
@@ -159,6 +159,7 @@ def fetch(config: DownloadConfig) -> dict[str, int]:
     public, folder = SETS[config.name], Path(config.output_dir) / config.name
     if config.from_dir and not Path(config.from_dir).is_dir():
         raise UserError(f"--from_dir {config.from_dir} is no folder; name the one with the set's files")
+    require_writable_folder(folder)
     written: dict[str, int] = {}
     for split, name in public.splits:
         rows: Iterable[Row]

@@ -74,9 +74,16 @@ class UnreadRecords:
     def add(self, why: str, text: str) -> None:
         self.first = self.first or why
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a" if self.count else "w", encoding="utf-8", errors="replace") as file:
-                file.write(json.dumps({"why": why, "text": text}, ensure_ascii=True) + "\n")
+            line = json.dumps({"why": why, "text": text}, ensure_ascii=True) + "\n"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a" if self.count else "w", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:  # which is not a fault of the file that is being read
+                raise UserError(
+                    f"what is left out cannot be kept in {self.path} ({error.strerror}); free some space or choose "
+                    "another place"
+                ) from None
         self.count += 1
 
     def __str__(self) -> str:
