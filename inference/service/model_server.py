@@ -21,7 +21,7 @@ from inference.engine import Engine
 from inference.engine_statistics import EngineStatistics
 from inference.quantizer import load_any
 from inference.request import Generation, QueueFull, Request, RequestFailed, encode_prompt
-from inference.sampling import SamplingParams
+from inference.sampling import SamplingParams, TokenLogProb
 from inference.service.conversations import Conversation, guarded
 from inference.service.errors import ApiError, unavailable
 from inference.service.filters import Filters, Finding
@@ -156,6 +156,17 @@ class Answer:
         if generation.finish_reason == "cancelled":
             raise unavailable("the service is stopping and has ended this answer; ask again")
         return generation
+
+    def prompt_log_probs(self, index: int, n: int) -> list[TokenLogProb]:
+        """How likely the tokens of an answer's prompt are; of n answers to one, the first has computed them.
+
+        Raises:
+            ApiError: 503, time was up before they were computed.
+        """
+        request = self.requests[index - index % n]
+        if request.unscored:
+            raise unavailable("time was up before the prompt's log-probabilities were computed; send shorter ones")
+        return request.prompt_log_probs
 
     async def check(self, text: str) -> Finding | None:
         """What is forbidden in a whole answer; in a thread, as a long one takes a while."""

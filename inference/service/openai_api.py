@@ -17,6 +17,7 @@ from inference.service.answers import (
     chat_log_probs,
     completion_log_probs,
     pieces_of,
+    shown_tokens,
     usage,
     whole,
 )
@@ -68,7 +69,8 @@ async def completions(request: Request) -> Response:
     service: Service = request.state.service
     body = await read_request(request, CompletionRequest)
     served = service.named(body.model)
-    params = body.openai_params(body.max_tokens, body.logprobs)
+    scored = body.logprobs if body.scores_prompt else None
+    params = body.openai_params(body.max_tokens, body.logprobs, prompt_logprobs=scored)
     answer = await service.answer(body.prompt, params, chat=False, streamed=body.stream)
     head = _head("text_completion", "cmpl", service)
     echoes = [""] * answer.n_answers
@@ -79,7 +81,10 @@ async def completions(request: Request) -> Response:
     def choice(written: Written, text: str, offset: int = 0) -> dict[str, Any]:
         log_probs = None
         if written.log_probs is not None:
-            log_probs = completion_log_probs(served, written.log_probs, offset)
+            shown = shown_tokens(served, written.log_probs)
+            if body.scores_prompt:  # an entry for each token, also for the one that ends the answer
+                shown = answer.prompt_log_probs(written.index, body.n) + written.log_probs
+            log_probs = completion_log_probs(served, shown, offset)
         return {"index": written.index, "text": text, "logprobs": log_probs, "finish_reason": written.finish_reason}
 
     async def chunks() -> AsyncIterator[dict[str, Any]]:
@@ -97,8 +102,13 @@ async def completions(request: Request) -> Response:
     if body.stream:
         return EventStream(service, answer, chunks())
     texts = await whole(request, service, answer)
-    choices = [choice(written, echoes[written.index] + written.text) for written in texts]
-    return JSONResponse({**head, "choices": choices, "usage": usage(answer, body.n)})
+
+    def choices() -> list[dict[str, Any]]:
+        return [choice(written, echoes[written.index] + written.text) for written in texts]
+
+    # In a thread, as prompts may have a hundred thousand tokens
+    made = await service.in_thread(choices) if body.scores_prompt else choices()
+    return JSONResponse({**head, "choices": made, "usage": usage(answer, body.n)})
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------

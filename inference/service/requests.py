@@ -18,6 +18,7 @@ MAX_MESSAGES = 1024
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 MAX_TOOLS = 128
+MAX_ECHOED_LOGPROBS = 5  # alternatives of each token of a prompt, of which a body may have a hundred thousand
 MAX_FORM = 65_536  # characters of an expression or a grammar
 ALL_TOKENS_BIAS = 100.0
 
@@ -188,16 +189,23 @@ class CompletionRequest(OpenAIRequest):
     ] = Field(examples=["The capital of France is"])
     max_tokens: int = Field(16, ge=1, le=MAX_NEW_TOKENS, description="At most this many new tokens.")
     logprobs: int | None = Field(None, ge=0, le=20, description="Report as many alternatives of each token.")
-    echo: bool = Field(False, description="Put the prompt before the answer.")
+    echo: bool = Field(False, description="Put the prompt before the answer, with logprobs also its tokens' own.")
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Must be n: answers are not ranked.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
             raise ValueError("best_of must be n: answers are not ranked")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo and logprobs do not go together: the prompt's probabilities are not computed")
+        if self.scores_prompt and self.stream:
+            raise ValueError("echo with logprobs is not streamed; leave out stream")
+        if self.scores_prompt and self.logprobs > MAX_ECHOED_LOGPROBS:
+            raise ValueError(f"logprobs may be {MAX_ECHOED_LOGPROBS} at most together with echo, not {self.logprobs}")
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are wanted, as programs that evaluate models do."""
+        return self.echo and self.logprobs is not None
 
 
 class FunctionCall(BaseModel):
