@@ -38,7 +38,7 @@ import torch
 import torch.nn as nn
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from command_line import UserError, replacing, require_file
+from command_line import UserError, existing_parent, replacing, require_file
 from gpt_model import GPTConfig, GPTModel
 from lora import LoRAOptions, attach_lora, detach_lora, lora_state, merge_lora
 
@@ -106,20 +106,6 @@ def _reason(error: BaseException) -> str:
     if first is None:
         return str(error).partition("\n")[0]
     return "the disk is full" if first.errno == errno.ENOSPC else str(first.strerror or first)
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above a path that is there."""
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-def require_writable_folder(folder: str | Path) -> None:
-    """Refuse a run before any work if `folder` is not, and cannot become, a folder that can be written to."""
-    existing = existing_parent(Path(folder) / "x")
-    if not existing.is_dir():
-        raise UserError(f"{folder} cannot be a folder, because {existing} is a file; choose another --output_dir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{existing} cannot be written to; choose another --output_dir or mend its permissions")
 
 
 def require_disk_space(folder: str | Path, n_bytes: int) -> None:

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from sacrebleu.metrics import CHRF
 
-from checkpoint import existing_parent
-from command_line import UserError, replacing
+from command_line import UserError, existing_parent, replacing
 from evaluation.answer_checker import check_answer
 from evaluation.intervals import Interval, bootstrap_mean, middle, resampled_sums, wilson
 from evaluation.score_page import ScorePage, figures_of

@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import require_writable_folder, save_checkpoint
-from command_line import UserError, option, parse_config, run_main
+from checkpoint import save_checkpoint
+from command_line import UserError, option, parse_config, require_writable_folder, run_main
 from exchange.gguf_files import open_gguf
 from exchange.hugging_face import open_folder
 from exchange.peft_adapters import import_adapters

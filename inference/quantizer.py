@@ -339,6 +339,11 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(config.output_path or source.with_name(f"{source.stem}_{kind}{source.suffix}"))
     checkpoint = load_checkpoint(source)
     if checkpoint["stage"] == "translate":
+        if checkpoint.get("quantization"):
+            raise UserError(f"{source} is quantized already; give the checkpoint it was made from")
+        if unused := config.given & {"text", "text_tokens", "columns", "skip_bad_records"}:
+            named = " and ".join(f"--{name}" for name in sorted(unused))
+            raise UserError(f"{named}: an encoder–decoder is not scored here; translate a test with both models")
         plain, quantized = (_translator(checkpoint, source, weights) for weights in ("fp32", kind))
         save_quantized_model(quantized, output, checkpoint)
         print_change("weights", "MiB", weight_bytes(plain) / 2**20, weight_bytes(quantized) / 2**20)

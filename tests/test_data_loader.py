@@ -32,7 +32,7 @@ from data_loader import (
 from gpt_model import IGNORED_LABEL
 from text import token_shards
 from text.conversation_data import parse_preference
-from text.text_files import ReadingOptions, parse_sources
+from text.text_files import ReadingOptions, iter_documents, parse_sources
 from text.token_shards import TokenShards, in_validation_part, tokenize_to_shards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -766,6 +766,21 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 shards = tokenize_to_shards(sys.argv[2], tokenizer, sys.argv[3])
 print(shards.n_bytes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
+
+
+def test_a_single_line_of_100_megabytes_is_learned_from_and_encoded_whole(tmp_path):
+    piece = "“机器学习”是 machine learning; "
+    n = 100_000_000 // len(piece.encode())
+    (tmp_path / "a.txt").write_text(piece * n, encoding="utf-8")
+    tokenizer = ByteLevelBPETokenizer(300)
+    sample = tokenizer.train(iter_documents(tmp_path / "a.txt"), sample_bytes=1_000_000)
+    assert sample.n_bytes == n * len(piece.encode()) and sample.size < 3_000_000
+    shards = tokenize_to_shards(tmp_path / "a.txt", tokenizer, tmp_path / "shards")
+    assert shards.n_documents == 1 and shards.n_bytes == sample.n_bytes
+    widths = np.array([len(tokenizer.token_bytes(index)) for index in range(len(tokenizer))])
+    assert sum(widths[array].sum() for array in shards.arrays) == sample.n_bytes
+    for part in (shards.slice(0, 100), shards.slice(shards.n_tokens - 100, shards.n_tokens)):
+        assert tokenizer.decode(part).strip("\ufffd") in piece * 99
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):

@@ -59,7 +59,7 @@ ADDITION = ("input", "context")
 ANSWER = ("response", "output", "completion", "answer")
 SYSTEM = ("system", "system_prompt")
 COLUMNS = (*QUESTION, *ADDITION, *ANSWER, *SYSTEM, *CONVERSATION, "history", "tools", "chosen", "rejected", "margin",
-           "responses", "scores", "label")  # fmt: skip
+           "responses", "scores", "label", "src", "tgt")  # fmt: skip
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>|<(image|video|audio)>\s*\Z")  # not one that a text is about
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")

@@ -6,6 +6,7 @@ are read one at a time, so a corpus never has to fit into memory (but a `.json` 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import functools
@@ -74,9 +75,16 @@ class UnreadRecords:
     def add(self, why: str, text: str) -> None:
         self.first = self.first or why
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a" if self.count else "w", encoding="utf-8", errors="replace") as file:
-                file.write(json.dumps({"why": why, "text": text}, ensure_ascii=True) + "\n")
+            line = json.dumps({"why": why, "text": text}, ensure_ascii=True) + "\n"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a" if self.count else "w", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:  # which is not a fault of the file that is being read
+                raise UserError(
+                    f"what is left out cannot be kept in {self.path} ({error.strerror}); free some space or choose "
+                    "another place"
+                ) from None
         self.count += 1
 
     def __str__(self) -> str:
@@ -207,9 +215,12 @@ def _reading(path: Path, reading: ReadingOptions | None = None) -> Iterator[None
 def _what_is_wrong(path: Path, reading: ReadingOptions | None, error: UnicodeDecodeError) -> str:
     """Which byte is not of the encoding, and where; the error's own position counts from the last block read."""
     encoding = reading.encoding if reading else "utf-8"
-    number, line = 1, error.object
+    number, line, is_utf16 = 1, error.object, False
     with _open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):  # noqa: B007 (where the loop ends)
+        for number, line in enumerate(file, start=1):
+            is_utf16 = is_utf16 or (number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)))
+            if b"\0" in line and not is_utf16:
+                return _binary(path, number)
             try:
                 line.decode(encoding)
             except UnicodeDecodeError as here:
@@ -222,8 +233,13 @@ def _what_is_wrong(path: Path, reading: ReadingOptions | None, error: UnicodeDec
     if reading is None:
         return sentence
     fitting = next((other for other in LIKELY_ENCODINGS if other != encoding and _reads_as(line, other)), None)
-    guess = f"--encoding {fitting}, which would read this line, " if fitting else "--encoding "
-    return f"{sentence}, or try {guess}or --errors replace, or --skip_bad_records"
+    guess = f"try --encoding {fitting}, which would read this line" if fitting else "name its --encoding"
+    guess = "try --encoding utf-16, whose mark it begins with" if is_utf16 else guess
+    return f"{sentence}, {guess}, or add --errors replace or --skip_bad_records"
+
+
+def _binary(path: Path, number: int) -> str:
+    return f"{path} is a binary file (line {number} has a zero byte); give a text file, or its --encoding"
 
 
 def _reads_as(line: bytes, encoding: str) -> bool:
@@ -303,9 +319,7 @@ def _documents_of_text(path: Path, reading: ReadingOptions) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
             line = line.rstrip("\r\n")
             if "\0" in line:
-                raise UserError(
-                    f"{path} is a binary file (line {number} has a zero byte); give a text file, or its --encoding"
-                )
+                raise UserError(_binary(path, number))
             if reading.documents == "line":
                 yield line
             elif reading.documents == "file" or line.strip():
@@ -382,11 +396,13 @@ def iter_documents(
     """
     chosen, left_out = reading or ReadingOptions(), left_out or UnreadRecords()
     for file in resolve_files(path):
-        count = 0
+        count, before = 0, left_out.count
         with _reading(file, reading):
             for document in _documents_of_file(file, chosen, left_out):
                 count += 1
                 yield document
+        if count == 0 and left_out.count > before:
+            raise UserError(f"nothing of {file} can be read, the first of it because {left_out.first}")
         if count == 0:
             raise UserError(f"{file} holds no text; give a file with at least one line that is not blank")
 

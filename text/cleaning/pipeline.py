@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from command_line import UserError, option, replacing
+from command_line import UserError, option, replacing, require_writable_folder
 from progress import Progress
 from text.cleaning import duplicates, rules
 from text.cleaning.contamination import TestSets
@@ -453,9 +453,13 @@ def open_work_folder(config: CleaningConfig, files: Sequence[Path]) -> Path:
     """The folder for the parts; what lies there of other options or other input is removed.
 
     Raises:
-        UserError: it holds something that is not ours.
+        UserError: it holds something that is not ours, or it or a place of the output cannot be written to.
     """
     folder = Path(config.work_dir or f"{config.output}.work")
+    for name in ("output", "report", "rejected"):
+        if path := getattr(config, name):
+            require_writable_folder(Path(path).parent, f"--{name}")
+    require_writable_folder(folder, "--work_dir")
     mark, fingerprint = folder / "fingerprint", config.fingerprint(files)
     if folder.exists():
         if not mark.is_file():
@@ -516,8 +520,21 @@ def run_cleaning(config: CleaningConfig) -> dict[str, Any]:
     """
     files = input_files(config)
     Cleaner(config)  # its complaints come before any work
-    workers = config.num_workers or len(_cores())
     folder = open_work_folder(config, files)
+    try:
+        return _clean_into(folder, files, config)
+    except OSError as error:
+        raise UserError(
+            f"cleaning cannot write into {folder} ({error.strerror}); free some space or choose another --work_dir, "
+            "and give the same command again: it goes on where it was"
+        ) from error
+    finally:
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["fingerprint"]:
+            shutil.rmtree(folder)  # there is nothing to go on with
+
+
+def _clean_into(folder: Path, files: Sequence[Path], config: CleaningConfig) -> dict[str, Any]:
+    workers = config.num_workers or len(_cores())
     parts: list[Part] = []
     left_out = UnreadRecords(f"{config.output}.left_out.jsonl")
 
