@@ -260,6 +260,18 @@ def test_both_languages_hold_the_same_commands():
     assert english == chinese
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING", "CHANGELOG"])
+def test_other_pages_of_the_root_are_alike_in_both_languages(name):
+    """Headings, items, commands, code and links; and every link leads somewhere."""
+    english, chinese = ((ROOT / f"{name}{ending}").read_text(encoding="utf-8") for ending in (".md", ".zh-CN.md"))
+    for pattern in (r"^(#+) ", r"^(- (?:\*\*)?)", r"^```bash\n.*?^```$", r"`[^`\n]+`"):
+        found = [re.findall(pattern, text, re.MULTILINE | re.DOTALL) for text in (english, chinese)]
+        assert sorted(found[0]) == sorted(found[1]), pattern
+    targets = [re.findall(r"\]\(([^)#]+)\)", text) for text in (english, chinese)]
+    assert len(targets[0]) == len(targets[1])
+    assert [target for target in sum(targets, []) if not (ROOT / target).is_file()] == []
+
+
 def test_design_command_lines_are_in_the_readme():
     """The command lines that users rely on are there, letter for letter."""
     for command in (
