@@ -368,8 +368,8 @@ class WeightFiles:
                     )
                 if (dtype := self._dtype(theirs_now)) not in FLOATS.values():
                     raise UserError(
-                        f"{self._stored(theirs_now)} in {self.folder} is stored as {dtype}, which only the program that "
-                        "made it can unpack; take the model with weights of 16 or 32 bits"
+                        f"{self._stored(theirs_now)} in {self.folder} is stored as {dtype}, which only the program "
+                        "that made it can unpack; take the model with weights of 16 or 32 bits"
                     )
         head = {"lm_head.weight"} if self.config.tie_embeddings else set()  # written twice, or once
         known = {self._stored(name) for name in self.used} | head
