@@ -43,7 +43,7 @@ from evaluation.answer_report import (
     report_answers,
     write_json,
 )
-from evaluation.intervals import middle, resampled_sums
+from evaluation.intervals import Interval, middle, resampled_sums, wilson
 from evaluation.kept_work import KeptWork
 from evaluation.score_page import ScorePage, figures_of, write_page
 from evaluation.text_metrics import References, corpus_bleu_score, mean_rouge_scores
@@ -467,6 +467,7 @@ def evaluate_reward(
     batch_size: int = 64,
     account: Account | None = None,
     columns: Mapping[str, str] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """How often a reward model prefers the better of two answers, by the "defect" of the worse one.
 
@@ -474,10 +475,11 @@ def evaluate_reward(
 
     Args:
         account, columns: see `GPTEvaluator.evaluate_sft`.
+        seed: of the bootstrap, which draws pairs.
 
     Returns:
-        {"scores": {"count", "loss", "accuracy", "margin", "calibration_error"}, see `preference_figures`, "by_defect":
-        the same for each defect, if records name one}
+        {"scores": {"count", "loss", "accuracy", "margin", "calibration_error"}, see `preference_figures`; "intervals"
+        of the means among them; "by_defect": the same scores for each defect, if records name one}
     """
 
     def parse(record: dict, where: str) -> tuple[str, dict]:
@@ -493,10 +495,18 @@ def evaluate_reward(
     def figures(margins: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
         return {"count": round(float(weights.sum())), **preference_figures(margins, weights)}
 
-    scores = figures(*(torch.cat(parts) for parts in zip(*compared.values(), strict=True)))
-    if list(groups) == ["None"]:
-        return {"scores": scores}
-    return {"scores": scores, "by_defect": {defect: figures(*parts) for defect, parts in compared.items()}}
+    margins, weights = (torch.cat(parts) for parts in zip(*compared.values(), strict=True))
+    report = {"scores": figures(margins, weights), "intervals": _reward_intervals(margins, weights, seed)}
+    if list(groups) != ["None"]:
+        report["by_defect"] = {defect: figures(*parts) for defect, parts in compared.items()}
+    return report
+
+
+def _reward_intervals(margins: torch.Tensor, weights: torch.Tensor, seed: int) -> dict[str, Interval]:
+    """Of the figures that are means over pairs; see `preference_figures`."""
+    of_pairs = torch.stack((-F.logsigmoid(margins), (margins > 0).float(), margins, torch.ones_like(margins)))
+    sums = resampled_sums((of_pairs * weights).double().T.numpy(), seed)  # (R, 4)
+    return {name: middle(sums[:, place] / sums[:, 3]) for place, name in enumerate(("loss", "accuracy", "margin"))}
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -563,6 +573,16 @@ def reward_table(report: dict[str, Any]) -> str:
     return format_table(["defect", "count", "accuracy %"], cells)
 
 
+def reward_page(report: dict[str, Any], title: str, about: dict[str, Any]) -> ScorePage:
+    """The scores of a reward model as a page."""
+    rows = [
+        (name, each["count"], each["accuracy"], wilson(each["accuracy"] * each["count"], each["count"]))
+        for name, each in report.get("by_defect", {}).items()
+    ]
+    groups = {"The better answer preferred, by defect": rows} if rows else {}
+    return ScorePage(title, about, figures_of(report), groups=groups)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Evaluate a checkpoint from the command line."""
     config = parse_config(EvaluationConfig, argv, description="Evaluate a pretrained, fine-tuned or reward model.")
@@ -590,10 +610,10 @@ def main(argv: list[str] | None = None) -> None:
     kept = KeptWork(output_path.with_name(f"{output_path.stem}_unfinished.jsonl"), depends_on)
     if kept.found:
         print(f"going on with {kept.found} finished pieces of an interrupted evaluation", flush=True)
-    page = None
     if model_type == "reward":
-        report = evaluate_reward(*load_reward_model(model_path, device), data_path, **sizes, **records)
-        table, summary = reward_table(report), reward_summary(report)
+        reward_model = load_reward_model(model_path, device)
+        report = evaluate_reward(*reward_model, data_path, **sizes, **records, seed=config.seed)
+        table, summary, page = reward_table(report), reward_summary(report), reward_page
     else:
         model, tokenizer, _ = load_any(model_path, device)
         evaluator = GPTEvaluator(model, tokenizer)
@@ -601,14 +621,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--stride must be at most {model.config.max_seq_len}, the model's context")
         if model_type == "sft":
             report = evaluator.evaluate_sft(data_path, **sizes, **sampling, **records, kept=kept, show_progress=True)
-            table, summary = answers_table(report), answers_summary(report)
-            page = answers_page
+            table, summary, page = answers_table(report), answers_summary(report), answers_page
         else:
             report = evaluator.evaluate_pretrained(
                 data_path, **sizes, **sampling, stride=config.stride, kept=kept, show_progress=True
             )
-            table, summary = "", text_summary(report)
-            page = text_page
+            table, summary, page = "", text_summary(report), text_page
     about = {
         "model_path": str(model_path),
         "stage": checkpoint["stage"],
@@ -622,18 +640,17 @@ def main(argv: list[str] | None = None) -> None:
         "seconds": round(time.perf_counter() - started, 2),
     }
     write_json({**about, **report}, output_path)
-    written = str(output_path)
-    if page is not None:
-        shown = {name: value for name, value in about.items() if name not in ("data", "seconds") and value is not None}
-        write_page(page(report, f"Scores of {model_path.name}", shown), output_path.with_suffix(".html"))
-        written += f" and {output_path.with_suffix('.html').name}"
+    shown = {name: value for name, value in about.items() if name not in ("data", "seconds") and value is not None}
+    write_page(page(report, f"Scores of {model_path.name}", shown), output_path.with_suffix(".html"))
     kept.finish()
     print(table, end="\n\n" if table else "")
-    if "intervals" in report:
-        print(interval_table(report), end="\n\n")
+    print(interval_table(report), end="\n\n")
     if account.read:
         print(*account.sentences(), sep="\n")
-    print(f"{model_path} on {data_path}: {summary}; written to {written}")
+    print(
+        f"{model_path} on {data_path}: {summary}; written to {output_path} and "
+        f"{output_path.with_suffix('.html').name}"
+    )
 
 
 def _fingerprint_of(data_path: str | Path) -> list[tuple[str, int, int]]:
