@@ -295,13 +295,20 @@ def main(argv: list[str] | None = None) -> None:
         load = loading(tokenizer, folder / "tokenizer")
 
     least = 0.99 * trained["ours"]["bytes_per_token"]
-    peers = [row["seconds"] for who, row in trained.items() if who != "ours" and row["bytes_per_token"] >= least]
-    name = "training time, ours ÷ the fastest peer's of equal compression"
-    goals = [goal(name, trained["ours"]["seconds"] / min(peers), at_most=1.1)]
+    peers = {who: row["seconds"] for who, row in trained.items() if who != "ours" and row["bytes_per_token"] >= least}
+    alike = [who for who in peers if "," not in who]
+    goals = [
+        goal(f"training time, ours ÷ the fastest peer's of {kind}", trained["ours"]["seconds"] / fastest, at_most=1.1)
+        for kind, fastest in (
+            ("the same split pattern", min(peers[who] for who in alike)),
+            ("any split pattern", min(peers.values())),
+        )
+    ]
     for kind, entry in encoded.items():
         speeds = {who: row["megabytes_per_second"] for who, row in entry["rows"].items() if not row["different"]}
+        ours = max(speed for who, speed in speeds.items() if who.startswith("ours"))
         fastest = max(speed for who, speed in speeds.items() if not who.startswith("ours"))
-        goals.append(goal(f"encoding {kind}, ours ÷ the fastest peer", speeds["ours, arrays"] / fastest, at_least=0.9))
+        goals.append(goal(f"encoding {kind}, ours ÷ the fastest peer", ours / fastest, at_least=0.9))
     goals.append(goal("files to shards ÷ the engine alone", written["to_shards"] / written["raw"], at_least=0.6))
     goals.append(goal("loading, ms", load, at_most=50))
     took = time.perf_counter() - begin

@@ -149,6 +149,9 @@ def test_wilson_is_the_published_interval():
         for end in {low, high} - {0.0, 1.0}:
             assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / count), rel=1e-6)
     assert wilson(0, 0) == (0, 1)
+    # The first two exercises of docs/evaluation.md
+    assert wilson(10, 10)[0] == pytest.approx(1 / (1 + 1.96**2 / 10), abs=1e-4)
+    assert wilson(541, 612) == pytest.approx((0.856, 0.907), abs=1e-3)
 
 
 def test_bootstrap_covers_and_repeats():

@@ -101,11 +101,6 @@ class DownloadConfig:
     hub: str = option("huggingface", "where to download", choices=("huggingface", "modelscope"))
     repo: str = option("", "another name of the set there, such as one of ModelScope's")
 
-    def validate(self) -> list[str]:
-        if not self.name:
-            return [f"name a set: {', '.join(SETS)}"]
-        return []
-
 
 def rows_of_folder(folder: Path, split: str) -> Iterator[Row]:
     """The rows of a downloaded copy: of the files that have the split's name in theirs, or of all if none has."""
@@ -127,26 +122,32 @@ def rows_of_hub(public: PublicSet, split: str, config: DownloadConfig) -> Iterat
     try:
         if config.hub == "modelscope":
             from modelscope import dataset_snapshot_download
-
-            yield from rows_of_folder(Path(dataset_snapshot_download(repo)), split)
-            return
-        import datasets
+        else:
+            import datasets
     except ImportError as error:
         package = "modelscope" if config.hub == "modelscope" else "datasets"
         raise UserError(
             f"downloading needs {package} ({error}); `pip install {package}`, or name a copy with --from_dir"
         ) from None
     try:
+        if config.hub == "modelscope":
+            yield from rows_of_folder(Path(dataset_snapshot_download(repo)), split)
+            return
         names = datasets.get_dataset_config_names(repo) if public.config == "*" else [public.config]
         for name in names:
             yield from datasets.load_dataset(repo, name, split=split, streaming=True)
-    except Exception as error:  # the package lets many kinds of errors through from what it stands on
-        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    except UserError:  # of a file that has come
+        raise
+    except Exception as error:  # the packages let many kinds of errors through from what they stand on
+        where, others = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "try --hub modelscope"
+        if config.hub == "modelscope":
+            where, others = "ModelScope", "check --repo, its name there, try --hub huggingface"
+        elif "HF_ENDPOINT" not in os.environ:
+            others = "try HF_ENDPOINT=https://hf-mirror.com or --hub modelscope"
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"{repo} cannot be downloaded from {where} ({type(error).__name__}: {reason}); try HF_ENDPOINT="
-            "https://hf-mirror.com or --hub modelscope, or copy the files from another machine and name their folder "
-            "with --from_dir"
+            f"{repo} cannot be downloaded from {where} ({type(error).__name__}: {reason}); {others}, or copy the files "
+            "from another machine and name their folder with --from_dir"
         ) from None
 
 
