@@ -399,7 +399,7 @@ class GPTConfig:
 
     vocab_size: int = option(MISSING, "how many tokens there are", at_least=1)
     d_model: int = option(768, "width of the residual stream", at_least=1)
-    n_layers: int = option(12, "decoder layers", at_least=1)
+    n_layers: int = option(12, "decoder layers", at_least=1, at_most=4096)
     n_heads: int = option(12, "query heads", at_least=1)
     d_ff: int | None = option(
         None,

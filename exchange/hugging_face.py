@@ -166,7 +166,7 @@ def config_from(
         UserError: another architecture, or a field that is not known.
         ValueError, TypeError, AttributeError: they make no model.
     """
-    theirs = (content.get("architectures") or ["none"])[0]
+    theirs = (content.get("architectures") or ["model of no named class"])[0]
     if theirs not in CLASSES:
         raise UserError(f"{folder} holds a {theirs}; the architectures that are known are {', '.join(CLASSES)}")
     architecture = CLASSES[theirs]
@@ -290,7 +290,9 @@ class WeightFiles:
         for name in ("model.safetensors", "pytorch_model.bin"):
             index = self.folder / f"{name}.index.json"
             if index.is_file():
-                shards = read_json(index, "")["weight_map"]
+                shards = read_json(index, "").get("weight_map")
+                if not isinstance(shards, dict):
+                    raise UserError(f"{index} is damaged (it has no weight_map); fetch it again")
                 files = {tensor: self.folder / Path(str(shard)).name for tensor, shard in shards.items()}
                 missing = sorted({path.name for path in files.values() if not path.is_file()})
                 if missing:
@@ -330,14 +332,13 @@ class WeightFiles:
 
     def kind(self) -> str:
         """In which type the matrices lose nothing and waste nothing."""
-        matrices = [name for name in self.used if len(self.shape(name)) > 1]
-        dtypes = set()
-        for name in matrices:
-            file = _opened(self.file_of[self._stored(name)])
-            stored = self._stored(name)
-            dtypes.add(file[stored].dtype if isinstance(file, dict) else file.get_slice(stored).get_dtype())
-        named = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-        return kind_of_all({named.get(dtype, dtype) for dtype in dtypes})
+        return kind_of_all({self._dtype(name) for name in self.used if len(self.shape(name)) > 1})
+
+    def _dtype(self, name: str) -> torch.dtype | str:
+        """In which type a tensor is stored; a type that is not read here by its name."""
+        file, stored = _opened(self.file_of[self._stored(name)]), self._stored(name)
+        found = file[stored].dtype if isinstance(file, dict) else file.get_slice(stored).get_dtype()
+        return FLOATS.get(found, found)
 
     def checked_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all weights by our names.
@@ -365,6 +366,11 @@ class WeightFiles:
                         f"{self._stored(theirs_now)} in {self.folder} has the shape {found}, and by config.json it "
                         f"should have {shape}"
                     )
+                if (dtype := self._dtype(theirs_now)) not in FLOATS.values():
+                    raise UserError(
+                        f"{self._stored(theirs_now)} in {self.folder} is stored as {dtype}, which only the program "
+                        "that made it can unpack; take the model with weights of 16 or 32 bits"
+                    )
         head = {"lm_head.weight"} if self.config.tie_embeddings else set()  # written twice, or once
         known = {self._stored(name) for name in self.used} | head
         rest = [name for name in self.file_of if name not in known and not name.endswith(BUFFERS)]
@@ -378,6 +384,7 @@ class WeightFiles:
 
 # What older versions of `transformers` saved although it follows from the configuration
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @functools.lru_cache(maxsize=64)

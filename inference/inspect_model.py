@@ -3,8 +3,9 @@
     python -m inference.inspect_model --model_path models/sft/sft_best.pth --prompt "法国的首都是哪里？"
 
 The page, inspect_model.html, is one file that asks nothing of the network: tokens with their bytes; where the
-parameters are; attention of every layer and head; what each layer would say next ("logit lens"); and the likeliest
-tokens at each position, whose probabilities the page computes anew as temperature, top-k and top-p are moved.
+parameters are; attention of every layer and head; which experts were chosen, where there are some; what each layer
+would say next ("logit lens"); and the likeliest tokens at each position, whose probabilities the page computes anew as
+temperature, top-k and top-p are moved.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from inference.request import checked_ids
 from inference.sampling import SamplingParams
 from inference.text_generation import generate_texts
 from machine import resolve_device
-from transformer_components import attend
+from transformer_components import MixtureOfExperts, attend
 
 PAGE = Path(__file__).with_suffix(".html")
 EXACT_TOKENS = 100  # of each distribution; those beyond are kept as a histogram of their logits
@@ -76,18 +77,23 @@ class Inside:
         lens: next-token logits (T, V) of the embeddings and after each layer, n_layers + 1 of them: its output goes
             through the final norm and the output layer, as if no layer followed (nostalgebraist, 2020). The last ones
             are the model's own logits.
+        routers: logits (T, E) of the router of each layer that has experts.
     """
 
     attention: list[torch.Tensor]
     lens: list[torch.Tensor]
+    routers: list[torch.Tensor]
 
 
 @torch.inference_mode()
 def look_inside(model: GPTModel, ids: Sequence[int]) -> Inside:
     """Compute one text with the model's own forward pass, and keep what its layers do."""
-    recorder, streams = AttentionRecorder(), []
+    recorder, streams, routers = AttentionRecorder(), [], []
     hooks = [model.layers[0].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))]
     hooks += [layer.register_forward_hook(lambda *step: streams.append(step[2])) for layer in model.layers]
+    networks = (layer.feed_forward for layer in model.layers)
+    mixtures = [network for network in networks if isinstance(network, MixtureOfExperts)]
+    hooks += [mix.router.register_forward_hook(lambda *step: routers.append(step[2].float().cpu())) for mix in mixtures]
     try:
         tokens = torch.tensor([list(ids)], device=model.device)
         model.hidden_states_at(tokens, None, cache=recorder)
@@ -97,7 +103,7 @@ def look_inside(model: GPTModel, ids: Sequence[int]) -> Inside:
     lens = [model.lm_head(model.final_norm(stream))[0].float().cpu() for stream in streams]  # (T, V) each
     if not lens[-1].isfinite().all():
         raise UserError("the model's logits are not finite numbers; its weights are damaged, use another checkpoint")
-    return Inside(recorder.weights, lens)
+    return Inside(recorder.weights, lens, routers)
 
 
 def parts_of(model: GPTModel) -> list[dict[str, Any]]:
@@ -158,6 +164,17 @@ def distribution(logits: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def experts_of(logits: torch.Tensor, per_token: int) -> dict[str, Any]:
+    """Which experts each token passed, and their weights, from a router's logits (T, E); see `MixtureOfExperts`."""
+    weights, chosen = logits.softmax(dim=-1).topk(per_token, dim=-1)  # (T, C)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    return {
+        "chosen": chosen.tolist(),
+        "weights": [[round(weight, 4) for weight in row] for row in weights.tolist()],
+        "used": chosen.flatten().bincount(minlength=logits.size(-1)).tolist(),
+    }
+
+
 def contents_of(
     model: GPTModel, tokenizer: ByteLevelBPETokenizer, ids: Sequence[int], n_prompt: int
 ) -> dict[str, Any]:
@@ -190,6 +207,7 @@ def contents_of(
         "labels": {token: label_of(tokenizer, token) for token in sorted(shown)},
         "parts": parts_of(model),
         "parameters": model.num_parameters(),
+        "active": model.num_active_parameters(),
         "bytes": weight_bytes(model),
         "tied": config.tie_embeddings,
         # Of the cache that one request has by itself; the engine's may be of another type
@@ -200,6 +218,7 @@ def contents_of(
         "attention": [base64.b64encode(each.numpy().tobytes()).decode() for each in maps],
         "heads": config.n_heads,
         "lens": lens,
+        "experts": [experts_of(logits, config.experts_per_token) for logits in inside.routers],
         "distributions": distributions,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
@@ -60,6 +60,18 @@ def encode_prompt(tokenizer: ByteLevelBPETokenizer, prompt: Prompt, chat: bool) 
         return tokenizer.encode(prompt, add_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer.encode_chat(messages, add_generation_prompt=True)["input_ids"]
+
+
+def recommended_sampling(tokenizer: ByteLevelBPETokenizer, given: Collection[str] = ()) -> dict[str, float]:
+    """The sampling settings that came with a model, but for those that its user has `given`.
+
+    Raises:
+        UserError: nothing can be sampled with them.
+    """
+    settings = tokenizer.generation_defaults
+    if complaints := SamplingParams(**settings).complaints():
+        raise UserError(f"the model's generation_config.json is wrong: {'; '.join(complaints)}; import it anew, mended")
+    return {name: value for name, value in settings.items() if name not in given}
 
 
 def checked_ids(

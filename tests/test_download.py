@@ -80,6 +80,15 @@ def test_parquet_limits_and_what_is_not_the_set(tmp_path):
         main([])
 
 
+def test_a_set_comes_whole_or_not_at_all(tmp_path):
+    copy = copy_of(tmp_path / "copy", "gsm8k")
+    with (copy / "data" / "test-00000-of-00001.jsonl").open("a") as file:
+        file.write("broken\n")
+    with pytest.raises(UserError, match="test-00000-of-00001.jsonl is not valid JSON"):
+        main(["gsm8k", "--from_dir", str(copy), "--output_dir", str(tmp_path / "out")])
+    assert not list((tmp_path / "out" / "gsm8k").iterdir())
+
+
 @pytest.mark.parametrize(("hub", "package"), [("huggingface", "datasets"), ("modelscope", "modelscope")])
 def test_without_the_package_or_the_network_it_says_what_to_do(hub, package, tmp_path, monkeypatch):
     real = builtins.__import__

@@ -399,6 +399,8 @@ def test_reward_accuracy_is_the_share_of_pairs_by_defect(model, tokenizer, tmp_p
         assert report["by_defect"][defect]["count"] == len(values)
         assert report["by_defect"][defect]["accuracy"] == pytest.approx(sum(values) / len(values))
     assert report["scores"]["accuracy"] == pytest.approx(sum(map(sum, right.values())) / 20)
+    assert report["intervals"].keys() == {"loss", "accuracy", "margin"}
+    assert all(low <= report["scores"][name] <= high for name, (low, high) in report["intervals"].items())
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -84,6 +84,27 @@ def test_attention_equals_its_formula(position, random_model):
         torch.testing.assert_close(look_inside(model, IDS).attention[0][head], expected, atol=1e-5, rtol=1e-4)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_experts_are_those_that_compute(weights, random_model, tokenizer):
+    """Each layer's output is the weighted sum of what the chosen experts make of its input."""
+    model = random_model("moe", vocab_size=len(tokenizer), n_experts=4)
+    model = model if weights is None else prepare_for_inference(model, weights)
+    passed = []
+    for layer in model.layers:
+        layer.feed_forward.register_forward_hook(lambda *step: passed.append(step))  # module, inputs, output
+    contents = contents_of(model, tokenizer, IDS, len(IDS))
+    assert len(contents["experts"]) == len(passed) == 2
+    for shown, (mixture, (x,), output) in zip(contents["experts"], passed, strict=True):
+        for place in range(len(IDS)):
+            pairs = zip(shown["chosen"][place], shown["weights"][place], strict=True)
+            expected = sum(weight * mixture.experts[number](x[:, place]) for number, weight in pairs)
+            torch.testing.assert_close(output[:, place], expected, atol=1e-3, rtol=1e-3)
+        assert sum(shown["used"]) == 2 * len(IDS)
+    assert contents["active"] < contents["parameters"]
+    assert contents_of(random_model("modern", vocab_size=len(tokenizer)), tokenizer, IDS, 3)["experts"] == []
+
+
 @pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary", "dynamic", "int8"])
 def test_last_lens_is_what_the_model_says(position, random_model):
     scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
@@ -192,7 +213,7 @@ def test_page_computes_what_sampling_computes(browser, random_model, tmp_path):
     """Probabilities for several settings as `inference.sampling` has them; no token runs; a phone is wide enough."""
     tokenizer = ByteLevelBPETokenizer(400)
     tokenizer.train([DANGEROUS] * 4, min_frequency=2)
-    model = random_model("modern", vocab_size=tokenizer.vocab_size, max_seq_len=64)
+    model = random_model("moe", vocab_size=tokenizer.vocab_size, max_seq_len=64, n_experts=4)
     ids = tokenizer.encode(DANGEROUS, add_special_tokens=False)["input_ids"]
     contents = {**contents_of(model, tokenizer, ids, len(ids)), "model": DANGEROUS}
     page = tmp_path / "page.html"
@@ -212,6 +233,7 @@ def test_page_computes_what_sampling_computes(browser, random_model, tmp_path):
             expected = F.one_hot(logits.argmax(), logits.size(-1)).float()
         expected = expected.sort(descending=True).values[:100]
         torch.testing.assert_close(torch.tensor(found).float(), expected, atol=1e-4, rtol=1e-2)
+    assert browser.evaluate("document.querySelectorAll('#experts tbody tr').length") == 2
     browser.evaluate("choose(3)")
     browser.evaluate("document.querySelector('#heads').scrollIntoView()")
     browser.click("#heads button:last-child")

@@ -9,13 +9,14 @@ ModelScope. Licences are what the sets' pages said in 2026; read them before you
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -162,37 +163,37 @@ def fetch(config: DownloadConfig) -> dict[str, int]:
         raise UserError(f"--from_dir {config.from_dir} is no folder; name the one with the set's files")
     require_writable_folder(folder)
     written: dict[str, int] = {}
-    for split, name in public.splits:
-        rows: Iterable[Row]
-        rows = rows_of_folder(Path(config.from_dir), split) if config.from_dir else rows_of_hub(public, split, config)
-        records = filter(None, map(public.convert, rows))
-        records = islice(records, config.limit or None)
-        first = next(records, None)
-        if first is None:
-            continue
-        path, count = folder / f"{name}.jsonl.gz", 1
-        with (
-            replacing(path, "free some space or choose another --output_dir") as file,
-            gzip.GzipFile("", "wb", 6, file, mtime=0) as out,
-        ):
-            out.write(_line(first))
-            for record in records:
-                out.write(_line(record))
-                count += 1
-        written[path.name] = count
-    if not written:
-        where = config.from_dir or config.repo or public.repo
-        wanted = ", ".join(sorted(_wanted_fields(public)))
-        raise UserError(f"{where} holds no record of {config.name} (with fields like {wanted}); check --from_dir")
-    source = {
-        "name": config.name,
-        "source": config.from_dir or f"{config.hub}: {config.repo or public.repo}",
-        "published": f"https://huggingface.co/datasets/{public.repo}",
-        "licence": public.licence,
-        "records": written,
-    }
-    with replacing(folder / "SOURCE.json", "free some space or choose another --output_dir") as file:
-        file.write(json.dumps(source, ensure_ascii=False, indent=1).encode() + b"\n")
+    remedy = "free some space or choose another --output_dir"
+    with contextlib.ExitStack() as moves:  # made when all is there: no part of a set stands alone
+        for split, name in public.splits:
+            rows: Iterable[Row]
+            if config.from_dir:
+                rows = rows_of_folder(Path(config.from_dir), split)
+            else:
+                rows = rows_of_hub(public, split, config)
+            records = islice(filter(None, map(public.convert, rows)), config.limit or None)
+            first = next(records, None)
+            if first is None:
+                continue
+            path = folder / f"{name}.jsonl.gz"
+            written[path.name] = 0
+            with gzip.GzipFile("", "wb", 6, moves.enter_context(replacing(path, remedy)), mtime=0) as out:
+                for record in chain([first], records):
+                    out.write(_line(record))
+                    written[path.name] += 1
+        if not written:
+            where = config.from_dir or config.repo or public.repo
+            wanted = ", ".join(sorted(_wanted_fields(public)))
+            raise UserError(f"{where} holds no record of {config.name} (with fields like {wanted}); check --from_dir")
+        source = {
+            "name": config.name,
+            "source": config.from_dir or f"{config.hub}: {config.repo or public.repo}",
+            "published": f"https://huggingface.co/datasets/{public.repo}",
+            "licence": public.licence,
+            "records": written,
+        }
+        about = moves.enter_context(replacing(folder / "SOURCE.json", remedy))
+        about.write(json.dumps(source, ensure_ascii=False, indent=1).encode() + b"\n")
     return written
 
 

@@ -20,7 +20,7 @@ from gpt_model import GPTModel
 from inference.engine import Engine
 from inference.engine_statistics import EngineStatistics
 from inference.quantizer import load_any
-from inference.request import Generation, QueueFull, Request, RequestFailed, encode_prompt
+from inference.request import Generation, QueueFull, Request, RequestFailed, encode_prompt, recommended_sampling
 from inference.sampling import SamplingParams, TokenLogProb
 from inference.service.conversations import Conversation, guarded
 from inference.service.errors import ApiError, unavailable
@@ -48,6 +48,7 @@ class ServedModel:
         self.model, self.tokenizer, checkpoint = load_any(path, settings.torch_device)
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
+        self.recommended = recommended_sampling(self.tokenizer)  # what requests leave out
         with torch.device("meta"):  # counted from the configuration, as quantized weights are no parameters
             self.parameters = GPTModel.from_config(self.model.config).num_parameters()
         torch.set_num_threads(settings.num_threads)  # the engine's thread will have as many
@@ -254,6 +255,12 @@ class Service:
         self.served = served
         size = f"{served.parameters / 1e6:.1f} million parameters"
         logger.info("serving %s (stage %s, %s) on %s", served.path, served.stage, size, settings.torch_device)
+        self._say_recommended(served)
+
+    def _say_recommended(self, served: ServedModel) -> None:
+        if served.recommended:
+            listed = ", ".join(f"{name} {value:g}" for name, value in served.recommended.items())
+            logger.info("where a request leaves it open, as the model's makers recommend: %s", listed)
 
     async def _watch(self) -> None:
         """End the process when the engine is dead, so that a supervisor starts it anew."""
@@ -429,6 +436,7 @@ class Service:
                 raise ApiError(400, str(error), "model_path") from None
             self.settings.model_path, self.served = path, new
             logger.info("serving %s from now on; %s answers what it has taken", path, old.path)
+            self._say_recommended(new)
             self.background(self._retire(old))
             return new
 

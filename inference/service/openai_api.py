@@ -25,7 +25,7 @@ from inference.service.bodies import read_request
 from inference.service.conversations import CallParser, Conversation, Spoken, call_grammar
 from inference.service.documentation import described
 from inference.service.errors import ApiError
-from inference.service.model_server import Service
+from inference.service.model_server import ServedModel, Service
 from inference.service.requests import ChatRequest, CompletionRequest, Tool, ToolChoice
 from inference.service.structured import AnswerForm, grammar_form, json_form
 
@@ -38,16 +38,18 @@ def _head(kind: str, prefix: str, service: Service) -> dict[str, Any]:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
+def _entry(name: str, served: ServedModel) -> dict[str, Any]:
+    """A model as OpenAI's API lists it; its context and the sampling that its makers recommend are extensions."""
+    extensions = {"max_model_len": served.context, "sampling": served.recommended}
+    return {"id": name, "object": "model", "created": served.created, "owned_by": "own", **extensions}
+
+
 @router.get("/models", **described())
 async def models(request: Request) -> JSONResponse:
     """The model that is served, by all of its names."""
     service: Service = request.state.service
     served = service.ready()
-    entries = [
-        {"id": name, "object": "model", "created": served.created, "owned_by": "own", "max_model_len": served.context}
-        for name in service.settings.model_names
-    ]
-    return JSONResponse({"object": "list", "data": entries})
+    return JSONResponse({"object": "list", "data": [_entry(name, served) for name in service.settings.model_names]})
 
 
 @router.get("/models/{model}", **described(404))
@@ -55,9 +57,7 @@ async def model(model: str, request: Request) -> JSONResponse:
     """One model by its name."""
     service: Service = request.state.service
     served = service.named(model)
-    return JSONResponse(
-        {"id": model, "object": "model", "created": served.created, "owned_by": "own", "max_model_len": served.context}
-    )
+    return JSONResponse(_entry(model, served))
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ async def completions(request: Request) -> Response:
     body = await read_request(request, CompletionRequest)
     served = service.named(body.model)
     scored = body.logprobs if body.scores_prompt else None
-    params = body.openai_params(body.max_tokens, body.logprobs, prompt_logprobs=scored)
+    params = body.openai_params(served.recommended, body.max_tokens, body.logprobs, prompt_logprobs=scored)
     answer = await service.answer(body.prompt, params, chat=False, streamed=body.stream)
     head = _head("text_completion", "cmpl", service)
     echoes = [""] * answer.n_answers
@@ -152,7 +152,8 @@ async def chat_completions(request: Request) -> Response:
     served = service.named(body.model)
     tools = called_tools(body)
     max_tokens = body.max_completion_tokens or body.max_tokens or service.settings.max_tokens
-    params = body.openai_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    log_probs_wanted = (body.top_logprobs or 0) if body.logprobs else None
+    params = body.openai_params(served.recommended, max_tokens, log_probs_wanted)
     conversation = Conversation(body.messages, tools)
     form = form_of(body, tools)
     answer = await service.answer([conversation], params, chat=True, streamed=body.stream, form=form)

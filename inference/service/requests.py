@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -88,12 +89,12 @@ class Sampling(Body):
     )
     stream: bool = Field(False, description="Send the text as it is written, as server-sent events.")
 
-    def sampling(self, **more: Any) -> SamplingParams:
-        """These fields as the engine takes them, and `more`."""
+    def sampling(self, recommended: Mapping[str, float], **more: Any) -> SamplingParams:
+        """These fields as the engine takes them, and `more`; what the request leaves out is as `recommended`."""
         shared = {name: getattr(self, name) for name in Sampling.model_fields if name != "stream"}
-        return SamplingParams(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in shared.items()}, **more
-        )
+        shared = {name: tuple(value) if isinstance(value, list) else value for name, value in shared.items()}
+        unsaid = {name: value for name, value in recommended.items() if name not in self.model_fields_set}
+        return SamplingParams(**{**shared, **more, **unsaid})
 
 
 class GenerateRequest(Sampling):
@@ -121,9 +122,10 @@ class GenerateRequest(Sampling):
             raise ValueError("give one of json_schema, regex and grammar")
         return self
 
-    def params(self) -> SamplingParams:
-        """The request as the engine takes it."""
-        return self.sampling(max_gen_len=self.max_gen_len, top_k=self.top_k, temperature=self.temperature)
+    def params(self, recommended: Mapping[str, float]) -> SamplingParams:
+        """The request as the engine takes it; see `sampling`."""
+        settings = {"max_gen_len": self.max_gen_len, "top_k": self.top_k, "temperature": self.temperature}
+        return self.sampling(recommended, **settings)
 
 
 class StreamOptions(BaseModel):
@@ -151,9 +153,12 @@ class OpenAIRequest(Sampling):
         """Whether the stream ends with the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def openai_params(self, max_tokens: int, logprobs: int | None, **more: Any) -> SamplingParams:
-        """The request as the engine takes it."""
+    def openai_params(
+        self, recommended: Mapping[str, float], max_tokens: int, logprobs: int | None, **more: Any
+    ) -> SamplingParams:
+        """The request as the engine takes it; see `sampling`."""
         return self.sampling(
+            recommended,
             max_gen_len=max_tokens,
             temperature=self.temperature,
             top_k=max(self.top_k, 0),
