@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from command_line import UserError, option, parse_config, replacing, run_main
+from command_line import UserError, option, parse_config, replacing, require_writable_folder, run_main
 from progress import Progress, told_from_outside
 from text.bpe_training import TextSample, byte_of_character, learn_merges, written
 from text.chat_template import (
@@ -441,7 +441,8 @@ class ByteLevelBPETokenizer:
                 # No tokenizer.json, no tokenizer: the old one goes first and the new one comes last.
                 (directory / "tokenizer.json").unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"the tokenizer cannot be saved in {directory} ({error.strerror}); mend that") from None
+            remedy = "free some space or choose another folder"
+            raise UserError(f"the tokenizer cannot be saved in {directory} ({error.strerror}); {remedy}") from None
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ByteLevelBPETokenizer:
@@ -563,6 +564,7 @@ class _SampledDocuments:
 def main(argv: list[str] | None = None) -> None:
     """Train a tokenizer on text files and save it."""
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
+    require_writable_folder(config.output_dir)
     unread = UnreadRecords(Path(config.output_dir) / "left_out.jsonl")
     documents = _SampledDocuments(config.input or ["data/pretrain/train"], config, unread)
     tokenizer = ByteLevelBPETokenizer.with_template(config.vocab_size, config.chat_template, config.special_strings)

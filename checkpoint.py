@@ -38,7 +38,7 @@ import torch
 import torch.nn as nn
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from command_line import UserError, replacing, require_file
+from command_line import UserError, existing_parent, replacing, require_file
 from gpt_model import GPTConfig, GPTModel
 from lora import LoRAOptions, attach_lora, detach_lora, lora_state, merge_lora
 
@@ -108,20 +108,6 @@ def _reason(error: BaseException) -> str:
     return "the disk is full" if first.errno == errno.ENOSPC else str(first.strerror or first)
 
 
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above a path that is there."""
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-def require_writable_folder(folder: str | Path) -> None:
-    """Refuse a run before any work if `folder` is not, and cannot become, a folder that can be written to."""
-    existing = existing_parent(Path(folder) / "x")
-    if not existing.is_dir():
-        raise UserError(f"{folder} cannot be a folder, because {existing} is a file; choose another --output_dir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{existing} cannot be written to; choose another --output_dir or mend its permissions")
-
-
 def require_disk_space(folder: str | Path, n_bytes: int) -> None:
     """Refuse a run before any work if the disk of `folder` cannot take `n_bytes`."""
     free = shutil.disk_usage(existing_parent(Path(folder) / "x")).free
@@ -183,10 +169,7 @@ def load_model(
     require_tokenizer(content, path)
     if content.get("quantization"):
         raise UserError(f"{path} is quantized ({content['quantization']}); give the checkpoint it was made from")
-    if content["stage"] == "reward":
-        raise UserError(f"{path} is a reward model, which writes no text; give a pretrained, sft or ppo checkpoint")
-    if content["stage"] == "translate":
-        raise UserError(f"{path} is an encoder–decoder; python -m inference.translate reads it")
+    require_language_model(content, path)
     model = restore_model(content, path, base=base, load_base=load_base, mapped=mapped)
     if "lora" in content:  # what is returned is a plain model
         content |= {"made_from": weight_fingerprint(content), "model": model.state_dict()}
@@ -288,6 +271,14 @@ def require_tokenizer(content: dict[str, Any], path: str | Path) -> None:
     files = (content.get("tokenizer") or {}).get("files") if isinstance(content.get("tokenizer"), dict) else None
     if not isinstance(files, dict) or not files:
         raise UserError(f"{path} holds no tokenizer; train or quantize it anew")
+
+
+def require_language_model(content: dict[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint of a model that does not continue texts."""
+    if content["stage"] == "reward":
+        raise UserError(f"{path} is a reward model, which writes no text; give a pretrained, sft or ppo checkpoint")
+    if content["stage"] == "translate":
+        raise UserError(f"{path} is an encoder–decoder; python -m inference.translate reads it")
 
 
 def tokenizer_of(content: dict[str, Any]) -> ByteLevelBPETokenizer:

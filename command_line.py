@@ -221,6 +221,20 @@ def require_file(path: str | Path, what: str, remedy: str = "check the path") ->
     return path
 
 
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def require_writable_folder(folder: str | Path, option_name: str = "--output_dir") -> None:
+    """Refuse a run before any work if `folder` is not, and cannot become, a folder that can be written to."""
+    existing = existing_parent(Path(folder) / "x")
+    if not existing.is_dir():
+        raise UserError(f"{folder} cannot be a folder, because {existing} is a file; choose another {option_name}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} cannot be written to; choose another {option_name} or mend its permissions")
+
+
 @contextlib.contextmanager
 def holding(folder: str | Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of a folder, which is made where it is missing; until the end of the context or of the process.

@@ -5,52 +5,68 @@ how likely it finds the reference answers; and how often a reward model prefers 
     python evaluator.py --model_path models/pretrain/pretrain_best.pth --test_data_path data/pretrain/val
     python evaluator.py --model_path models/reward/reward_best.pth --test_data_path data/sft/rlhf_pairwise_test.json
 
-It prints a table for people and writes everything, each answer included, as JSON next to the checkpoint.
+It prints tables for people and writes everything, each answer included, as JSON and as a page (HTML) next to the
+checkpoint. Figures come with 95 % intervals. Interrupted, it goes on where it was when it is started again.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from alignment.reward_model import RewardModel, compare, load_reward_model, preference_figures
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, weight_fingerprint
 from command_line import UserError, option, parse_config, run_main
 from data_loader import PreferenceDataset, pad_rows
 from evaluation.answer_report import (
     Question,
-    References,
     ReferenceScore,
+    answers_page,
     answers_summary,
     answers_table,
     check_writable,
-    corpus_bleu_score,
     format_table,
+    interval_table,
     load_questions,
-    mean_rouge_scores,
     report_answers,
     write_json,
 )
+from evaluation.intervals import Interval, middle, resampled_sums, wilson
+from evaluation.kept_work import KeptWork
+from evaluation.score_page import ScorePage, figures_of, write_page
+from evaluation.text_metrics import References, corpus_bleu_score, mean_rouge_scores
+from evaluation.text_report import CALIBRATION_BINS, ScoredText, text_page, text_summary
 from gpt_model import IGNORED_LABEL, GPTModel
 from inference.quantizer import load_any
-from inference.request import Prompt, encode_prompt
+from inference.request import Generation, Prompt, encode_prompt
 from inference.text_generation import generate_texts, longest_prompt
 from machine import resolve_device
 from progress import Progress
 from text.account import Account
 from text.conversation_data import RecordOptions, load_records, parse_columns, parse_preference
-from text.text_files import iter_documents
+from text.text_files import RECORD_ENDINGS, TEXT_ENDINGS, iter_documents, resolve_files
 
 Window = tuple[list[int], list[int]]  # inputs and targets, of equal length; a target −100 does not count
+PIECE = 256  # questions between two moments at which an interrupted evaluation can go on
+
+
+class ScoredTargets(NamedTuple):
+    """Of each of N targets, on the CPU: −log p in nats, in double precision; whether it is the likeliest token; the
+    number of its window; and the probability of the likeliest token. (N,) each."""
+
+    nats: torch.Tensor
+    hits: torch.Tensor
+    windows: torch.Tensor
+    confidence: torch.Tensor
 
 
 class GPTEvaluator:
@@ -76,8 +92,12 @@ class GPTEvaluator:
         self.model = model if device is None else model.to(device)
         self.tokenizer = tokenizer
 
+    def compute_perplexity(self, texts: str | Path | Iterable[str], **settings: Any) -> dict[str, float]:
+        """The "scores" of `score_texts`, whose arguments it takes."""
+        return self.score_texts(texts, **settings)["scores"]
+
     @torch.no_grad()
-    def compute_perplexity(
+    def score_texts(
         self,
         texts: str | Path | Iterable[str],
         *,
@@ -85,7 +105,9 @@ class GPTEvaluator:
         batch_size: int = 16,
         stride: int | None = None,
         show_progress: bool = False,
-    ) -> dict[str, float]:
+        seed: int = 0,
+        kept: KeptWork | None = None,
+    ) -> dict[str, Any]:
         """Score every token of some texts exactly once.
 
         As one stream, which is how pretraining reads text and measures `val_loss` and `val_bpb`: `<s>` text `</s>`
@@ -102,9 +124,14 @@ class GPTEvaluator:
             texts: the texts; or the path of a text file, a folder or a name without its ending.
             batch_size: windows that are computed together; it changes nothing but speed and memory.
             stride: of documents, 1 … context; None means half the context.
+            seed: of the bootstrap, which draws windows (a document that fits the context is one).
+            kept: where finished pieces are kept, see `KeptWork`.
 
         Returns:
-            {"loss": nats a token, "perplexity": e^loss, "bits_per_byte": of the UTF-8 text, "tokens", "bytes"}
+            "scores": {"loss": nats a token, "perplexity": e^loss, "bits_per_byte": of the UTF-8 text, "token_accuracy":
+            the share of tokens that the model held likeliest, "calibration_error": see `calibration_error`, "tokens",
+            "bytes"}; "intervals": of the first four; "calibration": [tokens, their share held likeliest, mean
+            probability of the likeliest] by its probability; "worst", of documents: the hardest of them.
 
         Raises:
             UserError: there is no text, or the model's loss is not finite.
@@ -113,7 +140,8 @@ class GPTEvaluator:
         stride = stride or max(1, self.model.config.max_seq_len // 2)
         if not 1 <= stride <= self.model.config.max_seq_len:
             raise ValueError(f"stride must be 1 to {self.model.config.max_seq_len}, not {stride}")
-        nats, tokens, n_bytes = 0.0, 0, 0
+        kept, scored, n_bytes = kept or KeptWork(), ScoredText(), 0
+        name = f"documents by {stride}" if as_documents else "stream"
         was_training = self.model.training
         self.model.eval()
         progress = Progress("scoring", unit="document", shown=show_progress)
@@ -122,29 +150,19 @@ class GPTEvaluator:
             while chunk := list(islice(documents, 1024)):  # so that a corpus never has to fit into memory
                 encoded = self.tokenizer.encode_documents(chunk)
                 if as_documents:
-                    windows = [window for ids in encoded for window in self._windows(ids, stride)]
+                    cut = [list(self._windows(ids, stride)) for ids in encoded]
+                    windows = [window for each in cut for window in each]
                 else:
-                    windows = stream.windows_of(self._with_ends(ids) for ids in encoded if ids)
-                nats, tokens = nats + self._sum_of_losses(windows, batch_size), tokens + _n_targets(windows)
+                    cut, windows = [], stream.windows_of(self._with_ends(ids) for ids in encoded if ids)
+                piece = kept.of(f"{name} {progress.done}", partial(self._score_windows, windows, batch_size))
+                scored.add(piece, chunk, [len(each) for each in cut])
                 n_bytes += sum(len(text.encode("utf-8", "replace")) for text in chunk)
                 progress.update(len(chunk))
-            windows = stream.last_window()
-            nats, tokens = nats + self._sum_of_losses(windows, batch_size), tokens + _n_targets(windows)
+            scored.add(kept.of(f"{name} end", partial(self._score_windows, stream.last_window(), batch_size)))
         finally:
             progress.close()
             self.model.train(was_training)
-        if tokens == 0:
-            raise UserError("there is no text to score; give at least one text that is not empty")
-        loss = nats / tokens
-        if not math.isfinite(loss):
-            raise UserError("the model's loss is not a finite number; its weights are damaged, use another checkpoint")
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": nats / math.log(2) / n_bytes,
-            "tokens": tokens,
-            "bytes": n_bytes,
-        }
+        return scored.report(n_bytes, seed)
 
     def _with_ends(self, ids: list[int]) -> list[int]:
         """A document as it stands in a stream, see `data_loader.TokenShards`."""
@@ -160,28 +178,38 @@ class GPTEvaluator:
             yield inputs[begin:end], [IGNORED_LABEL] * (scored - begin) + ids[scored:end]
             scored, begin = end, begin + stride
 
-    def _sum_of_losses(self, windows: Sequence[Window], batch_size: int) -> float:
-        """Total −log p, in nats, of the targets of some windows."""
-        ordered = sorted(windows, key=lambda window: len(window[0]))  # windows of similar length need little padding
-        batches = (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
-        return sum(float(self._score_targets(batch)[0].sum()) for batch in batches)
+    def _score_windows(self, windows: Sequence[Window], batch_size: int) -> dict[str, list[list[float]]]:
+        """Sums of each window, and of the tokens in each bin of confidence; see `ScoredText`."""
+        order = sorted(range(len(windows)), key=lambda number: len(windows[number][0]))  # needs little padding
+        rows = torch.zeros(len(windows), 3, dtype=torch.float64)  # nats, hits, tokens
+        bins = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64)  # tokens, hits, confidence
+        for start in range(0, len(order), batch_size):
+            numbers = torch.tensor(order[start : start + batch_size])
+            nats, hits, window, confidence = self._score_targets([windows[number] for number in numbers])
+            ones, confidence = torch.ones_like(nats), confidence.double()
+            rows.index_add_(0, numbers[window], torch.stack((nats, hits.double(), ones), dim=1))
+            places = (confidence.nan_to_num() * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+            bins.index_add_(0, places, torch.stack((ones, hits.double(), confidence), dim=1))
+        return {"windows": rows.tolist(), "bins": bins.tolist()}
 
-    def _score_targets(self, windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of every target of some windows: −log p in nats, whether it is the likeliest token, and the number of its
-        window; (N,) each, on the CPU, the first in double precision."""
+    def _score_targets(self, windows: Sequence[Window]) -> ScoredTargets:
+        """Every target of some windows."""
         rows, labels = zip(*windows, strict=True)
         # Padding stands on the right, where a causal model cannot see it: it needs no mask
         inputs = pad_rows(rows, self.tokenizer.pad_token_id).to(self.model.device)  # (B, T)
         targets = pad_rows(labels, IGNORED_LABEL).to(self.model.device)  # (B, T)
         scored = targets != IGNORED_LABEL  # (B, T)
         hidden, targets = self.model.hidden_states(inputs)[scored], targets[scored]  # (N, D), (N,)
-        nats, hits = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
+        nats, hits, confidence = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)], [torch.empty(0)]
         # Logits are the largest tensor of all, so they are made for a thousand tokens at a time
         for some, their_targets in zip(hidden.split(1024), targets.split(1024), strict=True):
             logits = self.model.lm_head(some).float()  # (N', V)
             nats.append(F.cross_entropy(logits, their_targets, reduction="none").cpu())
-            hits.append((logits.argmax(dim=-1) == their_targets).cpu())
-        return torch.cat(nats).double(), torch.cat(hits), scored.nonzero()[:, 0].cpu()
+            best = logits.max(dim=-1)
+            hits.append((best.indices == their_targets).cpu())
+            confidence.append((best.values - logits.logsumexp(dim=-1)).exp().cpu())
+        rows = scored.nonzero()[:, 0].cpu()
+        return ScoredTargets(torch.cat(nats).double(), torch.cat(hits), rows, torch.cat(confidence))
 
     @torch.no_grad()
     def score_references(self, questions: Sequence[Question], batch_size: int = 16) -> list[ReferenceScore | None]:
@@ -206,7 +234,7 @@ class GPTEvaluator:
         self.model.eval()
         for start in range(0, len(fitting), batch_size):
             numbers = fitting[start : start + batch_size]
-            nats, hits, rows = self._score_targets([windows[number] for number in numbers])
+            nats, hits, rows, _ = self._score_targets([windows[number] for number in numbers])
             for row, number in enumerate(numbers):
                 own = rows == row
                 scores[number] = ReferenceScore(float(nats[own].sum()), int(hits[own].sum()), int(own.sum()))
@@ -238,37 +266,45 @@ class GPTEvaluator:
         batch_size: int = 16,
         n_continuations: int = 8,
         show_progress: bool = False,
+        stride: int | None = None,
+        kept: KeptWork | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
         """Perplexity of a text file, and how the model continues the beginnings of its first documents.
 
         Args:
             max_samples: score no more documents than this, from the beginning.
+            stride, kept: see `score_texts`.
             settings: those of `generate_texts`, for the continuations.
 
         Returns:
-            {"scores": see `compute_perplexity`; of the text as one stream and, with "document_" before their names,
-            of each document by itself. "predictions": [{"prompt", "reference", "prediction"}]}
+            {"scores", "intervals", "calibration", "worst": see `score_texts`; of the text as one stream and, with
+            "document_" before their names, of each document by itself. "predictions": [{"prompt", "reference",
+            "prediction"}]}
         """
-        scores = {}
+        report: dict[str, Any] = {"scores": {}, "intervals": {}}
         for prefix in ("", "document_"):
-            of_text = self.compute_perplexity(
+            of_text = self.score_texts(
                 islice(iter_documents(data_path), max_samples),
                 as_documents=bool(prefix),
                 batch_size=batch_size,
                 show_progress=show_progress,
+                stride=stride,
+                seed=settings.get("seed") or 0,
+                kept=kept,
             )
-            scores |= {prefix + name: value for name, value in of_text.items() if prefix + name != "document_bytes"}
+            for kind in ("scores", "intervals"):
+                report[kind] |= {prefix + name: value for name, value in of_text.pop(kind).items()}
+            report |= of_text if prefix == "document_" else {}
+        del report["scores"]["document_bytes"]
         documents = list(islice(iter_documents(data_path), n_continuations))
         prompts = [text[: min(len(text) // 3, 40)].rstrip() or text[:1] for text in documents]
         continued = self.generate_predictions(prompts, **{"chat": False, **settings})
-        return {
-            "scores": scores,
-            "predictions": [
-                {"prompt": prompt, "reference": text[len(prompt) :], "prediction": prediction}
-                for prompt, text, prediction in zip(prompts, documents, continued, strict=True)
-            ],
-        }
+        report["predictions"] = [
+            {"prompt": prompt, "reference": text[len(prompt) :], "prediction": prediction}
+            for prompt, text, prediction in zip(prompts, documents, continued, strict=True)
+        ]
+        return report
 
     def evaluate_sft(
         self,
@@ -278,6 +314,7 @@ class GPTEvaluator:
         max_gen_len: int = 64,
         account: Account | None = None,
         columns: Mapping[str, str] | None = None,
+        kept: KeptWork | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
         """Answer the questions of an instruction file, grade the answers, and score the reference answers.
@@ -288,7 +325,8 @@ class GPTEvaluator:
         Args:
             account: learns what became of the records, and how many questions are too long to be read whole.
             columns: fields of other names, see `conversation_data.parse_columns`.
-            settings: those of `generate_texts`.
+            kept: where finished pieces are kept, see `KeptWork`.
+            settings: those of `generate_texts`; a seed is that of the bootstrap, too.
 
         Returns:
             see `report_answers`.
@@ -299,12 +337,21 @@ class GPTEvaluator:
             room = longest_prompt(self.model.config, max_gen_len)
             account.cut += sum(len(encode_prompt(self.tokenizer, prompt, True)) > room for prompt in prompts)
         settings = {"max_gen_len": max_gen_len, "chat": True, **settings}
-        answers = generate_texts(self.model, self.tokenizer, prompts, **settings)
-        return report_answers(questions, answers, self.score_references(questions))
+        answers: list[Generation] = []
+        likelihoods: list[ReferenceScore | None] = []
+        for start in range(0, len(questions), PIECE):
+            piece = partial(self._answered, questions[start : start + PIECE], start, settings)
+            generations, scores = (kept or KeptWork()).of(f"questions {start}", piece)
+            answers += [Generation(*each) for each in generations]
+            likelihoods += [None if score is None else ReferenceScore(*score) for score in scores]
+        return report_answers(questions, answers, likelihoods, settings.get("seed") or 0)
 
-
-def _n_targets(windows: Sequence[Window]) -> int:
-    return sum(target != IGNORED_LABEL for _, targets in windows for target in targets)
+    def _answered(self, questions: Sequence[Question], start: int, settings: dict[str, Any]) -> tuple[list, list]:
+        """Answers to some questions, the first of which is number `start`, and the scores of their references."""
+        if settings.get("seed") is not None:
+            settings = {**settings, "seed": settings["seed"] + start}  # equal questions are not to get equal answers
+        answers = generate_texts(self.model, self.tokenizer, [question.prompt for question in questions], **settings)
+        return [(each.text, each.ended, each.token_ids) for each in answers], self.score_references(questions)
 
 
 class _Stream:
@@ -344,6 +391,7 @@ def evaluate_reward(
     batch_size: int = 64,
     account: Account | None = None,
     columns: Mapping[str, str] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """How often a reward model prefers the better of two answers, by the "defect" of the worse one.
 
@@ -351,10 +399,11 @@ def evaluate_reward(
 
     Args:
         account, columns: see `GPTEvaluator.evaluate_sft`.
+        seed: of the bootstrap, which draws pairs.
 
     Returns:
-        {"scores": {"count", "loss", "accuracy", "margin", "calibration_error"}, see `preference_figures`, "by_defect":
-        the same for each defect, if records name one}
+        {"scores": {"count", "loss", "accuracy", "margin", "calibration_error"}, see `preference_figures`; "intervals"
+        of the means among them; "by_defect": the same scores for each defect, if records name one}
     """
 
     def parse(record: dict, where: str) -> tuple[str, dict]:
@@ -370,10 +419,18 @@ def evaluate_reward(
     def figures(margins: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
         return {"count": round(float(weights.sum())), **preference_figures(margins, weights)}
 
-    scores = figures(*(torch.cat(parts) for parts in zip(*compared.values(), strict=True)))
-    if list(groups) == ["None"]:
-        return {"scores": scores}
-    return {"scores": scores, "by_defect": {defect: figures(*parts) for defect, parts in compared.items()}}
+    margins, weights = (torch.cat(parts) for parts in zip(*compared.values(), strict=True))
+    report = {"scores": figures(margins, weights), "intervals": _reward_intervals(margins, weights, seed)}
+    if list(groups) != ["None"]:
+        report["by_defect"] = {defect: figures(*parts) for defect, parts in compared.items()}
+    return report
+
+
+def _reward_intervals(margins: torch.Tensor, weights: torch.Tensor, seed: int) -> dict[str, Interval]:
+    """Of the figures that are means over pairs; see `preference_figures`."""
+    of_pairs = torch.stack((-F.logsigmoid(margins), (margins > 0).float(), margins, torch.ones_like(margins)))
+    sums = resampled_sums((of_pairs * weights).double().T.numpy(), seed)  # (R, 4)
+    return {name: middle(sums[:, place] / sums[:, 3]) for place, name in enumerate(("loss", "accuracy", "margin"))}
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -401,19 +458,12 @@ class EvaluationConfig(RecordOptions):
     temperature: float = option(0.0, "0 takes the likeliest token; otherwise sample at this temperature", at_least=0)
     top_k: int = option(0, "sample among the k likeliest tokens; 0 means among all", at_least=0)
     batch_size: int = option(64, "answers or windows of text that are computed together", at_least=1)
-    seed: int = option(42, "makes sampling repeatable")
+    stride: int | None = option(
+        None, "tokens by which windows of long documents advance; default half the context", at_least=1
+    )
+    seed: int = option(42, "makes sampling and the intervals' bootstrap repeatable")
     device: str = option("auto", "auto, cpu or cuda")
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
-
-
-def text_summary(report: dict[str, Any]) -> str:
-    """The scores of text in one line."""
-    scores = report["scores"]
-    return (
-        f"{scores['tokens']:,} tokens, loss {scores['loss']:.4f} nats a token, perplexity {scores['perplexity']:.2f}, "
-        f"{scores['bits_per_byte']:.4f} bits per byte (one stream, as val_bpb in training); each document by itself: "
-        f"perplexity {scores['document_perplexity']:.2f}, {scores['document_bits_per_byte']:.4f} bits per byte"
-    )
 
 
 def reward_summary(report: dict[str, Any]) -> str:
@@ -427,6 +477,16 @@ def reward_table(report: dict[str, Any]) -> str:
     rows = {**report.get("by_defect", {}), "all": report["scores"]}
     cells = [[name, str(scores["count"]), f"{100 * scores['accuracy']:.1f}"] for name, scores in rows.items()]
     return format_table(["defect", "count", "accuracy %"], cells)
+
+
+def reward_page(report: dict[str, Any], title: str, about: dict[str, Any]) -> ScorePage:
+    """The scores of a reward model as a page."""
+    rows = [
+        (name, each["count"], each["accuracy"], wilson(each["accuracy"] * each["count"], each["count"]))
+        for name, each in report.get("by_defect", {}).items()
+    ]
+    groups = {"The better answer preferred, by defect": rows} if rows else {}
+    return ScorePage(title, about, figures_of(report), groups=groups)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -448,19 +508,31 @@ def main(argv: list[str] | None = None) -> None:
     unread = output_path.with_name(f"{output_path.stem}_left_out.jsonl")
     account = Account(str(data_path), kind, advice, config.skip_bad_records, unread)
     records = {"account": account, "columns": parse_columns(config.columns)}
+    sampling = {name: getattr(config, name) for name in ("max_gen_len", "temperature", "top_k", "seed")}
+    # What results depend on: not how many are computed at once, nor where the files are
+    settings = ("max_samples", "max_gen_len", "temperature", "top_k", "seed", "stride", "columns", "skip_bad_records")
+    depends_on = {name: getattr(config, name) for name in settings} | {"device": str(device), "type": model_type}
+    depends_on |= {"weights": weight_fingerprint(checkpoint), "data": _fingerprint_of(data_path)}
+    kept = KeptWork(output_path.with_name(f"{output_path.stem}_unfinished.jsonl"), depends_on)
+    if kept.found:
+        print(f"going on with {kept.found} finished pieces of an interrupted evaluation", flush=True)
     if model_type == "reward":
-        report = evaluate_reward(*load_reward_model(model_path, device), data_path, **sizes, **records)
-        table, summary = reward_table(report), reward_summary(report)
+        reward_model = load_reward_model(model_path, device)
+        report = evaluate_reward(*reward_model, data_path, **sizes, **records, seed=config.seed)
+        table, summary, page = reward_table(report), reward_summary(report), reward_page
     else:
         model, tokenizer, _ = load_any(model_path, device)
         evaluator = GPTEvaluator(model, tokenizer)
-        sampling = {name: getattr(config, name) for name in ("max_gen_len", "temperature", "top_k", "seed")}
+        if config.stride and config.stride > model.config.max_seq_len:
+            raise UserError(f"--stride must be at most {model.config.max_seq_len}, the model's context")
         if model_type == "sft":
-            report = evaluator.evaluate_sft(data_path, **sizes, **sampling, **records, show_progress=True)
-            table, summary = answers_table(report), answers_summary(report)
+            report = evaluator.evaluate_sft(data_path, **sizes, **sampling, **records, kept=kept, show_progress=True)
+            table, summary, page = answers_table(report), answers_summary(report), answers_page
         else:
-            report = evaluator.evaluate_pretrained(data_path, **sizes, **sampling, show_progress=True)
-            table, summary = "", text_summary(report)
+            report = evaluator.evaluate_pretrained(
+                data_path, **sizes, **sampling, stride=config.stride, kept=kept, show_progress=True
+            )
+            table, summary, page = "", text_summary(report), text_page
     about = {
         "model_path": str(model_path),
         "stage": checkpoint["stage"],
@@ -469,14 +541,28 @@ def main(argv: list[str] | None = None) -> None:
         "model_type": model_type,
         "test_data_path": str(data_path),
         "temperature": config.temperature,
+        "seed": config.seed,
         **({"data": account.as_dict()} if account.read else {}),
         "seconds": round(time.perf_counter() - started, 2),
     }
     write_json({**about, **report}, output_path)
-    print(table, end="\n" if table else "")
+    shown = {name: value for name, value in about.items() if name not in ("data", "seconds") and value is not None}
+    write_page(page(report, f"Scores of {model_path.name}", shown), output_path.with_suffix(".html"))
+    kept.finish()
+    print(table, end="\n\n" if table else "")
+    print(interval_table(report), end="\n\n")
     if account.read:
         print(*account.sentences(), sep="\n")
-    print(f"{model_path} on {data_path}: {summary}; written to {output_path}")
+    print(
+        f"{model_path} on {data_path}: {summary}; written to {output_path} and "
+        f"{output_path.with_suffix('.html').name}"
+    )
+
+
+def _fingerprint_of(data_path: str | Path) -> list[tuple[str, int, int]]:
+    """Which files the data are, and whether they have changed."""
+    files = resolve_files(data_path, tuple(dict.fromkeys(TEXT_ENDINGS + RECORD_ENDINGS)))
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The decoder-only language model.
 
-Two presets of one architecture, both of which exist in Hugging Face `transformers`, so that weights can move:
+Three presets of one architecture, all of which exist in Hugging Face `transformers`, so that weights can move:
 
     gpt2    learned positions, LayerNorm, GELU, biases                           = GPT2LMHeadModel
     modern  rotary positions, RMSNorm, SwiGLU, grouped-query attention, QK-norm  = Qwen3ForCausalLM
+    moe     the same with experts in the place of each feed-forward network      = Qwen3MoeForCausalLM
 
 The letters of the shapes are explained in transformer_components.py.
 """
@@ -21,7 +22,16 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from byte_level_bpe import IGNORED_LABEL
 from inference.sampling import sample_next
 from transformer_components import ARCHITECTURES as ARCHITECTURES  # which users import from here
-from transformer_components import Cache, GPTConfig, KVCache, Part, TransformerDecoderLayer, make_norm, make_positions
+from transformer_components import (
+    Cache,
+    GPTConfig,
+    KVCache,
+    MixtureOfExperts,
+    Part,
+    TransformerDecoderLayer,
+    make_norm,
+    make_positions,
+)
 
 
 class GPTModel(Part):
@@ -80,6 +90,11 @@ class GPTModel(Part):
     def num_parameters(self) -> int:
         """How many numbers training can change; tied weights count once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_parameters(self) -> int:
+        """How many of them compute a token: of experts only those that it passes."""
+        experts = (module for module in self.modules() if isinstance(module, MixtureOfExperts))
+        return self.num_parameters() - sum(layer.num_idle_parameters() for layer in experts)
 
     def new_cache(self, batch_size: int, max_len: int) -> KVCache:
         """An empty KV cache for `batch_size` rows of at most `max_len` tokens, where the model's weights are."""

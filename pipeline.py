@@ -84,6 +84,7 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "evaluate": [],
     },
 }
+SIZES["moe"] = {**SIZES["tiny"], "pretrain": ["--preset", "moe"]}
 LONGEST_CONTEXT = 1024  # that is chosen without being asked for
 QUESTIONS = (  # the first is the request that README and the service's page show
     "解释什么是机器学习",
@@ -98,7 +99,9 @@ QUESTIONS = (  # the first is the request that README and the service's page sho
 class PipelineConfig(RecordOptions):
     """Settings of all stages together."""
 
-    preset: str = option("tiny", "size of everything: tiny suits two CPU cores, the others a GPU", choices=tuple(SIZES))
+    preset: str = option(
+        "tiny", "size of everything: tiny and moe suit two CPU cores, the others a GPU", choices=tuple(SIZES)
+    )
     smoke: bool = option(False, "a two-minute check of every stage, in models/smoke; the model it makes is useless")
     models_dir: str = option("models", "folder for everything that is made")
     train_data: str = option("data/pretrain/train", "pretraining text")

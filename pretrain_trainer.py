@@ -39,6 +39,10 @@ class PretrainConfig(TrainingConfig, ReadingOptions):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": dict(d_model=192, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=128, batch_size=32, lr=4e-3),
+        "moe": dict(
+            architecture="moe", d_model=192, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=128, batch_size=32,
+            lr=4e-3,
+        ),
         "small": dict(d_model=512, n_layers=8, n_heads=8, n_kv_heads=4, max_seq_len=512, batch_size=32, lr=2e-3),
         "gpt2": dict(
             architecture="gpt2", d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, max_seq_len=1024, batch_size=8,
@@ -65,13 +69,15 @@ class PretrainConfig(TrainingConfig, ReadingOptions):
     tokenizer_dir: str = option("models/bpe_tokenizer", "folder of the tokenizer")
     output_dir: str = option("models/pretrain", "folder for checkpoints, metrics and curves")
     shard_dir: str = option("models/token_shards", "folder for the tokenized text, which is made once and reused")
-    architecture: str = option("modern", "modern (Qwen3-like) or gpt2", choices=tuple(ARCHITECTURES))
+    architecture: str = option("modern", "modern (Qwen3-like), moe (its experts) or gpt2", choices=tuple(ARCHITECTURES))
     depth: int = option(0, "one dial: layers; sets width, heads, learning rate, batch and steps to match", at_least=0)
     d_model: int = option(192, "width of the model", at_least=1)
     n_layers: int = option(4, "number of layers", at_least=1)
     n_heads: int = option(4, "attention heads", at_least=1)
     n_kv_heads: int = option(0, "key/value heads; 0 means as many as --n_heads", at_least=0)
     d_ff: int = option(0, "inner width of the feed-forward network; 0 means the architecture's usual one", at_least=0)
+    n_experts: int = option(0, "experts of each layer (architecture moe); 0 means the architecture's own", at_least=0)
+    experts_per_token: int = option(2, "how many of them a token passes", at_least=1)
     dropout: float = option(0.0, "dropout in training", at_least=0, below=1)
     position: str = option("", "learned, rotary or sinusoidal; empty: the architecture's own")
     optimizer: str = option("muon", "adamw, or muon for hidden matrices beside adamw", choices=("adamw", "muon"))
@@ -107,7 +113,8 @@ class PretrainConfig(TrainingConfig, ReadingOptions):
             max_seq_len=self.max_seq_len,
             dropout=self.dropout,
             pad_token_id=pad_token_id,
-            **({"position": self.position} if self.position else {}),
+            experts_per_token=self.experts_per_token,
+            **{name: getattr(self, name) for name in ("position", "n_experts") if getattr(self, name)},
         )
 
 
@@ -310,8 +317,10 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.is_main():
         if choice:
             print(choice)
+        n_active = trainer.model.num_active_parameters()
+        active = f" ({n_active / 1e6:.2f} M a token)" if config.architecture == "moe" else ""
         print(
-            f"model: {config.architecture}, {trainer.model.num_parameters() / 1e6:.2f} M parameters, "
+            f"model: {config.architecture}, {trainer.model.num_parameters() / 1e6:.2f} M parameters{active}, "
             f"{len(trainer.tokenizer)} tokens in the vocabulary; data: {trainer.train_shards.n_tokens:,} tokens; "
             f"{loop.max_steps} steps of {loop.order.batch_size * config.max_seq_len:,} tokens on {trainer.device} "
             f"in {str(loop.precision).removeprefix('torch.')}",

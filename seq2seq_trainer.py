@@ -11,7 +11,6 @@ sources, references and translations.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ from typing import Any
 
 from byte_level_bpe import IGNORED_LABEL, ByteLevelBPETokenizer
 from command_line import UserError, beyond_bounds, option, parse_config, replacing, require_file, run_main
-from data_loader import Batch, pad_rows
-from evaluation.translation_scores import sacre_bleu
+from data_loader import Batch, RecordData, pad_rows
+from evaluation.text_metrics import sacre_bleu
 from inference.quantizer import load_translator
 from inference.translate import translate
 from seq2seq_model import ACTIVATIONS, Seq2SeqConfig, Transformer
-from text.text_files import iter_records
+from text.account import Account
+from text.conversation_data import RecordOptions, load_records, parse_columns
 from training import ranks
 from training.interruptions import advice_if_out_of_memory
 from training.training_config import TrainingConfig, prepare_machine
@@ -35,7 +35,7 @@ Pair = tuple[str, str]
 
 
 @dataclass
-class Seq2SeqTrainingConfig(TrainingConfig):
+class Seq2SeqTrainingConfig(RecordOptions, TrainingConfig):
     """Settings of a training run of the encoder–decoder."""
 
     pairs: str = option(SAMPLE_PAIRS, 'training pairs: records {"src": …, "tgt": …}', reads="records")
@@ -87,23 +87,16 @@ class Seq2SeqTrainingConfig(TrainingConfig):
         return Seq2SeqConfig(**own, pad_token_id=pad_token_id)
 
 
-def read_pairs(path: str) -> list[Pair]:
-    """(source, target) of each record.
-
-    Raises:
-        UserError: the file is not there, or a record has no text "src" and "tgt".
-    """
-    pairs = []
-    for where, record in iter_records(path):
-        pair = record.get("src"), record.get("tgt")
-        if not all(isinstance(text, str) and text.strip() for text in pair):
-            raise UserError(f'{where}: "src" and "tgt" must be texts, the source and its translation')
-        pairs.append(pair)
-    return pairs
+def parse_pair(record: dict, where: str) -> Pair:
+    """(source, target) of a record; `where` names it in messages."""
+    pair = record.get("src"), record.get("tgt")
+    if not all(isinstance(text, str) and text.strip() for text in pair):
+        raise UserError(f'{where}: "src" and "tgt" must be texts, the source and its translation')
+    return pair
 
 
-def read_parallel_lines(src: str, tgt: str) -> list[Pair]:
-    """The lines of two files, side by side; pairs with an empty side are left out, and counted aloud.
+def read_parallel_lines(src: str, tgt: str, account: Account) -> list[Pair]:
+    """The lines of two files, side by side; those with an empty side are left out.
 
     Raises:
         UserError: a file is not there, or they differ in their numbers of lines.
@@ -113,41 +106,55 @@ def read_parallel_lines(src: str, tgt: str) -> list[Pair]:
     if len(sides[0]) != len(sides[1]):
         raise UserError(f"{src} has {len(sides[0]):,} lines and {tgt} {len(sides[1]):,}; a line of each must be a pair")
     pairs = [(source, target) for source, target in zip(*sides, strict=True) if source.strip() and target.strip()]
-    if not pairs:
-        raise UserError(f"{src} and {tgt} have no line with text on both sides")
-    if len(pairs) < len(sides[0]):
-        print(f"left out: {len(sides[0]) - len(pairs):,} of {len(sides[0]):,} lines with nothing on one side")
+    account.read = len(sides[0])
+    account.leave_out("nothing on one side", len(sides[0]) - len(pairs))
+    account.require(len(pairs))
     return pairs
 
 
-class PairDataset:
+class PairDataset(RecordData):
     """Pairs as token ids: the source and its end; the target between its two marks.
 
     Args:
-        pairs: sources and targets.
-        max_seq_len: longer pairs are left out; `n_dropped` counts them.
+        pairs: sources and targets; those with a side of more than `max_seq_len` tokens are left out.
+        both_ways: each pair is a sample of each direction, one after the other.
+        account: see `RecordData`.
 
     Raises:
         UserError: no pair fits.
     """
 
-    def __init__(self, pairs: Sequence[Pair], tokenizer: ByteLevelBPETokenizer, max_seq_len: int) -> None:
+    parallel = ("samples", "texts")
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        tokenizer: ByteLevelBPETokenizer,
+        max_seq_len: int,
+        both_ways: bool = False,
+        account: Account | None = None,
+    ) -> None:
+        super().__init__(account, "pairs", pairs)
         self.bos, self.eos, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        encoded = [tuple([*tokenizer.encode(text)["input_ids"], self.eos] for text in pair) for pair in pairs]
-        self.samples = [pair for pair in encoded if max(map(len, pair)) <= max_seq_len]
-        self.n_dropped = len(encoded) - len(self.samples)
-        if not self.samples:
-            raise UserError(f"none of {len(pairs):,} pairs fits into {max_seq_len} tokens; raise --max_seq_len")
+        self.ways = 2 if both_ways else 1
+        self.samples: list[tuple[list[int], ...]] = []
+        self.texts: list[Pair] = []
+        for pair in pairs:
+            encoded = tuple([*tokenizer.encode(text)["input_ids"], self.eos] for text in pair)
+            if max(map(len, encoded)) > max_seq_len:
+                self.account.leave_out("too long")
+                continue
+            self.samples += [encoded, encoded[::-1]][: self.ways]
+            self.texts += [pair, pair[::-1]][: self.ways]
+        self.account.require(len(self))
+
+    def group(self, index: int) -> int:
+        """Both directions of a pair stay on one side of a split."""
+        return index // self.ways
 
     @property
     def lengths(self) -> list[int]:
         return [len(source) + len(target) for source, target in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
-        return self.samples[index]
 
     def collate(self, samples: Sequence[tuple[list[int], list[int]]]) -> Batch:
         """ "input_ids": (B, S); "decoder_input_ids", "labels": (B, T), what is there and what follows; all int64."""
@@ -169,25 +176,28 @@ class Seq2SeqTrainer:
     def __init__(self, config: Seq2SeqTrainingConfig) -> None:
         self.config = config
         self.device = prepare_machine(config)
-        pairs = read_parallel_lines(config.src, config.tgt) if config.src else read_pairs(config.pairs)
-        is_sample = config.pairs == SAMPLE_PAIRS and not config.src
-        test_path = config.test_pairs or (SAMPLE_TEST if is_sample else "")
-        test = read_pairs(test_path) if test_path else None
-        random.Random(config.seed).shuffle(pairs)
-        n_val = max(1, round(config.val_fraction * len(pairs)))
-        if n_val == len(pairs):
-            raise UserError(f"{len(pairs)} pair is too little to train and to validate on; give two or more")
-        train, val = pairs[n_val:], pairs[:n_val]
-        self.test = self.both_ways(test or val)
+        account = self._account(f"{config.src} and {config.tgt}" if config.src else config.pairs)
+        pairs = read_parallel_lines(config.src, config.tgt, account) if config.src else self._read(account)
         for turn_of_main in (True, False):  # the other ranks then find the tokenizer on the disk
             if ranks.is_main() == turn_of_main:
-                self.tokenizer = self._load_or_train_tokenizer(train)
+                self.tokenizer = self._load_or_train_tokenizer(pairs)
             ranks.barrier()
-        parts = [PairDataset(self.both_ways(part), self.tokenizer, config.max_seq_len) for part in (train, val)]
-        for name, part in zip(("training", "validation"), parts, strict=True):
-            if part.n_dropped and ranks.is_main():
-                share = f"{part.n_dropped:,} of {part.n_dropped + len(part):,}"
-                print(f"left out: {share} {name} pairs are longer than {config.max_seq_len} tokens (--max_seq_len)")
+        data = self._dataset(pairs, account)
+        parts = data.split(config.val_fraction)
+        if not all(map(len, parts)):
+            raise UserError(
+                f"{len(data) // data.ways} of the pairs of {account.source} can be used, too few to set some aside for "
+                f"validation; give more{f', or {account.advice}' if account.left_out else ''}"
+            )
+        is_sample = config.pairs == SAMPLE_PAIRS and not config.src
+        test_path = config.test_pairs or (SAMPLE_TEST if is_sample else "")
+        self.test = parts[1].texts
+        if test_path:
+            test_account = self._account(test_path)
+            self.test = self._dataset(self._read(test_account), test_account).texts
+        for told in [account, test_account] if test_path else [account]:
+            if ranks.is_main():
+                print(*told.sentences(), sep="\n", flush=True)
         model_config = config.model_config(len(self.tokenizer), self.tokenizer.pad_token_id)
         with advice_if_out_of_memory("for this model; lower --d_model, --num_encoder_layers or --num_decoder_layers"):
             self.model = Transformer.from_config(model_config)
@@ -196,11 +206,18 @@ class Seq2SeqTrainer:
                 config, self.model, model_config, self.tokenizer, "translate", *parts, self.device, parts[0].lengths
             )
 
-    def both_ways(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """The pairs and, if one model is to translate both ways, each the other way round."""
-        if self.config.directions == "forward":
-            return list(pairs)
-        return [direction for source, target in pairs for direction in ((source, target), (target, source))]
+    def _account(self, source: str) -> Account:
+        config = self.config
+        bad_records = Path(config.output_dir) / f"left_out_of_{Path(source).stem}.jsonl" if ranks.is_main() else None
+        advice = f"raise --max_seq_len (now {config.max_seq_len})"
+        return Account(source, "pairs", advice, config.skip_bad_records, bad_records)
+
+    def _read(self, account: Account) -> list[Pair]:
+        return load_records(account.source, parse_pair, account, parse_columns(self.config.columns))
+
+    def _dataset(self, pairs: Sequence[Pair], account: Account) -> PairDataset:
+        both_ways = self.config.directions == "both"
+        return PairDataset(pairs, self.tokenizer, self.config.max_seq_len, both_ways, account)
 
     def _load_or_train_tokenizer(self, pairs: Sequence[Pair]) -> ByteLevelBPETokenizer:
         config = self.config
@@ -248,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"model: {config.num_encoder_layers} + {config.num_decoder_layers} layers, "
             f"{trainer.model.num_parameters() / 1e6:.2f} M parameters, {len(trainer.tokenizer)} tokens in the "
-            f"vocabulary; data: {len(loop.train_data):,} pairs; {loop.max_steps} steps of {loop.order.batch_size} on "
+            f"vocabulary; data: {len(loop.train_data):,} samples; {loop.max_steps} steps of {loop.order.batch_size} on "
             f"{trainer.device} in {str(loop.precision).removeprefix('torch.')}",
             flush=True,
         )

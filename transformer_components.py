@@ -1,7 +1,7 @@
 """The parts of a Transformer, and `GPTConfig`, the description of a model that all of them are made from.
 
-In order: attention and its KV cache, losses of single parts, kinds of positions, the description, norms, attention and
-feed-forward network as modules, the decoder layer.
+In order: attention and its KV cache, losses of single parts, kinds of positions, the description, norms, attention,
+feed-forward network and experts as modules, the decoder layer.
 
 Shapes are written with these letters: B batch, T new tokens, S all tokens that can be attended to (cached + new),
 D = d_model, H heads, G key/value heads (G divides H), K = head_dim, V = vocabulary.
@@ -134,7 +134,7 @@ def auxiliary_losses() -> Iterator[list[torch.Tensor]]:
 class AuxiliaryLoss:
     """What a module inherits, too, if its `forward` has something of its own to be minimised.
 
-    A mixture of experts, for example, wants all experts to be used. The one loop of all trainers collects such losses
+    A mixture of experts wants all experts to be used. The one loop of all trainers collects such losses
     of a micro-batch, adds them to its loss and logs their sum as `aux_loss`. Nothing is collected in evaluations, of
     models that are asked without gradients (references, teachers), and where activations are recomputed.
     """
@@ -386,6 +386,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": dict(position="learned", norm="layernorm", activation="gelu", bias=True, qk_norm=False, norm_eps=1e-5),
     "modern": dict(position="rotary", norm="rmsnorm", activation="swiglu", bias=False, qk_norm=True, norm_eps=1e-6),
 }
+ARCHITECTURES["moe"] = ARCHITECTURES["modern"] | dict(n_experts=8)
 
 
 @dataclass
@@ -398,10 +399,13 @@ class GPTConfig:
 
     vocab_size: int = option(MISSING, "how many tokens there are", at_least=1)
     d_model: int = option(768, "width of the residual stream", at_least=1)
-    n_layers: int = option(12, "decoder layers", at_least=1)
+    n_layers: int = option(12, "decoder layers", at_least=1, at_most=4096)
     n_heads: int = option(12, "query heads", at_least=1)
     d_ff: int | None = option(
-        None, "inner width; None: 4 × d_model, for SwiGLU 8/3 × d_model rounded up to a multiple of 32", at_least=1
+        None,
+        "inner width; None: 4 × d_model, for SwiGLU 8/3 × d_model, of experts divided by experts_per_token; rounded up "
+        "to a multiple of 32",
+        at_least=1,
     )
     max_seq_len: int = option(1024, "context, in tokens", at_least=1)
     dropout: float = option(0.0, "share that is dropped in training", at_least=0, below=1)
@@ -422,11 +426,16 @@ class GPTConfig:
         None, "what stretches rotary positions: a rope_type of ROPE_SCALINGS with its parameters; None: nothing"
     )
     tie_embeddings: bool = option(True, "whether the output layer is the token embedding")
+    n_experts: int = option(0, "feed-forward networks of a layer, a few of which each token passes; 0: one", at_least=0)
+    experts_per_token: int = option(2, "how many of them each token passes", at_least=1)
+    balance_coef: float = option(0.01, "weight of the loss that has all experts used alike", at_least=0)
+    router_z_coef: float = option(0.001, "weight of the loss that keeps the routers' logits small", at_least=0)
 
     def __post_init__(self) -> None:
         if self.d_ff is None:
-            swiglu_width = math.ceil(self.d_model * 8 / 3 / 32) * 32
-            self.d_ff = swiglu_width if self.activation == "swiglu" else 4 * self.d_model
+            width = self.d_model * (8 / 3 if self.activation == "swiglu" else 4)
+            width /= self.experts_per_token if self.n_experts else 1  # so that as much is computed as without experts
+            self.d_ff = math.ceil(width / 32) * 32 if self.activation == "swiglu" else math.ceil(width)
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.d_model // max(1, self.n_heads)
         for name in ("qkv_bias", "attention_output_bias", "mlp_bias"):
@@ -444,11 +453,13 @@ class GPTConfig:
             complaints.append(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
         if self.pad_token_id >= self.vocab_size:
             complaints.append(f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}")
+        if self.n_experts and self.experts_per_token > self.n_experts:
+            complaints.append(f"experts_per_token {self.experts_per_token} must be at most n_experts {self.n_experts}")
         return complaints
 
     @classmethod
     def for_architecture(cls, architecture: str, **sizes: Any) -> GPTConfig:
-        """A configuration of the `gpt2` or `modern` architecture with the given sizes."""
+        """A configuration of one of the `ARCHITECTURES` with the given sizes."""
         return cls(**{**ARCHITECTURES[architecture], **sizes})
 
     @classmethod
@@ -568,6 +579,62 @@ class FeedForwardNetwork(Part):
         return self.down_proj(self.dropout(inner))  # (B, T, D)
 
 
+class MixtureOfExperts(AuxiliaryLoss, Part):
+    """Several feed-forward networks, the experts, of which each token passes the few that a router holds likeliest.
+
+    Their outputs are added, weighted by the router's probabilities, which are made to sum to 1 over the chosen, as in
+    Qwen3-MoE. In training, two losses of the router are minimised, too: the balance of Switch Transformer
+    (arXiv:2101.03961, equations 4–6), E · Σ f_e · p_e with f_e the share of the choices that expert e is and p_e its
+    mean probability, which is least where all are used alike; and the router z-loss (arXiv:2202.08906, equation 5),
+    the mean of (log Σ exp logits)².
+
+    The arguments are fields of `GPTConfig`; d_ff is the inner width of each expert.
+
+    Attributes:
+        n_chosen: how often each expert was chosen in training since somebody set this to None, (E,) int64, or None.
+    """
+
+    def __init__(
+        self, d_model: int, n_experts: int, experts_per_token: int, d_ff: int | None = None, **fields: Any
+    ) -> None:
+        super().__init__()
+        config = GPTConfig.for_part(
+            d_model=d_model, n_experts=n_experts, experts_per_token=experts_per_token, d_ff=d_ff, **fields
+        )
+        self.experts_per_token = experts_per_token
+        self.balance_coef, self.router_z_coef = config.balance_coef, config.router_z_coef
+        self.router = nn.Linear(d_model, n_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForwardNetwork.from_config(config) for _ in range(n_experts))
+        self.n_chosen: torch.Tensor | None = None
+
+    def num_idle_parameters(self) -> int:
+        """How many numbers a token passes by."""
+        of_one = sum(parameter.numel() for parameter in self.experts[0].parameters())
+        return of_one * (len(self.experts) - self.experts_per_token)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) → (B, T, D). Below, N = B · T tokens, E experts, C = `experts_per_token`."""
+        tokens = x.flatten(0, -2)  # (N, D)
+        logits = self.router(tokens).float()  # (N, E)
+        probabilities = logits.softmax(dim=-1)  # (N, E)
+        weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)  # (N, C)
+        weights = weights / weights.sum(dim=-1, keepdim=True)  # (N, C)
+        n_chosen = chosen.flatten().bincount(minlength=len(self.experts))  # (E,)
+        if self.training:
+            share = n_chosen / chosen.numel()  # (E,)
+            balance = len(self.experts) * (share * probabilities.mean(dim=0)).sum()
+            z_loss = logits.logsumexp(dim=-1).square().mean()
+            self.add_auxiliary_loss(self.balance_coef * balance + self.router_z_coef * z_loss)
+            self.n_chosen = n_chosen if self.n_chosen is None else self.n_chosen + n_chosen
+        # Each expert computes all tokens that chose it at once; in training also none, so that it always has a gradient
+        order = chosen.flatten().argsort(stable=True)  # (N · C,): the choices, by expert
+        inputs = tokens[order // self.experts_per_token].split(n_chosen.tolist())  # E times (n, D)
+        pairs = zip(self.experts, inputs, strict=True)
+        outputs = torch.cat([expert(rows) for expert, rows in pairs if self.training or len(rows)])  # (N · C, D)
+        outputs = outputs[order.argsort()].view(*chosen.shape, -1)  # (N, C, D)
+        return (outputs * weights.to(outputs.dtype).unsqueeze(-1)).sum(dim=1).view_as(x)
+
+
 class TransformerDecoderLayer(Part):
     """Pre-norm decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x)).
 
@@ -582,7 +649,8 @@ class TransformerDecoderLayer(Part):
         self.attention_norm = make_norm(config.norm, d_model, config.norm_eps)
         self.attention = MultiHeadAttention.from_config(config)
         self.feed_forward_norm = make_norm(config.norm, d_model, config.norm_eps)
-        self.feed_forward = FeedForwardNetwork.from_config(replace(config, dropout=0.0))  # the branch has its own
+        network = MixtureOfExperts if config.n_experts else FeedForwardNetwork
+        self.feed_forward = network.from_config(replace(config, dropout=0.0))  # the branch has its own dropout
         self.dropout = nn.Dropout(dropout)
 
     def forward(

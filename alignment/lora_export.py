@@ -23,6 +23,7 @@ if not __package__:  # run as a file: modules are imported from the repository's
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from safetensors.torch import save_file
 
 from alignment.reward_model import RewardModel
 from alignment.transformers_names import TRANSPOSED, architecture_of, parts_of
@@ -45,6 +46,8 @@ def peft_adapters(
     Raises:
         UserError: `transformers` has no such model.
     """
+    if any(".experts." in name for name in state):
+        raise UserError("peft has no adapters for single experts; merge them, or train with --lora_targets attention")
     adapters = {}
     for theirs, ours in parts_of(config).items():
         rank = next((state[f"{name}.lora_A"].size(0) for name in ours if f"{name}.lora_A" in state), 0)
@@ -64,12 +67,8 @@ def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> 
         folder: where to write.
 
     Raises:
-        UserError: safetensors is not installed, or `transformers` has no such model.
+        UserError: `transformers` has no such model.
     """
-    try:
-        from safetensors.torch import save_file  # needed here only
-    except ImportError as error:
-        raise UserError("--peft_dir needs the package safetensors; pip install safetensors") from error
     if content["stage"] == "reward":
         raise UserError(f"{path} is a reward model, which peft has no place for; merge with --output_path instead")
     config = config_of(content, path)

@@ -17,7 +17,7 @@ RewardFunction = Callable[[list[str], list[str], list[dict]], Sequence[float]]
 SAMPLE_REWARD = "evaluation/answer_checker.py:preference_reward"  # of the sample data's world
 
 
-def parse_place(place: str) -> tuple[Path, str]:
+def parse_place(place: str, given_as: str = "--reward") -> tuple[Path, str]:
     """The file and the function that `PATH.py:FUNCTION` names; the path is seen from the working folder or this
     project's.
 
@@ -26,22 +26,22 @@ def parse_place(place: str) -> tuple[Path, str]:
     """
     file, colon, name = place.rpartition(":")
     if not (colon and file and name.isidentifier()):
-        raise UserError(f"--reward {place} must be a file and a function in it, such as my_rewards.py:reward")
+        raise UserError(f"{given_as} {place} must be a file and a function in it, such as my_rewards.py:reward")
     path = Path(file) if Path(file).exists() else Path(__file__).parent.parent / file
     remedy = f"give PATH.py:FUNCTION, such as {SAMPLE_REWARD}"
-    return require_file(path if path.exists() else file, "the file of --reward", remedy), name
+    return require_file(path if path.exists() else file, f"the file of {given_as}", remedy), name
 
 
-def load_reward(place: str) -> RewardFunction:
-    """The function that `PATH.py:FUNCTION` names.
+def load_reward(place: str, given_as: str = "--reward") -> Callable:
+    """The function that `PATH.py:FUNCTION` names; `given_as` is the option that names it.
 
     Raises:
         UserError: no such file or function, or the file cannot be imported.
     """
-    path, name = parse_place(place)
+    path, name = parse_place(place, given_as)
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     if spec is None:
-        raise UserError(f"--reward {place}: {path} is no Python file; its name must end in .py")
+        raise UserError(f"{given_as} {place}: {path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses of the file look themselves up there
     try:

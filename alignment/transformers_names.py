@@ -7,6 +7,7 @@ same weights in another program, the tests of parity. A further family of models
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,39 +20,50 @@ MODELS = {  # by architecture
     "modern": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "moe": "Qwen3MoeForCausalLM",
 }
-COLUMNS = {"gpt2": 1, "modern": 2, "llama": 2, "qwen2": 2}  # of the tables below
+COLUMNS = {"gpt2": 1, "modern": 2, "llama": 2, "qwen2": 2, "moe": 3}  # of the tables below; = is "as on the left"
 TRANSPOSED = ("gpt2",)  # whose layers have matrices (in, out)
 
-# Parts with weights; # is the number of a layer. Several of ours with one name stand in it below one another
+# Parts with weights; # is the number of a layer, @ of an expert. Several of ours with one name stand in it below one
+# another
 PARTS = """
-    token_embedding                 transformer.wte              model.embed_tokens
-    position_embedding              transformer.wpe              -
-    layers.#.attention_norm         transformer.h.#.ln_1         model.layers.#.input_layernorm
-    layers.#.attention.query_proj   transformer.h.#.attn.c_attn  model.layers.#.self_attn.q_proj
-    layers.#.attention.key_proj     transformer.h.#.attn.c_attn  model.layers.#.self_attn.k_proj
-    layers.#.attention.value_proj   transformer.h.#.attn.c_attn  model.layers.#.self_attn.v_proj
-    layers.#.attention.query_norm   -                            model.layers.#.self_attn.q_norm
-    layers.#.attention.key_norm     -                            model.layers.#.self_attn.k_norm
-    layers.#.attention.output_proj  transformer.h.#.attn.c_proj  model.layers.#.self_attn.o_proj
-    layers.#.feed_forward_norm      transformer.h.#.ln_2         model.layers.#.post_attention_layernorm
-    layers.#.feed_forward.gate_proj -                            model.layers.#.mlp.gate_proj
-    layers.#.feed_forward.up_proj   transformer.h.#.mlp.c_fc     model.layers.#.mlp.up_proj
-    layers.#.feed_forward.down_proj transformer.h.#.mlp.c_proj   model.layers.#.mlp.down_proj
-    final_norm                      transformer.ln_f             model.norm
-    lm_head                         lm_head                      lm_head
+    token_embedding                  transformer.wte              model.embed_tokens                       =
+    position_embedding               transformer.wpe              -                                        =
+    layers.#.attention_norm          transformer.h.#.ln_1         model.layers.#.input_layernorm           =
+    layers.#.attention.query_proj    transformer.h.#.attn.c_attn  model.layers.#.self_attn.q_proj          =
+    layers.#.attention.key_proj      transformer.h.#.attn.c_attn  model.layers.#.self_attn.k_proj          =
+    layers.#.attention.value_proj    transformer.h.#.attn.c_attn  model.layers.#.self_attn.v_proj          =
+    layers.#.attention.query_norm    -                            model.layers.#.self_attn.q_norm          =
+    layers.#.attention.key_norm      -                            model.layers.#.self_attn.k_norm          =
+    layers.#.attention.output_proj   transformer.h.#.attn.c_proj  model.layers.#.self_attn.o_proj          =
+    layers.#.feed_forward_norm       transformer.h.#.ln_2         model.layers.#.post_attention_layernorm  =
+    layers.#.feed_forward.gate_proj  -                            model.layers.#.mlp.gate_proj             -
+    layers.#.feed_forward.up_proj    transformer.h.#.mlp.c_fc     model.layers.#.mlp.up_proj               -
+    layers.#.feed_forward.down_proj  transformer.h.#.mlp.c_proj   model.layers.#.mlp.down_proj             -
+    final_norm                       transformer.ln_f             model.norm                               =
+    lm_head                          lm_head                      lm_head                                  =
+"""
+EXPERTS = """
+    layers.#.feed_forward.router               model.layers.#.mlp.gate
+    layers.#.feed_forward.experts.@.gate_proj  model.layers.#.mlp.experts.@.gate_proj
+    layers.#.feed_forward.experts.@.up_proj    model.layers.#.mlp.experts.@.up_proj
+    layers.#.feed_forward.experts.@.down_proj  model.layers.#.mlp.experts.@.down_proj
 """
 SIZES = """
-    vocab_size      vocab_size          vocab_size
-    max_seq_len     n_positions         max_position_embeddings
-    d_model         n_embd              hidden_size
-    n_layers        n_layer             num_hidden_layers
-    n_heads         n_head              num_attention_heads
-    n_kv_heads      -                   num_key_value_heads
-    head_dim        -                   head_dim
-    d_ff            n_inner             intermediate_size
-    norm_eps        layer_norm_epsilon  rms_norm_eps
-    tie_embeddings  tie_word_embeddings tie_word_embeddings
+    vocab_size         vocab_size           vocab_size               =
+    max_seq_len        n_positions          max_position_embeddings  =
+    d_model            n_embd               hidden_size              =
+    n_layers           n_layer              num_hidden_layers        =
+    n_heads            n_head               num_attention_heads      =
+    n_kv_heads         -                    num_key_value_heads      =
+    head_dim           -                    head_dim                 =
+    d_ff               n_inner              intermediate_size        moe_intermediate_size
+    norm_eps           layer_norm_epsilon   rms_norm_eps             =
+    tie_embeddings     tie_word_embeddings  tie_word_embeddings      =
+    n_experts          -                    -                        num_experts
+    experts_per_token  -                    -                        num_experts_per_tok
+    balance_coef       -                    -                        router_aux_loss_coef
 """
 
 
@@ -63,6 +75,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
         attention_output_bias=True, mlp_bias=True,
     ),
     "modern": dict(LLAMA_LIKE, qk_norm=True, mlp_bias=False),
+    "moe": dict(LLAMA_LIKE, qk_norm=True, mlp_bias=False),
     "llama": dict(LLAMA_LIKE, qk_norm=False),
     "qwen2": dict(LLAMA_LIKE, qk_norm=False, qkv_bias=True, attention_output_bias=False, mlp_bias=False),
 }  # fmt: skip
@@ -72,7 +85,8 @@ def column(table: str, architecture: str) -> list[tuple[str, str]]:
     """(ours, theirs) of whatever an architecture has of a table."""
     rows = [line.split() for line in table.strip().splitlines()]
     number = COLUMNS[architecture]
-    return [(row[0], row[number]) for row in rows if row[number] != "-"]
+    theirs = [row[number - 1] if row[number] == "=" else row[number] for row in rows]
+    return [(row[0], name) for row, name in zip(rows, theirs, strict=True) if name != "-"]
 
 
 def architecture_of(config: GPTConfig) -> str:
@@ -83,6 +97,7 @@ def architecture_of(config: GPTConfig) -> str:
     """
     for architecture, switches in SWITCHES.items():
         fits = all(getattr(config, name) == value for name, value in switches.items())
+        fits = fits and bool(config.n_experts) == (architecture == "moe")
         if architecture == "gpt2":  # has no other kinds of heads
             fits = fits and config.n_kv_heads == config.n_heads and config.head_dim * config.n_heads == config.d_model
         elif architecture != "qwen2":  # has one setting for all layers of attention
@@ -98,9 +113,15 @@ def architecture_of(config: GPTConfig) -> str:
 def parts_of(config: GPTConfig) -> dict[str, list[str]]:
     """The parts of a model with weights, {theirs: ours}."""
     parts: dict[str, list[str]] = {}
-    for ours, theirs in column(PARTS, architecture_of(config)):
-        for index in map(str, range(config.n_layers if "#" in ours else 1)):
-            parts.setdefault(theirs.replace("#", index), []).append(ours.replace("#", index))
+    rows = column(PARTS, architecture_of(config))
+    if config.n_experts:
+        rows += [(ours, theirs) for ours, theirs in map(str.split, EXPERTS.strip().splitlines())]
+    for ours, theirs in rows:
+        layers = range(config.n_layers if "#" in ours else 1)
+        experts = range(config.n_experts if "@" in ours else 1)
+        for layer, expert in product(map(str, layers), map(str, experts)):
+            name = theirs.replace("#", layer).replace("@", expert)
+            parts.setdefault(name, []).append(ours.replace("#", layer).replace("@", expert))
     return parts
 
 
@@ -166,6 +187,8 @@ def settings_for_transformers(config: GPTConfig) -> dict[str, Any]:
         settings["attention_bias"] = config.qkv_bias
     if architecture == "llama":
         settings["mlp_bias"] = config.mlp_bias
+    if architecture == "moe":
+        settings |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
     if config.rope_scaling and config.rope_scaling["rope_type"] == "dynamic":  # means the original context there
         settings["max_position_embeddings"] = config.rope_scaling["original_max_position_embeddings"]
     scaling = config.rope_scaling or {"rope_type": "default"}
@@ -188,5 +211,21 @@ def in_transformers(model: GPTModel, **settings: Any) -> Any:
     settings |= settings_for_transformers(config)
     kind = getattr(transformers, MODELS[architecture_of(config)])
     theirs = kind(kind.config_class(**settings)).eval()
-    theirs.load_state_dict(weights_for_transformers(model.state_dict(), config), strict=True)
+    weights = weights_for_transformers(model.state_dict(), config)
+    if config.n_experts:
+        weights = stack_experts(weights, config)
+    theirs.load_state_dict(weights, strict=True)
     return theirs
+
+
+def stack_experts(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+    """The weights of files as `transformers` has them in memory: all experts of a layer in one tensor (E, …)."""
+    stacked = {name: weight for name, weight in weights.items() if ".experts." not in name}
+    for layer in range(config.n_layers):
+        base = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([weights[f"{base}.{expert}.{part}_proj.weight"] for expert in range(config.n_experts)])
+            for part in ("gate", "up", "down")
+        )
+        stacked |= {f"{base}.gate_up_proj": torch.cat((gate, up), dim=1), f"{base}.down_proj": down}
+    return stacked

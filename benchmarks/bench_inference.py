@@ -200,7 +200,7 @@ def contestants(
         enter(f"ours {name}", Ours(prepared), bytes_read(prepared), limit)
     if find_spec("transformers"):
         enter("transformers FP32", Transformers(model), bytes_read(model), EXACT)
-    if find_spec("llama_cpp") and find_spec("gguf"):
+    if find_spec("llama_cpp"):
         for precision, limit in (("F32", EXACT), ("Q8_0", INTEGER)):
             path = write_gguf(model, folder / f"{precision}.gguf", precision)
             llama = LlamaCpp(path, config.max_seq_len, torch.get_num_threads())

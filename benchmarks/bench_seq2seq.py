@@ -26,12 +26,12 @@ import finetune  # noqa: E402
 from benchmarks.tables import Table, about, in_a_sentence, write_section  # noqa: E402
 from checkpoint import load_model, save_checkpoint  # noqa: E402
 from command_line import option, parse_config, run_main  # noqa: E402
-from evaluation.translation_scores import sacre_bleu  # noqa: E402
+from evaluation.text_metrics import sacre_bleu  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
 from inference.quantizer import load_translator  # noqa: E402
 from inference.text_generation import generate_texts  # noqa: E402
 from inference.translate import translate  # noqa: E402
-from seq2seq_trainer import SAMPLE_PAIRS, SAMPLE_TEST, Seq2SeqTrainer, Seq2SeqTrainingConfig, read_pairs  # noqa: E402
+from seq2seq_trainer import Seq2SeqTrainer, Seq2SeqTrainingConfig  # noqa: E402
 
 
 @dataclass
@@ -78,7 +78,8 @@ def train_decoder_only(config: BenchConfig, trainer: Seq2SeqTrainer, folder: Pat
     untrained, data = folder / "untrained.pth", folder / "pairs.json"
     state = model.state_dict()
     save_checkpoint(untrained, model_state=state, config=gpt_config, tokenizer=tokenizer, stage="pretrain")
-    pairs = trainer.both_ways(read_pairs(SAMPLE_PAIRS))
+    loop = trainer.loop
+    pairs = [*loop.train_data.texts, *loop.val_data.texts]  # SFT sets its own share of them aside
     records = [{"instruction": source, "response": target} for source, target in pairs]
     data.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     start = time.perf_counter()
@@ -98,8 +99,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(config.num_threads)
     facts = about()
     print(in_a_sentence(facts), flush=True)
-    pairs = read_pairs(SAMPLE_TEST)
-    ways = {"Chinese → English": pairs, "English → Chinese": [(target, source) for source, target in pairs]}
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         trainer = train_encoder_decoder(config, Path(scratch, "both"))
@@ -108,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         gpt_path, n_parameters, seconds = train_decoder_only(config, trainer, gpt_folder)
         translator, tokenizer, _ = load_translator(trainer.loop.best_path)
         gpt, gpt_tokenizer, _ = load_model(gpt_path)
+        ways = {"Chinese → English": trainer.test[::2], "English → Chinese": trainer.test[1::2]}
         for way, test in ways.items():
             sources, references = map(list, zip(*test, strict=True))
             found = translate(translator, tokenizer, sources, num_beams=1)
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         + [f"{row['seconds']:.0f}"]
         for row in rows
     ]
-    note = f"{len(pairs)} held-out pairs, greedy; {config.epochs:g} passes over the training pairs in both directions."
+    note = f"{len(references)} held-out pairs, greedy; {config.epochs:g} passes over the training pairs both ways."
     table = Table("Translation", note, header, cells)
     print(table.plain())
     if config.write:

@@ -19,21 +19,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from alignment.transformers_names import in_transformers
 from byte_level_bpe import ByteLevelBPETokenizer
+from exchange import gguf_files
+from exchange.outgoing import Outgoing
 from gpt_model import GPTModel
 from inference.engine import Engine
 from inference.sampling import SamplingParams
 
 END_OF_TEXT = "<|endoftext|>"
 LETTERS = string.ascii_lowercase + string.digits + "-"
-
-LLAMA_CPP_LAYER = {  # its names: ours, of which several stand below one another
-    "attn_norm": ("attention_norm",),
-    "attn_qkv": ("attention.query_proj", "attention.key_proj", "attention.value_proj"),
-    "attn_output": ("attention.output_proj",),
-    "ffn_norm": ("feed_forward_norm",),
-    "ffn_up": ("feed_forward.up_proj",),
-    "ffn_down": ("feed_forward.down_proj",),
-}
 
 
 class Generator(Protocol):
@@ -126,55 +119,15 @@ class LlamaCpp:
 
 
 def write_gguf(model: GPTModel, path: Path, precision: str) -> Path:
-    """The weights of a `gpt2` model as a GGUF file for llama.cpp.
+    """The weights of a model as a GGUF file for llama.cpp, with the tokenizer that random weights get here.
 
     Args:
         precision: "F32", or "Q8_0" for INT8 matrices in blocks of 32 with an FP16 scale each, the position table and
             vectors staying FP32, as llama.cpp's own tool quantizes.
     """
-    import gguf
-
-    config, ours = model.config, model.state_dict()
-    kind = gguf.GGMLQuantizationType[precision]
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.d_model)
-    writer.add_feed_forward_length(config.d_ff)
-    writer.add_block_count(config.n_layers)
-    writer.add_head_count(config.n_heads)
-    writer.add_layer_norm_eps(config.norm_eps)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{precision}" if precision != "F32" else "ALL_F32"])
-    tokens, merges = synthetic_vocabulary(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
-    writer.add_token_types([control] + [normal] * (len(tokens) - 1))
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-
-    def add(name: str, tensor: torch.Tensor, quantized: bool = True) -> None:
-        data = tensor.detach().float().contiguous().numpy()
-        if quantized and data.ndim == 2:
-            writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, data)
-
-    add("token_embd.weight", ours["token_embedding.weight"])
-    add("position_embd.weight", ours["position_embedding.weight"], quantized=False)
-    add("output_norm.weight", ours["final_norm.weight"])
-    add("output_norm.bias", ours["final_norm.bias"])
-    if not config.tie_embeddings:
-        add("output.weight", ours["lm_head.weight"])
-    for index in range(config.n_layers):
-        for (theirs, parts), suffix in product(LLAMA_CPP_LAYER.items(), ("weight", "bias")):
-            weights = [ours[f"layers.{index}.{part}.{suffix}"] for part in parts]
-            add(f"blk.{index}.{theirs}.{suffix}", torch.cat(weights))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tokenizer = synthetic_tokenizer(model.config.vocab_size)
+    outgoing = Outgoing(path, model.state_dict(), model.config, tokenizer, {"stage": "pretrain"})
+    gguf_files.write_gguf(outgoing, path, precision, adds_bos=False)
     return path
 
 

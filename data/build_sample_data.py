@@ -43,7 +43,7 @@ LONG_ANSWER_INSTRUCTIONS = 3  # records for each explanation; for other facts 2,
 QUESTIONS_IN_TEXT = 3  # how often the pretraining text asks for each fact
 CANONICAL_IN_TEXT = 2  # how often it states the fact in the canonical form, besides each other form once
 PRACTICE = {  # examples in the pretraining text, a language
-    "addition": 4400, "subtraction": 3300, "comparing": 1000, "sorting": 1200, "counting": 1000, "summarising": 480,
+    "addition": 1600, "subtraction": 1600, "comparing": 1000, "sorting": 1200, "counting": 1000, "summarising": 480,
 }  # fmt: skip
 SPACE = {"zh": "", "en": " "}  # between sentences
 DEFECTS = ("wrong", "cut_off", "repetitive", "rude", "plain")

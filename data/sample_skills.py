@@ -55,22 +55,45 @@ def _slip(result: int, rng: Random) -> str:
     return str(rng.choice([wrong for slip in (1, 2, 10, 20) for wrong in (result - slip, result + slip) if wrong >= 0]))
 
 
+def _sum_fields(pair: Operands, _: str) -> dict[str, str]:
+    """The sum place by place, as on paper: 37 + 45 by {u} "7 + 5 = 12" and {t} "3 + 4 + 1 = 8"."""
+    x, y = pair
+    ones, carry = x % 10 + y % 10, (x % 10 + y % 10) // 10
+    tens = f"{x // 10} + {y // 10}" + " + 1" * carry
+    return {
+        "x": str(x), "y": str(y), "b": str(x + y),
+        "u": f"{x % 10} + {y % 10} = {ones}", "t": f"{tens} = {x // 10 + y // 10 + carry}",
+    }  # fmt: skip
+
+
+def _difference_fields(pair: Operands, _: str) -> dict[str, str]:
+    """The difference place by place, as on paper: 52 - 37 by {u} "12 - 7 = 5" and {t} "5 - 3 - 1 = 1"."""
+    x, y = pair
+    borrow = int(x % 10 < y % 10)
+    ones = x % 10 + 10 * borrow
+    tens = f"{x // 10} - {y // 10}" + " - 1" * borrow
+    return {
+        "x": str(x), "y": str(y), "b": str(x - y),
+        "u": f"{ones} - {y % 10} = {ones - y % 10}", "t": f"{tens} = {x // 10 - y // 10 - borrow}",
+    }  # fmt: skip
+
+
 ADDITION = Skill(
     "addition",
     draw=_two_numbers,
-    fields=lambda pair, _: {"x": str(pair[0]), "y": str(pair[1]), "b": str(pair[0] + pair[1])},
+    fields=_sum_fields,
     wrong=lambda pair, rng: _slip(pair[0] + pair[1], rng),
     all_operands=tuple((x, y) for x in NUMBERS for y in NUMBERS),
     wordings={
         "zh": Wording(
-            canonical="{x} + {y} = {b}。", says=("{x} + {y} = {b}",),
+            canonical="{u}，{t}，{x} + {y} = {b}。", says=("{u}，{t}，{x} + {y} = {b}",),
             asks=("{x} + {y} = ？", "{x}加{y}等于多少？", "计算 {x} + {y}。", "求{x}与{y}的和。",
                   "请问 {x} + {y} 等于几？", "{x} + {y} 是多少？", "把{x}和{y}加起来。", "帮我算一下 {x} + {y}。",
                   "{x}和{y}相加得多少？", "我有{x}元，又得到{y}元，一共多少元？", "请告诉我 {x} + {y} 的结果。"),
             held_out_asks=("{x}与{y}的和是多少？", "请计算{x}加{y}。", "你能算出 {x} + {y} 吗？"),
         ),
         "en": Wording(
-            canonical="{x} + {y} = {b}.", says=("{x} + {y} = {b}",),
+            canonical="{u}, {t}, {x} + {y} = {b}.", says=("{u}, {t}, {x} + {y} = {b}",),
             asks=("{x} + {y} = ?", "What is {x} + {y}?", "Calculate {x} + {y}.", "Add {x} and {y}.",
                   "How much is {x} plus {y}?", "{x} plus {y} is what?", "Find the sum of {x} and {y}.",
                   "Please work out {x} + {y}.", "Could you add {x} and {y} for me?",
@@ -83,19 +106,19 @@ ADDITION = Skill(
 SUBTRACTION = Skill(
     "subtraction",
     draw=lambda rng: tuple(sorted(_two_numbers(rng), reverse=True)),
-    fields=lambda pair, _: {"x": str(pair[0]), "y": str(pair[1]), "b": str(pair[0] - pair[1])},
+    fields=_difference_fields,
     wrong=lambda pair, rng: _slip(pair[0] - pair[1], rng),
     all_operands=tuple((x, y) for x in NUMBERS for y in NUMBERS if x >= y),
     wordings={
         "zh": Wording(
-            canonical="{x} - {y} = {b}。", says=("{x} - {y} = {b}",),
+            canonical="{u}，{t}，{x} - {y} = {b}。", says=("{u}，{t}，{x} - {y} = {b}",),
             asks=("{x} - {y} = ？", "{x}减{y}等于多少？", "计算 {x} - {y}。", "求{x}与{y}的差。",
                   "请问 {x} - {y} 等于几？", "{x} - {y} 是多少？", "从{x}里减去{y}。", "帮我算一下 {x} - {y}。",
                   "{x}减去{y}得多少？", "我有{x}元，花掉{y}元，还剩多少元？", "请告诉我 {x} - {y} 的结果。"),
             held_out_asks=("{x}与{y}的差是多少？", "请计算{x}减{y}。", "你能算出 {x} - {y} 吗？"),
         ),
         "en": Wording(
-            canonical="{x} - {y} = {b}.", says=("{x} - {y} = {b}",),
+            canonical="{u}, {t}, {x} - {y} = {b}.", says=("{u}, {t}, {x} - {y} = {b}",),
             asks=("{x} - {y} = ?", "What is {x} - {y}?", "Calculate {x} - {y}.", "From {x} take away {y}.",
                   "How much is {x} minus {y}?", "{x} minus {y} is what?", "Find the difference of {x} and {y}.",
                   "Please work out {x} - {y}.", "Could you take {y} from {x} for me?",

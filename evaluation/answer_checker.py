@@ -105,6 +105,13 @@ def preference_reward(prompts: Sequence[str], responses: Sequence[str], records:
     return scores
 
 
+def better_answer(question: str, first: str, second: str, record: dict) -> float:
+    """How much more the first answer earns than the second one, see `preference_reward`: a judge for
+    `evaluation.side_by_side`."""
+    one, other = preference_reward([question] * 2, [first, second], [record] * 2)
+    return one - other
+
+
 def _split_closings(text: str) -> tuple[str, list[str]]:
     """Take the known phrases off the end: ("Paris. I hope this helps.") → ("Paris.", ["I hope this helps."])."""
     closings: list[str] = []

@@ -8,94 +8,33 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
-from rouge import Rouge
+import numpy as np
+from sacrebleu.metrics import CHRF
 
-from checkpoint import existing_parent
-from command_line import UserError, replacing
+from command_line import UserError, existing_parent, replacing
 from evaluation.answer_checker import check_answer
+from evaluation.intervals import Interval, bootstrap_mean, middle, resampled_sums, wilson
+from evaluation.score_page import ScorePage, figures_of
+from evaluation.text_metrics import (
+    ROUGE_NAMES,
+    bleu_interval,
+    bleu_metric,
+    corpus_bleu_score,
+    corpus_score,
+    distinct,
+    numbers_match,
+    repetition,
+    rouge_scores,
+)
 from inference.request import Generation
 from text.account import Account
 from text.chat_template import Message
 from text.conversation_data import load_records, parse_conversation
-
-# -- texts against references ------------------------------------------------------------------------------------------
-
-_UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and Han characters
-_SEGMENT = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[.'’-][^\W{_UNSPACED}]+)*|[^\w\s]")
-ROUGE_NAMES = ("rouge-1", "rouge-2", "rouge-l")
-ROUGE_MAX_SEGMENTS = 300  # the library `rouge` recurses once a segment; Python allows about 1,000 calls
-
-
-def segment(text: str) -> list[str]:
-    """Cut a text into what BLEU and ROUGE count: Chinese and Japanese characters, other words, punctuation marks.
-
-    Chinese has no spaces. Split on spaces, a sentence is one "word", and even a nearly right answer scores 0.
-    """
-    return _SEGMENT.findall(text)
-
-
-References = str | Sequence[str]  # one right text, or several
-
-
-def _texts(references: References) -> Sequence[str]:
-    return [references] if isinstance(references, str) else references
-
-
-def corpus_bleu_score(predictions: Sequence[str], references: Sequence[References]) -> float:
-    """BLEU of a corpus (Papineni et al., 2002), 0 … 1, over the segments of `segment`, by nltk.
-
-    Of several references, an n-gram may stand in any, and the length closest to the prediction's is the one compared.
-    Up to 4-grams, or fewer where no reference is that long: "42" against "42" is 1. An n-gram order without a match
-    counts as 0.1 matches (method 1 of Chen and Cherry, 2014).
-    """
-    require_same_length(predictions, references)
-    right = [[segment(text) for text in _texts(texts)] for texts in references]
-    order = max(1, min(4, max((len(words) for texts in right for words in texts), default=0)))
-    smoothing = SmoothingFunction().method1
-    return float(corpus_bleu(right, [segment(text) for text in predictions], (1 / order,) * order, smoothing))
-
-
-def rouge_scores(prediction: str, reference: References) -> dict[str, float]:
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004), 0 … 1, over the segments of `segment`, by the library `rouge`.
-
-    Repetitions count as often as the reference has them. Equal texts score 1, however short; an empty one scores 0
-    against a text. Only the first 300 segments of a text are compared. Of several references the best one counts, for
-    each of the three by itself (section 2.1 of the paper).
-    """
-    scores = [_rouge_of_one(prediction, text) for text in _texts(reference)]
-    return {name: max(score[name] for score in scores) for name in ROUGE_NAMES}
-
-
-def _rouge_of_one(prediction: str, reference: str) -> dict[str, float]:
-    words, expected = segment(prediction)[:ROUGE_MAX_SEGMENTS], segment(reference)[:ROUGE_MAX_SEGMENTS]
-    if words == expected or not words or not expected:
-        return dict.fromkeys(ROUGE_NAMES, float(words == expected))
-    # Numbers in place of words: the library would take every full stop for the end of a sentence
-    numbers = {word: str(number) for number, word in enumerate(dict.fromkeys(words + expected))}
-    texts = (" ".join(numbers[word] for word in side) for side in (words, expected))
-    scores = Rouge(exclusive=False).get_scores(*texts)[0]  # clipped counts as in the paper; the default counts sets
-    return {name: scores[name]["f"] for name in ROUGE_NAMES}
-
-
-def mean_rouge_scores(predictions: Sequence[str], references: Sequence[References]) -> dict[str, float]:
-    """The means of `rouge_scores` over a corpus."""
-    require_same_length(predictions, references)
-    scores = [rouge_scores(*pair) for pair in zip(predictions, references, strict=True)]
-    return {name: _mean([score[name] for score in scores]) for name in ROUGE_NAMES}
-
-
-def require_same_length(predictions: Sequence[str], references: Sequence[References]) -> None:
-    """Raise a `ValueError` unless each prediction has its reference, or references."""
-    if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions cannot be compared with {len(references)} references")
-
 
 # -- questions and their answers ---------------------------------------------------------------------------------------
 
@@ -178,9 +117,13 @@ def grade(question: Question, generation: Generation, likelihood: ReferenceScore
         "prediction": generation.text,
         "ended": generation.ended,
         "tokens": len(generation.token_ids) - generation.ended,  # </s> is not part of the answer
+        "repetition": repetition(generation.text),
         **rouge_scores(generation.text, question.references),
         **{name: fields[name] for name in ("references", "answer", "skill", "language", "held_out") if name in fields},
     }
+    number = numbers_match(generation.text, question.references)
+    if number is not None:
+        graded["number"] = number
     if likelihood is not None:
         graded |= {f"reference_{name}": value for name, value in likelihood._asdict().items()}
     if "answer" not in fields:
@@ -190,17 +133,20 @@ def grade(question: Question, generation: Generation, likelihood: ReferenceScore
     return {**graded, **asdict(check), "preferred": check.preferred}
 
 
+WORST = 30  # answers on the page
+SHARES = ("exact", "number", "preferred", "complete", "polite", "repetitive", "rude", "ended")
+
+
 def score_answers(graded: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Scores of a group of graded answers: shares (0 … 1), BLEU, ROUGE, and the mean length in tokens."""
     predictions = [row["prediction"] for row in graded]
     references = [[row["reference"], *row.get("references", [])] for row in graded]
-    names = ("exact", "preferred", "complete", "polite", "repetitive", "rude", "ended")
-    flags = {name: [row[name] for row in graded if name in row] for name in names}
+    flags = {name: [row[name] for row in graded if name in row] for name in SHARES}
     return {
         "count": len(graded),
         **{name: _mean(values) for name, values in flags.items() if values},
         "bleu": corpus_bleu_score(predictions, references),
-        **{name: _mean([row[name] for row in graded]) for name in ROUGE_NAMES},
+        **{name: _mean([row[name] for row in graded]) for name in (*ROUGE_NAMES, "repetition")},
         **_likelihood_of_references(graded),
         "mean_tokens": _mean([row["tokens"] for row in graded]),
     }
@@ -219,12 +165,44 @@ def _likelihood_of_references(graded: Sequence[Mapping[str, Any]]) -> dict[str, 
     }
 
 
+def score_all_answers(graded: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """`score_answers` of all graded answers, what is only computed for all, and how certain it is.
+
+    Args:
+        seed: of the bootstrap.
+
+    Returns:
+        {"scores": also with "sacrebleu" and "chrf", 0 … 100, and "distinct_1", "distinct_2"; "intervals": the 95 %
+        interval of each, see evaluation/intervals.py; "signatures": sacreBLEU's}
+    """
+    predictions = [row["prediction"] for row in graded]
+    references = [[row["reference"], *row.get("references", [])] for row in graded]
+    scores: dict[str, Any] = score_answers(graded)
+    intervals: dict[str, Interval] = {"bleu": bleu_interval(predictions, references, seed)}
+    signatures = {}
+    for name, metric in (("sacrebleu", bleu_metric(references)), ("chrf", CHRF())):
+        scores[name], intervals[name], signatures[name] = corpus_score(metric, predictions, references, seed)
+    for name in SHARES:
+        if flags := [row[name] for row in graded if name in row]:
+            intervals[name] = wilson(sum(flags), len(flags))
+    for name, field in (*((name, name) for name in (*ROUGE_NAMES, "repetition")), ("mean_tokens", "tokens")):
+        intervals[name] = bootstrap_mean(np.array([row[field] for row in graded]), seed)
+    if scored := [row for row in graded if row.get("reference_tokens")]:
+        rows = [[row[f"reference_{name}"] for name in ReferenceScore._fields] for row in scored]
+        nats, hits, tokens = resampled_sums(np.array(rows, dtype=float), seed).T
+        intervals["reference_perplexity"] = middle(np.exp(np.minimum(nats / tokens, 700.0)))
+        intervals["token_accuracy"] = middle(hits / tokens)
+    scores |= {f"distinct_{order}": distinct(predictions, order) for order in (1, 2)}
+    return {"scores": scores, "intervals": intervals, "signatures": signatures}
+
+
 def report_answers(
     questions: Sequence[Question],
     generations: Sequence[Generation],
     likelihoods: Sequence[ReferenceScore | None] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Grade all answers: "scores" of all, "by_skill", "by_language", "by_held_out", and each of the "predictions".
+    """Grade all answers: see `score_all_answers`; "by_skill", "by_language", "by_held_out"; and all "predictions".
 
     Raises:
         UserError: there is no question.
@@ -240,7 +218,7 @@ def report_answers(
             groups.setdefault(key(row), []).append(row)
         return {name: score_answers(groups[name]) for name in sorted(groups)}
 
-    report: dict[str, Any] = {"scores": score_answers(graded)}
+    report = score_all_answers(graded, seed)
     for name in ("skill", "language", "held_out"):
         if any(name in row for row in graded):
             report[f"by_{name}"] = scores_by(lambda row, name=name: str(row.get(name)))
@@ -296,6 +274,40 @@ def answers_table(report: Mapping[str, Any]) -> str:
     return format_table([*headings, "tokens"], rows)
 
 
+def interval_table(report: Mapping[str, Any]) -> str:
+    """Each of a report's figures with its 95 % interval, as a table."""
+    rows = [
+        [name, f"{report['scores'][name]:.4f}", f"{low:.4f} … {high:.4f}"]
+        for name, (low, high) in report["intervals"].items()
+    ]
+    return format_table(["figure", "value", "95 % interval"], rows)
+
+
+def answers_page(report: Mapping[str, Any], title: str, about: Mapping[str, Any]) -> ScorePage:
+    """A report of answers as a page; the worst are the wrong ones of lowest ROUGE-L."""
+    rows = report["predictions"]
+    bins = np.histogram([row["rouge-l"] for row in rows], bins=20, range=(0, 1))[0].tolist()
+
+    def badness(row: Mapping[str, Any]) -> tuple[float, float]:
+        return row["rouge-l"], -row.get("reference_nats", 0.0)
+
+    names = ("instruction", "reference", "prediction", "skill", "rouge-l", "ended")
+    wrong = sorted((row for row in rows if not row["exact"]), key=badness)
+    worst = [{name: row[name] for name in names if name in row} for row in wrong[:WORST]]
+    groups = {
+        f"Exactly right, by {name.replace('_', ' ')}": [
+            (key, scores["count"], scores["exact"], wilson(scores["exact"] * scores["count"], scores["count"]))
+            for key, scores in report[f"by_{name}"].items()
+        ]
+        for name in ("skill", "language", "held_out")
+        if f"by_{name}" in report
+    }
+    return ScorePage(
+        title, about, figures_of(report), report["signatures"], groups, histograms={"Answers by ROUGE-L": bins},
+        worst=[{**row, "ended": "yes" if row["ended"] else "no"} for row in worst],
+    )  # fmt: skip
+
+
 def answers_summary(report: Mapping[str, Any]) -> str:
     """The main scores of answers in one line."""
     scores = report["scores"]
@@ -309,9 +321,10 @@ def answers_summary(report: Mapping[str, Any]) -> str:
             f"{scores['token_accuracy']:.1%}"
         )
     rouge = ", ".join(f"{name.upper()} {scores[name]:.3f}" for name in ROUGE_NAMES)
+    number = f", the last number right {scores['number']:.1%}" if "number" in scores else ""
     return (
-        f"{scores['count']} questions, exact {scores['exact']:.1%}{preferred}, BLEU {scores['bleu']:.3f}, {rouge}, "
-        f"{scores['mean_tokens']:.1f} tokens an answer, {scores['ended']:.1%} ended{likelihood}"
+        f"{scores['count']} questions, exact {scores['exact']:.1%}{preferred}{number}, BLEU {scores['bleu']:.3f}, "
+        f"{rouge}, {scores['mean_tokens']:.1f} tokens an answer, {scores['ended']:.1%} ended{likelihood}"
     )
 
 

@@ -24,13 +24,13 @@ import torch
 from alignment.transformers_names import MODELS, architecture_of, each_for_transformers, settings_for_transformers
 from checkpoint import require_disk_space
 from command_line import option, parse_config, run_main
-from exchange.gguf_files import PRECISIONS, write_gguf
+from exchange.gguf_files import PRECISIONS, architecture_in_gguf, write_gguf
 from exchange.model_card import model_card
 from exchange.modelfile import adds_bos, modelfile
 from exchange.outgoing import Outgoing, filled_folder, open_checkpoint
 from inference.kernels.linear_products import DTYPES, kind_of
 
-MODEL_TYPES = {"gpt2": "gpt2", "modern": "qwen3", "llama": "llama", "qwen2": "qwen2"}
+MODEL_TYPES = {"gpt2": "gpt2", "modern": "qwen3", "llama": "llama", "qwen2": "qwen2", "moe": "qwen3_moe"}
 SAFETENSORS = {"fp32": ("F32", "float32"), "fp16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 Tensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
 
@@ -148,6 +148,7 @@ def export_gguf(model: Outgoing, folder: Path, precision: str) -> tuple[Path, li
     Raises:
         UserError: llama.cpp has no such model, or the folder cannot be written.
     """
+    architecture_in_gguf(model.config)  # refuses what cannot be written before there is a folder
     require_disk_space(folder, sum(tensor.numel() for tensor in model.state.values()) * 4)
     name = f"{model.path.stem}-{precision}.gguf"
     text, notes = modelfile(name, model.tokenizer, model.config.max_seq_len, model.is_chat_model)

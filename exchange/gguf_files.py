@@ -322,6 +322,8 @@ def architecture_in_gguf(config: GPTConfig) -> str:
         UserError: it cannot compute this model.
     """
     ours = architecture_of(config)
+    if ours not in ARCHITECTURES.values():
+        raise UserError("experts are not written to GGUF here; export without --gguf and use llama.cpp's converter")
     theirs = next(name for name, own in ARCHITECTURES.items() if own == ours)
     scaling = config.rope_scaling or {"rope_type": "none"}
     if scaling["rope_type"] == "dynamic" or (scaling["rope_type"] == "llama3" and theirs != "llama"):

@@ -42,6 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": dict(head_dim=None),
     "Qwen2ForCausalLM": dict(head_dim=None),
     "Qwen3ForCausalLM": dict(head_dim=128),
+    "Qwen3MoeForCausalLM": dict(head_dim=None, router_aux_loss_coef=0.001, norm_topk_prob=False),
 }
 ROPE_DEFAULTS = dict(rms_norm_eps=1e-6, tie_word_embeddings=False)
 
@@ -55,12 +56,16 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "partial_rotary_factor": (1.0,),
     "rope_interleaved": (False,),
+    "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": (None, []),
 }
 # Fields about something else: training, what a library does with the model, where it comes from
 ELSEWHERE = {
     "architectures", "attention_dropout", "attn_pdrop", "bos_token_id", "chunk_size_feed_forward",
     "cross_attention_hidden_size", "decoder_start_token_id", "do_sample", "dtype", "early_stopping", "embd_pdrop",
     "eos_token_id", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range",
+    "intermediate_size", "num_local_experts", "output_router_logits",  # of experts; of others the first is a size
     "is_decoder", "is_llama_config", "label2id", "length_penalty", "max_length", "max_window_layers", "min_length",
     "model_type", "n_ctx", "name_or_path", "num_beams", "output_attentions", "output_hidden_states", "pad_token_id",
     "prefix", "pretraining_tp", "problem_type", "pruned_heads", "reorder_and_upcast_attn", "repetition_penalty",
@@ -161,7 +166,7 @@ def config_from(
         UserError: another architecture, or a field that is not known.
         ValueError, TypeError, AttributeError: they make no model.
     """
-    theirs = (content.get("architectures") or ["none"])[0]
+    theirs = (content.get("architectures") or ["model of no named class"])[0]
     if theirs not in CLASSES:
         raise UserError(f"{folder} holds a {theirs}; the architectures that are known are {', '.join(CLASSES)}")
     architecture = CLASSES[theirs]
@@ -171,6 +176,8 @@ def config_from(
             f"{folder} is quantized ({method}), and its weights would have to be unpacked as that program does; take "
             "the model that it was made from, or a GGUF file of it"
         )
+    if "num_local_experts" in content:  # as newer versions of `transformers` write it
+        content = {"num_experts": content["num_local_experts"], **content}
     sizes = column(SIZES, architecture)
     values = DEFAULTS[theirs] | ({} if architecture == "gpt2" else ROPE_DEFAULTS) | content
     refuse_unknown_fields(content, folder, {name for _, name in sizes}, ignored)
@@ -283,7 +290,9 @@ class WeightFiles:
         for name in ("model.safetensors", "pytorch_model.bin"):
             index = self.folder / f"{name}.index.json"
             if index.is_file():
-                shards = read_json(index, "")["weight_map"]
+                shards = read_json(index, "").get("weight_map")
+                if not isinstance(shards, dict):
+                    raise UserError(f"{index} is damaged (it has no weight_map); fetch it again")
                 files = {tensor: self.folder / Path(str(shard)).name for tensor, shard in shards.items()}
                 missing = sorted({path.name for path in files.values() if not path.is_file()})
                 if missing:
@@ -323,14 +332,13 @@ class WeightFiles:
 
     def kind(self) -> str:
         """In which type the matrices lose nothing and waste nothing."""
-        matrices = [name for name in self.used if len(self.shape(name)) > 1]
-        dtypes = set()
-        for name in matrices:
-            file = _opened(self.file_of[self._stored(name)])
-            stored = self._stored(name)
-            dtypes.add(file[stored].dtype if isinstance(file, dict) else file.get_slice(stored).get_dtype())
-        named = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-        return kind_of_all({named.get(dtype, dtype) for dtype in dtypes})
+        return kind_of_all({self._dtype(name) for name in self.used if len(self.shape(name)) > 1})
+
+    def _dtype(self, name: str) -> torch.dtype | str:
+        """In which type a tensor is stored; a type that is not read here by its name."""
+        file, stored = _opened(self.file_of[self._stored(name)]), self._stored(name)
+        found = file[stored].dtype if isinstance(file, dict) else file.get_slice(stored).get_dtype()
+        return FLOATS.get(found, found)
 
     def checked_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all weights by our names.
@@ -358,6 +366,11 @@ class WeightFiles:
                         f"{self._stored(theirs_now)} in {self.folder} has the shape {found}, and by config.json it "
                         f"should have {shape}"
                     )
+                if (dtype := self._dtype(theirs_now)) not in FLOATS.values():
+                    raise UserError(
+                        f"{self._stored(theirs_now)} in {self.folder} is stored as {dtype}, which only the program "
+                        "that made it can unpack; take the model with weights of 16 or 32 bits"
+                    )
         head = {"lm_head.weight"} if self.config.tie_embeddings else set()  # written twice, or once
         known = {self._stored(name) for name in self.used} | head
         rest = [name for name in self.file_of if name not in known and not name.endswith(BUFFERS)]
@@ -371,6 +384,7 @@ class WeightFiles:
 
 # What older versions of `transformers` saved although it follows from the configuration
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @functools.lru_cache(maxsize=64)

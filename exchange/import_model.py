@@ -14,12 +14,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import require_writable_folder, save_checkpoint
-from command_line import UserError, option, parse_config, run_main
+from checkpoint import save_checkpoint
+from command_line import UserError, option, parse_config, require_writable_folder, run_main
 from exchange.gguf_files import open_gguf
 from exchange.hugging_face import open_folder
 from exchange.peft_adapters import import_adapters
 from exchange.sources import WEIGHTS, Source, bytes_in_memory, require_room, take_in
+from inference.request import recommended_sampling
 
 
 @dataclass
@@ -76,6 +77,9 @@ def import_model(config: ImportConfig) -> Path:
     print(f"{source.architecture}, {n_weights / 1e6:.1f} million parameters, {size:.0f} MiB as {kind}")
     for note in source.notes:
         print(note)
+    if recommended := recommended_sampling(source.tokenizer):
+        listed = ", ".join(f"{name} {value:g}" for name, value in recommended.items())
+        print(f"answers are sampled as its makers recommend, unless you say otherwise: {listed}")
     if not source.has_template:
         print("no chat template came with it: this project's own is used, once the model is fine-tuned with it")
     state = take_in(source, kind)

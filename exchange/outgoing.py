@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import config_of, load_checkpoint, load_model, require_writable_folder, tokenizer_of
-from command_line import UserError
+from checkpoint import config_of, load_checkpoint, load_model, tokenizer_of
+from command_line import UserError, require_writable_folder
 from gpt_model import GPTConfig
 
 

@@ -130,7 +130,8 @@ class CrossOrigin:
 
 app = FastAPI(
     title="GPT generation service",
-    description="Text generation with a model of one's own.",
+    description="Text generation with a model of one's own. Sampling settings that a request leaves out are those that "
+    "came with the model, where its makers recommend any (/v1/models shows them), and otherwise the defaults here.",
     lifespan=lifespan,
     docs_url=None,  # FastAPI's pages load scripts from other hosts
     redoc_url=None,
@@ -163,9 +164,10 @@ async def generate(request: Request) -> Response:
     """Answer a question (or continue a text, if the model was only pretrained)."""
     service: Service = request.state.service
     body = await read_request(request, GenerateRequest, invalid=422)
-    chat = service.ready().chat
+    served = service.ready()
+    params, form = body.params(served.recommended), form_of(body)
     answer = await service.answer(
-        [body.prefix], body.params(), chat=chat, streamed=body.stream, invalid=422, form=form_of(body)
+        [body.prefix], params, chat=served.chat, streamed=body.stream, invalid=422, form=form
     )
 
     def complete(text: str, reason: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ from command_line import UserError, option, parse_config, replacing, run_main
 from inference.engine import Engine
 from inference.kernels.native_code import cache_folder
 from inference.quantizer import load_any
-from inference.request import RequestFailed, encode_prompt
+from inference.request import RequestFailed, encode_prompt, recommended_sampling
 from inference.sampling import SamplingParams
 from machine import resolve_device
 from text.chat_template import Message
@@ -74,6 +74,7 @@ class Partner(Protocol):
     """Whoever answers."""
 
     name: str
+    recommended: dict[str, float]  # by the model's makers, of the sampling settings that were not given
 
     def answer(self, messages: list[Message]) -> Iterator[str]:
         """The answer, piece by piece; closing the iterator ends it.
@@ -93,6 +94,7 @@ class LocalModel:
         if checkpoint["stage"] == "pretrain":
             raise UserError(f"{config.model_path} was only pretrained and cannot converse; give one after --mode sft")
         self.config, self.name = config, config.model_path
+        self.recommended = recommended_sampling(self.tokenizer, config.given)
         self.engine = Engine(self.model, self.tokenizer, max_running=1)
         self.engine.start()
 
@@ -106,7 +108,7 @@ class LocalModel:
         if room < 1:
             raise ContextFull
         config = self.config
-        settings = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0, "seed": config.seed}
+        settings = {"temperature": config.temperature, "top_p": config.top_p, **self.recommended, "seed": config.seed}
         params = SamplingParams(config.max_tokens or room, **settings)
         yield from self.engine.submit(ids, params).stream()
 
@@ -118,10 +120,12 @@ class Service:
         self.config = config
         try:
             with self._open("/v1/models") as reply:
-                self.name = json.load(reply)["data"][0]["id"]
+                served = json.load(reply)["data"][0]
+            self.name = served["id"]
+            self.recommended = {k: v for k, v in served.get("sampling", {}).items() if k not in config.given}
         except RequestFailed as failure:
             raise UserError(f"--url {config.url}: {failure}") from None
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"--url {config.url} is no service of this kind: it names no model") from None
 
     def _open(self, path: str, body: dict | None = None):  # noqa: ANN202 (a response)
@@ -149,8 +153,9 @@ class Service:
         """See `Partner.answer`."""
         config = self.config
         limits = {"max_tokens": config.max_tokens or None, "seed": config.seed}
-        body = {"model": self.name, "messages": messages, "temperature": config.temperature, "top_p": config.top_p}
-        with self._open("/v1/chat/completions", {**body, **limits, "stream": True}) as reply:
+        settings = {"temperature": config.temperature, "top_p": config.top_p, **self.recommended}
+        body = {"model": self.name, "messages": messages, **settings, **limits, "stream": True}
+        with self._open("/v1/chat/completions", body) as reply:
             for line in reply:
                 data = line.removeprefix(b"data:").strip()
                 if not line.startswith(b"data:") or data == b"[DONE]":
@@ -292,6 +297,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(ChatConfig, argv, description="Talk with a model in the terminal.")
     partner = Service(config) if config.url else LocalModel(config)
     conversation = Conversation(partner, config.system)
+    if partner.recommended:
+        _say("as the model's makers recommend: " + ", ".join(f"{k} {v}" for k, v in partner.recommended.items()))
     _say(f"{partner.name}; /help lists the commands, Ctrl-D leaves")
     with line_history():
         while True:

@@ -41,7 +41,7 @@ from inference.kernels.known_parts import refuse_other_forward
 from inference.kernels.paged_attention import BLOCK_SIZE
 from inference.paged_cache import PagedCache
 from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, checked_ids
-from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, sample_batch
+from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, log_probs_of, sample_batch
 from inference.text_stream import TextStream
 
 logger = logging.getLogger(__name__)
@@ -345,10 +345,11 @@ class Engine:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_running:
             request = next(iter(self.waiting))
-            if not self.cache.has_room(request.context, spare=len(self.running)) or self._is_being_computed(request):
+            known = request.findable
+            if not self.cache.has_room(request.context, len(self.running), known) or self._is_being_computed(request):
                 break
             del self.waiting[request]
-            request.sequence = self.cache.open(request.context)
+            request.sequence = self.cache.open(request.context, known)
             self._statistics.tokens_reused += request.sequence.length
             self._statistics.tokens_looked_up += len(request.context)
             if request.admitted is None:
@@ -359,10 +360,11 @@ class Engine:
 
     def _is_being_computed(self, request: Request) -> bool:
         """Whether waiting pays: a running request is about to store a further block of this one's prompt."""
-        n_shared = self.cache.known_length(request.context) + BLOCK_SIZE
-        if not self.cache.reuse_prefixes or len(request.context) <= n_shared:
+        findable = request.findable
+        n_shared = self.cache.known_length(findable) + BLOCK_SIZE
+        if not self.cache.reuse_prefixes or len(findable) <= n_shared:
             return False
-        beginning = request.context[:n_shared]
+        beginning = findable[:n_shared]
         return any(
             other.sequence.length < n_shared < len(other.context) and other.context[:n_shared] == beginning
             for other in self.running
@@ -417,15 +419,25 @@ class Engine:
         if self._has_new_requests:
             self._look_at_model()
         ids, ends, complete = [], [], []  # N tokens in one row; where each span ends in it; which spans are continued
+        wanted: list[int] = []  # those of the tokens whose logits are needed
+        continued: list[int] = []  # which of these are continued; the others belong to prompts that are scored
+        scored: list[tuple[Request, range, range]] = []  # the others' positions in the prompt, and in `wanted`
         for index, (request, n_new) in enumerate(spans):
             start = request.sequence.length
+            row = len(ids) - start  # of position 0
             ids += request.context[start : start + n_new]
             ends.append(len(ids))
+            unscored = request.unscored
+            if positions := range(max(start, unscored.start), min(start + n_new, unscored.stop)):
+                scored.append((request, positions, range(len(wanted), len(wanted) + len(positions))))
+                wanted += range(row + positions.start, row + positions.stop)
             if start + n_new == len(request.context):
                 complete.append(index)
+                continued.append(len(wanted))
+                wanted.append(len(ids) - 1)
         self.cache.begin_step([(request.sequence, n_new) for request, n_new in spans])
         before_model = time.perf_counter()
-        hidden, logits = self.forward(ids, [ends[index] - 1 for index in complete])  # (N, D), (B, V)
+        hidden, logits = self.forward(ids, wanted)  # (N, D), (W, V)
         finite = [True] * len(spans)
         # What reaches the logits is looked at there. The other tokens leave keys and values that would spoil what comes
         # after them. A sum is not finite if one of its numbers is not
@@ -436,8 +448,13 @@ class Engine:
             torch.cuda.synchronize(self.device)
         before_sampling = time.perf_counter()
         sampled = SampledTokens([], [], [])
+        for request, positions, rows in scored:
+            followers = request.prompt_ids[positions.start + 1 : positions.stop + 1]
+            k = request.params.prompt_logprobs
+            request.prompt_log_probs += log_probs_of(logits[rows.start : rows.stop], followers, k)
         if complete:
-            sampled = sample_batch(logits, [spans[index][0].sampler for index in complete])
+            of_answers = logits[continued] if scored else logits  # (B, V)
+            sampled = sample_batch(of_answers, [spans[index][0].sampler for index in complete])
         done = time.perf_counter()
         self._statistics.model_seconds += before_sampling - before_model
         self._statistics.sampling_seconds += done - before_sampling

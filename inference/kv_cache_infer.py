@@ -29,7 +29,7 @@ from gpt_model import GPTModel
 from inference.beam_search import BeamSettings, beam_search
 from inference.engine import Engine
 from inference.quantizer import load_any
-from inference.request import Prompt, RequestFailed, encode_prompt
+from inference.request import Prompt, RequestFailed, encode_prompt, recommended_sampling
 from inference.sampling import OVERFLOWS, SamplingParams
 from machine import resolve_device
 from transformer_components import KVCache
@@ -214,15 +214,13 @@ class GenerationConfig:
 
 
 def take_defaults(config: GenerationConfig, tokenizer: ByteLevelBPETokenizer) -> None:
-    """Of the settings that were not given, take those that came with the model, and say so."""
-    taken = {name: value for name, value in tokenizer.generation_defaults.items() if name not in config.given}
+    """Of the settings that were not given, take those that came with the model, and say so; a search draws nothing."""
+    taken = recommended_sampling(tokenizer, config.given) if config.num_beams == 1 else {}
     for name, value in taken.items():
         setattr(config, name, value)
     if taken:
         listed = ", ".join(f"--{name} {value:g}" for name, value in taken.items())
         print(f"as the model's makers recommend: {listed}", file=sys.stderr)
-    if complaints := config.params.complaints():
-        raise UserError("; ".join(f"--{complaint}" for complaint in complaints))
 
 
 def main(argv: list[str] | None = None) -> None:

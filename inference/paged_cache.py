@@ -92,9 +92,9 @@ class PagedCache:
         """How many cells belong to open sequences, in whole blocks."""
         return self.n_tokens - len(self.pool.free) * BLOCK_SIZE
 
-    def has_room(self, tokens: Sequence[int], spare: int) -> bool:
-        """Whether a sequence of these tokens can be opened so that `spare` blocks are left."""
-        shared = [block for block, _ in self.pool.find(tokens)]
+    def has_room(self, tokens: Sequence[int], spare: int, findable: Sequence[int] | None = None) -> bool:
+        """Whether a sequence of these tokens can be opened (see `open`) so that `spare` blocks are left."""
+        shared = [block for block, _ in self.pool.find(tokens if findable is None else findable)]
         n_free = len(self.pool.free) - sum(self.pool.users[block] == 0 for block in shared)
         return -(-len(tokens) // BLOCK_SIZE) - len(shared) + spare <= n_free
 
@@ -102,13 +102,16 @@ class PagedCache:
         """How many of the first tokens a new sequence would find stored."""
         return len(self.pool.find(tokens)) * BLOCK_SIZE
 
-    def open(self, tokens: Sequence[int]) -> CachedSequence:
+    def open(self, tokens: Sequence[int], findable: Sequence[int] | None = None) -> CachedSequence:
         """A sequence with cells for these tokens, whose `length` first ones are stored already.
 
         There must be a free slot, and `has_room`.
+
+        Args:
+            findable: the beginning of the tokens of which all but the last may be stored already; None: all of them.
         """
         sequence = CachedSequence(self.free_slots.pop())
-        self.pool.share(sequence, tokens)
+        self.pool.share(sequence, tokens if findable is None else findable)
         self.table[sequence.slot, : len(sequence.blocks)] = torch.tensor(sequence.blocks, dtype=torch.int32)
         self.reserve(sequence, len(tokens))
         return sequence

@@ -39,6 +39,7 @@ from checkpoint import (
     load_checkpoint,
     load_model,
     load_weights,
+    require_language_model,
     require_tokenizer,
     tokenizer_of,
     weight_fingerprint,
@@ -87,7 +88,8 @@ def prepare_for_inference(model: ModelClass, weights: str = "fp32") -> ModelClas
             memo[id(part)] = nn.Identity()  # three calls a layer and step that do nothing
         if isinstance(part, nn.Linear | InferenceLinear):
             _require_finite(part.weight, name, "is damaged; use another checkpoint")
-            memo[id(part)] = InferenceLinear.from_linear(part, weights)
+            exact = name.endswith(".router")  # small, and a choice that tips changes all that follows
+            memo[id(part)] = InferenceLinear.from_linear(part, "fp32" if exact else weights)
             _require_finite(memo[id(part)].weight, name, f"is too large for {weights}; use another kind of weights")
     head = memo[id(model.lm_head)]
     for embedding in (part for part in model.modules() if type(part) is nn.Embedding):
@@ -168,6 +170,7 @@ def load_quantized_model(path: str | Path, device: torch.device | str = "cpu") -
 
 def _quantized_model(content: dict[str, Any], path: str | Path, device: torch.device | str) -> GPTModel:
     kind = content.get("quantization")
+    require_language_model(content, path)
     if kind not in QUANTIZED:
         raise UserError(f"{path} is not quantized; run python -m inference.quantizer --model_path {path} first")
     return _mapped_model(content, path, kind, device)
@@ -336,6 +339,11 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(config.output_path or source.with_name(f"{source.stem}_{kind}{source.suffix}"))
     checkpoint = load_checkpoint(source)
     if checkpoint["stage"] == "translate":
+        if checkpoint.get("quantization"):
+            raise UserError(f"{source} is quantized already; give the checkpoint it was made from")
+        if unused := config.given & {"text", "text_tokens", "columns", "skip_bad_records"}:
+            named = " and ".join(f"--{name}" for name in sorted(unused))
+            raise UserError(f"{named}: an encoder–decoder is not scored here; translate a test with both models")
         plain, quantized = (_translator(checkpoint, source, weights) for weights in ("fp32", kind))
         save_quantized_model(quantized, output, checkpoint)
         print_change("weights", "MiB", weight_bytes(plain) / 2**20, weight_bytes(quantized) / 2**20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
@@ -42,6 +42,7 @@ class Generation:
         token_ids: the ids it produced, the closing `</s>` included when it ended.
         finish_reason: "stop" (it ended), "length" (`max_gen_len` or the context's end), "cancelled" or "deadline".
         log_probs: one entry a token where the request asked for them.
+        prompt_log_probs: one a token of the prompt where the request asked for them; of n answers, the first has them.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Generation:
     token_ids: list[int]
     finish_reason: str = ""
     log_probs: list[TokenLogProb] | None = None
+    prompt_log_probs: list[TokenLogProb] | None = None
 
 
 def encode_prompt(tokenizer: ByteLevelBPETokenizer, prompt: Prompt, chat: bool) -> list[int]:
@@ -58,6 +60,18 @@ def encode_prompt(tokenizer: ByteLevelBPETokenizer, prompt: Prompt, chat: bool) 
         return tokenizer.encode(prompt, add_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer.encode_chat(messages, add_generation_prompt=True)["input_ids"]
+
+
+def recommended_sampling(tokenizer: ByteLevelBPETokenizer, given: Collection[str] = ()) -> dict[str, float]:
+    """The sampling settings that came with a model, but for those that its user has `given`.
+
+    Raises:
+        UserError: nothing can be sampled with them.
+    """
+    settings = tokenizer.generation_defaults
+    if complaints := SamplingParams(**settings).complaints():
+        raise UserError(f"the model's generation_config.json is wrong: {'; '.join(complaints)}; import it anew, mended")
+    return {name: value for name, value in settings.items() if name not in given}
 
 
 def checked_ids(
@@ -114,6 +128,7 @@ class Request:
         prompt_ids: the prompt.
         token_ids: what was generated so far.
         log_probs: of these tokens, where asked for.
+        prompt_log_probs: of the prompt's tokens as far as they are computed, where asked for; None where not.
         samples: the `n` requests of one call of `submit`, of which this is one.
         generation: the result, once there is one.
     """
@@ -132,6 +147,9 @@ class Request:
         self.params = params
         self.token_ids: list[int] = []
         self.log_probs: list[TokenLogProb] = []
+        self.prompt_log_probs: list[TokenLogProb] | None = None
+        if params.prompt_logprobs is not None and index == 0:  # what n answers share is reported once
+            self.prompt_log_probs = [TokenLogProb(prompt_ids[0], None, {})]
         self.samples: list[Request] = [self]
         self.generation: Generation | None = None
         self._engine = engine
@@ -200,6 +218,17 @@ class Request:
 
     # -- for the engine ------------------------------------------------------------------------------------------------
 
+    @property
+    def unscored(self) -> range:
+        """The positions in the prompt whose next token's log-probability is wanted and not yet there."""
+        known = self.prompt_log_probs
+        return range(0) if known is None else range(len(known) - 1, len(self.prompt_ids) - 1)
+
+    @property
+    def findable(self) -> Sequence[int]:
+        """The part of the context that need not be computed where it is stored already."""
+        return self.context[: self.unscored.start + 1] if self.unscored else self.context
+
     def emit(self, piece: str | None) -> None:
         """Hand a piece of text to whoever listens; None says that it was the last."""
         try:
@@ -218,7 +247,7 @@ class Request:
         else:
             text = "" if tokenizer is None else whole_characters(tokenizer, self.text_ids)
         log_probs = None if self.params.logprobs is None else self.log_probs
-        self.generation = Generation(text, reason == "stop", self.token_ids, reason, log_probs)
+        self.generation = Generation(text, reason == "stop", self.token_ids, reason, log_probs, self.prompt_log_probs)
         self._error = error
         self._done.set()
         self.emit(None)

@@ -69,6 +69,7 @@ class SamplingParams:
         seed: makes the tokens repeatable; None draws a seed from torch's global generator.
         n: how many answers, each with random numbers of its own.
         logprobs: None reports none; k reports the log-probabilities of the chosen and of the k likeliest tokens.
+        prompt_logprobs: the same of the prompt's tokens, by the model alone: without temperature, penalties and biases.
         overflow: at the end of the model's context, stop with an "error" before the start, or "slide": forget the
             oldest tokens.
         form: what the answer has to look like; None leaves it free.
@@ -90,6 +91,7 @@ class SamplingParams:
     seed: int | None = None
     n: int = 1
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     overflow: str = "error"
     form: Form | None = None
 
@@ -113,17 +115,19 @@ class SamplingParams:
             ("seed", -unlimited, unlimited, True),
             ("n", 1, unlimited, True),
             ("logprobs", 0, vocab_size, True),
+            ("prompt_logprobs", 0, vocab_size, True),
         ]
         found = []
         for name, lowest, highest, whole in ranges:
             value = getattr(self, name)
-            if value is None and name in ("seed", "logprobs"):
+            if value is None and name in ("seed", "logprobs", "prompt_logprobs"):
                 continue
             if not _is_number(value, whole) or not lowest <= value <= highest or abs(value) == math.inf:
                 kind = "a whole number" if whole else "a number"
                 limits = "" if lowest == -unlimited else f" of at least {lowest}"
                 limits = limits if highest == unlimited else f" from {lowest} to {highest}"
-                beyond = ", the size of the vocabulary" if known_size and name in ("top_k", "logprobs") else ""
+                is_count = name in ("top_k", "logprobs", "prompt_logprobs")
+                beyond = ", the size of the vocabulary" if known_size and is_count else ""
                 found.append(f"{name} must be {kind}{limits}{beyond}, not {value!r}")
         if not found:
             found += ["top_p must be above 0"] * (self.top_p == 0)
@@ -141,6 +145,8 @@ class SamplingParams:
             found.append("banned_tokens and logit_bias ban the whole vocabulary: leave at least one token")
         if self.overflow not in OVERFLOWS:
             found.append(f"overflow must be one of {', '.join(OVERFLOWS)}, not {self.overflow!r}")
+        if self.overflow == "slide" and self.prompt_logprobs is not None:
+            found.append('prompt_logprobs and overflow "slide" do not go together: what slid out is not computed')
         return found
 
 
@@ -207,12 +213,12 @@ class TokenLogProb:
     Greedy requests report temperature 1.
 
     Attributes:
-        token_id, log_prob: the chosen token.
+        token_id, log_prob: the chosen token; of a prompt's first one, which comes after nothing, None.
         likeliest: the k likeliest tokens and their log-probabilities, best first.
     """
 
     token_id: int
-    log_prob: float
+    log_prob: float | None
     likeliest: dict[int, float]
 
 
@@ -312,11 +318,18 @@ def _reported(
     for row, sampler in enumerate(samplers):
         if sampler.params.logprobs is not None:
             temperature = 1.0 if sampler.greedy else sampler.params.temperature
-            log_probs = (scores[row] / temperature).log_softmax(dim=-1)  # (V,)
-            top = log_probs.topk(sampler.params.logprobs)
-            likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-            reported[row] = TokenLogProb(chosen[row], float(log_probs[chosen[row]]), likeliest)
+            one = slice(row, row + 1)
+            (reported[row],) = log_probs_of(scores[one] / temperature, chosen[one], sampler.params.logprobs)
     return reported
+
+
+def log_probs_of(scores: torch.Tensor, token_ids: Sequence[int], n_likeliest: int) -> list[TokenLogProb]:
+    """How likely a token is by each row of scores (N, V), and which are the likeliest."""
+    log_probs = scores.float().log_softmax(dim=-1)  # (N, V)
+    own = log_probs.gather(1, torch.tensor(token_ids, device=scores.device).unsqueeze(1)).squeeze(1)  # (N,)
+    values, ids = log_probs.topk(n_likeliest)  # (N, k) each
+    rows = zip(token_ids, own.tolist(), ids.tolist(), values.tolist(), strict=True)
+    return [TokenLogProb(one, log_prob, dict(zip(*top, strict=True))) for one, log_prob, *top in rows]
 
 
 def sample_next(

@@ -39,7 +39,6 @@ OPTIONAL = {
     "pyarrow": "text in .parquet",
     "zstandard": "text in .zst",
     "py3langid": "languages in text.cleaning",
-    "safetensors": "exports to peft",
     "tensorboard": "--tensorboard",
     "swanlab": "--tracker swanlab",
     "wandb": "--tracker wandb",

@@ -53,7 +53,6 @@ def test_transformers_gets_our_weights(random_model):
 @pytest.mark.parametrize(("precision", "limit"), [("F32", 1e-3), ("Q8_0", 5e-2)])
 def test_llama_cpp_gets_our_weights(random_model, tmp_path, precision, limit):
     pytest.importorskip("llama_cpp")
-    pytest.importorskip("gguf")
     sizes = dict(vocab_size=300, d_model=64, max_seq_len=256)  # Q8_0 wants rows of a multiple of 32
     model = random_model("gpt2", tie_embeddings=precision == "F32", **sizes)
     expected = Ours(model).prefill(PROMPT)

@@ -32,7 +32,7 @@ from data_loader import (
 from gpt_model import IGNORED_LABEL
 from text import token_shards
 from text.conversation_data import parse_preference
-from text.text_files import ReadingOptions, parse_sources
+from text.text_files import ReadingOptions, iter_documents, parse_sources
 from text.token_shards import TokenShards, in_validation_part, tokenize_to_shards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -768,8 +768,23 @@ print(shards.n_bytes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - befo
 """
 
 
+def test_a_single_line_of_100_megabytes_is_learned_from_and_encoded_whole(tmp_path):
+    piece = "“机器学习”是 machine learning; "
+    n = 100_000_000 // len(piece.encode())
+    (tmp_path / "a.txt").write_text(piece * n, encoding="utf-8")
+    tokenizer = ByteLevelBPETokenizer(300)
+    sample = tokenizer.train(iter_documents(tmp_path / "a.txt"), sample_bytes=1_000_000)
+    assert sample.n_bytes == n * len(piece.encode()) and sample.size < 3_000_000
+    shards = tokenize_to_shards(tmp_path / "a.txt", tokenizer, tmp_path / "shards")
+    assert shards.n_documents == 1 and shards.n_bytes == sample.n_bytes
+    widths = np.array([len(tokenizer.token_bytes(index)) for index in range(len(tokenizer))])
+    assert sum(widths[array].sum() for array in shards.arrays) == sample.n_bytes
+    for part in (shards.slice(0, 100), shards.slice(shards.n_tokens - 100, shards.n_tokens)):
+        assert tokenizer.decode(part).strip("\ufffd") in piece * 99
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """CORPUS_MB=4000 before pytest tries it with a corpus that is larger than memory: 1.5 GB at most are taken then."""
+    """CORPUS_MB=4000 before pytest -s tries it with more than memory holds: 1.5 GB at most are taken then."""
     megabytes = int(os.environ.get("CORPUS_MB", "0"))
     size, chunk, limit = (megabytes, 4_000_000, 1500) if megabytes else (12, 250_000, 100)
     generator = np.random.default_rng(0)
@@ -781,4 +796,5 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     command = [sys.executable, "-c", TOKENIZE_IN_BOUNDS, str(ROOT), "large.txt", "shards", str(chunk)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     n_bytes, grown = map(int, done.stdout.split())
+    print(f"{n_bytes / 1e6:,.0f} MB of text, {grown} MB of memory beyond what an empty tokenizer takes")
     assert n_bytes > 0.9e6 * size and grown < limit

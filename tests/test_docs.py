@@ -32,6 +32,7 @@ TORCHRUN = ["standalone", "nnodes", "nproc_per_node", "rdzv_id", "rdzv_backend",
 OTHERS = ["no", "tensor"]  # of pip and vLLM, likewise
 DOCKER = ["profile", "scale"]
 LOCUST = ["tags"]
+LM_EVAL = ("apply_chat_template", "include_path", "model", "model_args")
 SBATCH = ["nodes", "ntasks", "gpus", "cpus", "signal", "requeue"]  # those with hyphens by their first word
 
 WITHOUT_OPTIONS = ("api_demo.py", "inference/load_test.py")  # Locust reads those of its own
@@ -150,7 +151,7 @@ def test_options_exist(page):
     settings.append(ServiceSettings)
     known = {field.name.rstrip("_") for config in settings for field in fields(config)} | {"mode", "preset", "help"}
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", page.read_text(encoding="utf-8")))
-    assert named - known - {*TORCHRUN, *SBATCH, *DOCKER, *LOCUST, *OTHERS} == set()
+    assert named - known - {*TORCHRUN, *SBATCH, *DOCKER, *LOCUST, *LM_EVAL, *OTHERS} == set()
 
 
 def test_code_for_readers_of_the_articles_runs(tmp_path, monkeypatch, capsys):

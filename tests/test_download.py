@@ -3,6 +3,8 @@
 import builtins
 import gzip
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,8 +76,17 @@ def test_parquet_limits_and_what_is_not_the_set(tmp_path):
         main(["hh-rlhf", *options])
     with pytest.raises(UserError, match="is no folder"):
         main(["alpaca-zh", "--from_dir", str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match="name a set: tinystories"):
+    with pytest.raises(UserError, match="--name must be one of tinystories"):
         main([])
+
+
+def test_a_set_comes_whole_or_not_at_all(tmp_path):
+    copy = copy_of(tmp_path / "copy", "gsm8k")
+    with (copy / "data" / "test-00000-of-00001.jsonl").open("a") as file:
+        file.write("broken\n")
+    with pytest.raises(UserError, match="test-00000-of-00001.jsonl is not valid JSON"):
+        main(["gsm8k", "--from_dir", str(copy), "--output_dir", str(tmp_path / "out")])
+    assert not list((tmp_path / "out" / "gsm8k").iterdir())
 
 
 @pytest.mark.parametrize(("hub", "package"), [("huggingface", "datasets"), ("modelscope", "modelscope")])
@@ -100,5 +111,12 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
         raise ConnectionError("Couldn't reach the hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match="cannot be downloaded from .*ConnectionError.*--from_dir"):
+    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(dataset_snapshot_download=unreachable))
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with pytest.raises(UserError, match="from https://huggingface.co .*ConnectionError.*try HF_ENDPOINT=.*--from_dir"):
+        main(["alpaca-zh", "--output_dir", str(tmp_path)])
+    with pytest.raises(UserError, match="from ModelScope .*try --hub huggingface, or copy .*--from_dir"):
+        main(["alpaca-zh", "--hub", "modelscope", "--output_dir", str(tmp_path)])
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    with pytest.raises(UserError, match="from https://mirror.example .*; try --hub modelscope, or copy"):
         main(["alpaca-zh", "--output_dir", str(tmp_path)])

@@ -1,6 +1,7 @@
 """The engine: whoever else is there, whatever is preempted, shared or cut into chunks, an answer stays the same."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,28 @@ def test_logits_of_the_engine_are_the_models(model, monkeypatch):
     for logits in expected:
         distance = float((among_others - logits).abs().amax(dim=-1).min())
         assert distance < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk": 7}, {"cache_tokens": CONTEXT + BLOCK_SIZE}])
+def test_log_probabilities_of_prompts_are_the_models(gpt2, settings):
+    """In any company, in chunks, put back for want of memory, and where the cache holds the prompt's beginning."""
+    ids = prompt(60)
+    prompts = [ids, prompt(3, 9), [*ids[:50], *prompt(30, 8)], [5], ids]
+    engine = Engine(gpt2, None, **settings)
+    engine.run([ids], GREEDY)
+    scored = SamplingParams(20, temperature=0, prompt_logprobs=2)
+    answers = engine.run(prompts, [scored, GREEDY, replace(scored, n=2, temperature=3.0), scored, scored])
+    assert answers[1].prompt_log_probs is answers[3].prompt_log_probs is None
+    assert answers[0].token_ids == alone(gpt2, ids, 20)
+    for tokens, answer in zip(prompts, [*answers[:3], *answers[4:]], strict=True):
+        if answer.prompt_log_probs is None:
+            continue
+        expected = gpt2(torch.tensor([tokens]))["logits"][0, :-1].log_softmax(dim=-1).detach()  # (T - 1, V)
+        first, *others = answer.prompt_log_probs
+        assert first.log_prob is None and [each.token_id for each in answer.prompt_log_probs] == tokens
+        found, own = torch.tensor([each.log_prob for each in others]), expected[range(len(others)), tokens[1:]]
+        torch.testing.assert_close(found, own, atol=1e-4, rtol=0)
+        assert [list(each.likeliest) for each in others] == expected.topk(2).indices.tolist()
 
 
 def test_requests_join_and_leave_at_any_step(model):

@@ -12,7 +12,8 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import save_checkpoint
 from command_line import UserError
 from data_loader import GPTPretrainDataset
-from evaluation.answer_report import Question, answers_summary, grade, load_questions, report_answers, segment
+from evaluation.answer_report import Question, answers_summary, grade, load_questions, report_answers
+from evaluation.text_metrics import segment
 from evaluator import GPTEvaluator, evaluate_reward
 from gpt_model import GPTConfig, GPTModel
 from inference.request import Generation
@@ -162,7 +163,7 @@ def test_a_foreign_tokenizer_is_refused(tokenizer):
 
 
 def test_segments_are_characters_in_chinese_and_words_elsewhere():
-    assert segment("GPT-2用了3.5天，it's done.") == ["GPT-2", "用", "了", "3.5", "天", "，", "it's", "done", "."]
+    assert segment("GPT-2用了3.5天，it's done.") == ["GPT-2", "用", "了", "3.5", "天", ",", "it's", "done", "."]
 
 
 @pytest.mark.parametrize("text", ["机器学习是人工智能的一个分支。", "Paris is the capital.", "水", "42", "1.5 . 2.5"])
@@ -398,6 +399,8 @@ def test_reward_accuracy_is_the_share_of_pairs_by_defect(model, tokenizer, tmp_p
         assert report["by_defect"][defect]["count"] == len(values)
         assert report["by_defect"][defect]["accuracy"] == pytest.approx(sum(values) / len(values))
     assert report["scores"]["accuracy"] == pytest.approx(sum(map(sum, right.values())) / 20)
+    assert report["intervals"].keys() == {"loss", "accuracy", "margin"}
+    assert all(low <= report["scores"][name] <= high for name, (low, high) in report["intervals"].items())
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -456,6 +459,65 @@ def test_command_line_scores_preferences_for_a_reward_checkpoint(checkpoint, tmp
     assert report["model_type"] == "reward"
     assert report["by_defect"]["wrong"]["count"] == 1
     assert "1 pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["sft", "pretrain"])
+def test_an_interrupted_evaluation_goes_on(kind, checkpoint, tmp_path, monkeypatch, capsys):
+    """Stopped in the middle and started again, it computes only the rest, and the result is the same."""
+    path, data = checkpoint(kind), tmp_path / ("test.json" if kind == "sft" else "val.txt")
+    records = [{"instruction": f"{a}+1?", "response": str(a + 1)} for a in range(5)]
+    data.write_text(json.dumps(records) if kind == "sft" else "\n".join(TEXTS), encoding="utf-8")
+    monkeypatch.setattr(evaluator, "PIECE", 2)
+    name = "_answered" if kind == "sft" else "_score_windows"
+    compute, calls = getattr(GPTEvaluator, name), []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compute(*arguments)
+
+    monkeypatch.setattr(GPTEvaluator, name, interrupted)
+    arguments = ["--model_path", path, "--test_data_path", str(data), "--max_gen_len", "4", "--temperature", "1"]
+    output = tmp_path / "scores.json"
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.main([*arguments, "--output_path", str(output)])
+    assert not output.exists() and (tmp_path / "scores_unfinished.jsonl").is_file()
+    evaluator.main([*arguments, "--output_path", str(output)])
+    assert "going on with 1 finished pieces" in capsys.readouterr().out
+    assert not (tmp_path / "scores_unfinished.jsonl").exists()
+    assert len(calls) == (4 if kind == "sft" else 5)
+    evaluator.main([*arguments, "--output_path", str(tmp_path / "whole.json")])
+    one, other = (json.loads(file.read_text(encoding="utf-8")) for file in (output, tmp_path / "whole.json"))
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    page = output.with_suffix(".html").read_text(encoding="utf-8")
+    assert "<script" not in page and "95 % interval" in page
+
+
+def test_calibration_and_accuracy_by_hand(model, tokenizer):
+    """Tokens in bins of the likeliest one's probability: how many there are, how often it is right."""
+    bins = {}
+    model.eval()
+    for text in TEXTS:
+        ids = tokenizer.encode(text)["input_ids"]
+        with torch.no_grad():
+            probabilities = model(torch.tensor([ids]))["logits"][0, :-1].softmax(dim=-1)
+        for row, token in zip(probabilities, ids[1:], strict=True):
+            bins.setdefault(int(row.max() * 15), []).append((int(row.argmax()) == token, float(row.max())))
+    report = GPTEvaluator(model, tokenizer).score_texts(TEXTS, as_documents=True)
+    cells = [bins[place] for place in sorted(bins)]
+    for cell, (count, right, confidence) in zip(cells, report["calibration"], strict=True):
+        assert count == len(cell)
+        assert right == pytest.approx(sum(hit for hit, _ in cell) / count)
+        assert confidence == pytest.approx(sum(share for _, share in cell) / count, rel=1e-4)
+    total = sum(map(len, cells))
+    gaps = sum(abs(sum(hit - share for hit, share in cell)) for cell in cells)
+    assert report["scores"]["calibration_error"] == pytest.approx(gaps / total, rel=1e-3)
+    assert report["scores"]["token_accuracy"] == pytest.approx(sum(hit for cell in cells for hit, _ in cell) / total)
+    low, high = report["intervals"]["perplexity"]
+    assert low < report["scores"]["perplexity"] < high
+    by_hand = [nats_by_hand(model, tokenizer, text) for text in TEXTS]
+    assert report["worst"][0]["loss"] == pytest.approx(max(sum(nats) / len(nats) for nats in by_hand), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ tokens end an answer, the template is ChatML.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ import evaluator
 import finetune
 import pretrain_trainer
 from checkpoint import load_checkpoint, load_model
+from command_line import UserError, parse_config
 from inference import kv_cache_infer, quantizer
+from inference.chat import ChatConfig, LocalModel
 from inference.quantizer import load_any
 from text.token_shards import tokenize_to_shards
 
@@ -25,6 +28,7 @@ QUESTIONS = ["2 + 3 = ?", "法国的首都是哪里？", "Name a noble gas.", "S
 SFT = [{"instruction": question, "response": f"It is {index}."} for index, question in enumerate(QUESTIONS)]
 PAIRS = [{"instruction": question, "chosen": "Yes.", "rejected": "No, no."} for question in QUESTIONS]
 SHORT = dict(rollout_batch_size=8, max_gen_len=4)
+GENERATION = {"eos_token_id": [2, 0], "do_sample": True, "top_k": 1, "temperature": 0.7}
 REWARD = "def reward(prompts, responses, records):\n    return [float(len(text)) for text in responses]\n"
 
 
@@ -34,7 +38,7 @@ def house(tmp_path_factory):
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("house")
     save("smollm", folder / "theirs", max_position_embeddings=128, initializer_range=0.02)
-    (folder / "theirs/generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    (folder / "theirs/generation_config.json").write_text(json.dumps(GENERATION))
     take_in(folder / "theirs")
     (folder / "taken.pth").rename(folder / "model.pth")
     for name, records in (("sft", SFT), ("pairs", PAIRS)):
@@ -115,14 +119,44 @@ def test_the_service(house, monkeypatch):
 
     monkeypatch.setenv("MODEL_PATH", str(house / "model.pth"))
     with TestClient(app) as client:
-        body = {"prefix": QUESTIONS[0], "max_gen_len": 5, "top_k": 0, "temperature": 0}
-        answer = ready(client).post("/generate", json=body).json()
-        assert answer.get("prefix") == QUESTIONS[0], answer
+        body = {"prefix": QUESTIONS[0], "max_gen_len": 9, "ignore_eos": True}
+        greedy = ready(client).post("/generate", json={**body, "temperature": 0}).json()
+        assert greedy.get("prefix") == QUESTIONS[0], greedy
+        # What a request leaves out is what the model's makers recommend, here the likeliest token always
+        assert client.get("/v1/models").json()["data"][0]["sampling"] == {"top_k": 1, "temperature": 0.7}
+        text = {"prompt": QUESTIONS[0], "max_tokens": 9, "ignore_eos": True}
+        talk = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 9, "ignore_eos": True}
+        for path, asked in (("/generate", body), ("/v1/completions", text), ("/v1/chat/completions", talk)):
+            ways = ({}, {"temperature": 0}, {"temperature": 2, "top_k": 0, "seed": 1})
+            answers = [client.post(path, json={**asked, **way}).json() for way in ways]
+            open_, greedy, hot = (answer.get("generated_text") or answer["choices"] for answer in answers)
+            assert open_ == greedy != hot
+
+
+def test_a_conversation_is_sampled_as_the_makers_recommend(house):
+    words = ["--model_path", str(house / "model.pth"), "--max_tokens=9"]
+
+    def said(*options):
+        partner = LocalModel(parse_config(ChatConfig, [*words, *options], description=""))
+        try:
+            return partner.recommended, "".join(partner.answer([{"role": "user", "content": QUESTIONS[0]}]))
+        finally:
+            partner.engine.close()
+
+    recommended, text = said()
+    assert recommended == {"top_k": 1, "temperature": 0.7}
+    assert said("--temperature=0") == ({"top_k": 1}, text)
+
+
+def test_sampling_that_is_impossible_is_refused(house, tmp_path):
+    shutil.copytree(house / "theirs", tmp_path / "theirs")
+    (tmp_path / "theirs/generation_config.json").write_text(json.dumps({**GENERATION, "temperature": "hot"}))
+    with pytest.raises(UserError, match="generation_config.json is wrong: temperature must be a number of at least 0"):
+        take_in(tmp_path / "theirs")
 
 
 def test_a_student_of_texts_may_have_another_tokenizer(house, tokenizer, random_model, tmp_path):
     from checkpoint import save_checkpoint
-    from command_line import UserError
 
     model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=96)
     path = save_checkpoint(tmp_path / "student.pth", model_state=model.state_dict(), config=model.config,

@@ -226,7 +226,7 @@ def spoil(folder, kind):
         weights.unlink()
     elif kind == "cut off":
         weights.write_bytes(weights.read_bytes()[:-100])
-    elif kind in ("tensor missing", "tensor of another shape", "a tensor more", "not finite"):
+    elif kind in ("tensor missing", "tensor of another shape", "a tensor more", "not finite", "integers"):
         state, name = load_file(weights), "model.layers.1.mlp.up_proj.weight"
         if kind == "tensor missing":
             del state[name]
@@ -234,12 +234,16 @@ def spoil(folder, kind):
             state["model.layers.1.mlp.extra.weight"] = torch.ones(2)
         elif kind == "not finite":
             state[name][3, 4] = float("nan")
+        elif kind == "integers":
+            state[name] = state[name].to(torch.int8)
         else:
             state[name] = state[name][1:].clone()
         save_file(state, weights)
     elif kind == "shard missing":
         index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "index of nothing":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     elif kind == "pickle":
         weights.unlink()
         torch.save({"a": print}, folder / "pytorch_model.bin")
@@ -266,6 +270,8 @@ def spoil(folder, kind):
         ("tensor of another shape", r"up_proj.weight in .* has the shape \(51, 40\), and .* should have \(52, 40\)"),
         ("a tensor more", "does not have: model.layers.1.mlp.extra.weight"),
         ("not finite", "its layers.1.feed_forward.up_proj.weight holds NaN or infinity"),
+        ("integers", "up_proj.weight in .* is stored as I8, .* take the model with weights of 16 or 32 bits"),
+        ("index of nothing", "index.json is damaged .it has no weight_map.; fetch it again"),
         ("shard missing", "lacks model-00001-of-00002.safetensors, which model.safetensors.index.json names"),
         ("pickle", "cannot be read as weights alone, and nothing else in it is executed"),
         ("sentencepiece", "SentencePiece's kind .* this project reads byte-level BPE"),
@@ -282,6 +288,7 @@ def spoil(folder, kind):
         ('{"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}', "type llama3 lacks high_freq_factor, low_"),
         ('{"rope_scaling": "long"}', "makes no model: "),
         ('{"num_hidden_layers": "two"}', "makes no model: "),
+        ('{"num_hidden_layers": 1000000000}', "n_layers must be at least 1 and at most 4096"),
         ('{"vocab_size": 300}', r"the tokenizer has \d+ tokens and the model 300"),
         ('{"architectures": ["MistralForCausalLM"], "sliding_window": 12}', "sliding_window 12: .* --max_seq_len 12"),
     ],

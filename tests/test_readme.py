@@ -46,6 +46,8 @@ SCALED_DOWN = {
     "python finetune.py --mode distill": f"{SHORT} --batch_size 4 --n_layers 1 --d_model 16",
     "python evaluator.py": "--max_samples 4 --max_gen_len 4 --num_threads 1",
     "python -m evaluation.ngram_baseline": "--max_samples 4 --max_gen_len 4",
+    "python -m evaluation.side_by_side": "--max_samples 4 --max_gen_len 4 --num_threads 1",
+    "python -m inference.inspect_model": "--num_threads 1 --max_gen_len 4",
     "python -m inference.quantizer": "--num_threads 1 --text_tokens 256",
     "python -m inference.kv_cache_infer": "--num_threads 1 --max_gen_len 4",
     "python -m inference.kv_cache_infer --model_path models/pretrain": "--num_threads 1 --max_gen_len 40",
@@ -105,7 +107,9 @@ LEAVES = {
     "python evaluator.py --model_path models/sft": ["models/sft/sft_best_eval.json"],
     "python evaluator.py --model_path models/reward": ["models/reward/reward_best_eval.json"],
     "python -m evaluation.ngram_baseline": ["models/ngram_eval.json"],
+    "python -m evaluation.side_by_side": ["models/rlhf/ppo_best_beside_sft_best.html"],
     "python -m inference.quantizer": ["models/sft/sft_best_int8.pth"],
+    "python -m inference.inspect_model": ["models/sft/sft_best_inside.html"],
     "python byte_level_bpe.py --input my_texts": ["models/mine/bpe_tokenizer/tokenizer.json"],
     "python pretrain_trainer.py --train_data_dir my_texts": ["models/mine/pretrain/pretrain_best.pth"],
     "python finetune.py --mode sft --data_path my_data": ["models/mine/sft/sft_best.pth"],
@@ -254,6 +258,18 @@ def test_both_languages_hold_the_same_commands():
         assert blocks(ENGLISH, language) == blocks(CHINESE, language)
     english, chinese = (re.findall(r"^(#+) ", readme, re.MULTILINE) for readme in (ENGLISH, CHINESE))
     assert english == chinese
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING", "CHANGELOG"])
+def test_other_pages_of_the_root_are_alike_in_both_languages(name):
+    """Headings, items, commands, code and links; and every link leads somewhere."""
+    english, chinese = ((ROOT / f"{name}{ending}").read_text(encoding="utf-8") for ending in (".md", ".zh-CN.md"))
+    for pattern in (r"^(#+) ", r"^(- (?:\*\*)?)", r"^```bash\n.*?^```$", r"`[^`\n]+`"):
+        found = [re.findall(pattern, text, re.MULTILINE | re.DOTALL) for text in (english, chinese)]
+        assert sorted(found[0]) == sorted(found[1]), pattern
+    targets = [re.findall(r"\]\(([^)#]+)\)", text) for text in (english, chinese)]
+    assert len(targets[0]) == len(targets[1])
+    assert [target for target in sum(targets, []) if not (ROOT / target).is_file()] == []
 
 
 def test_design_command_lines_are_in_the_readme():

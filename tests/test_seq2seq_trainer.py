@@ -10,7 +10,7 @@ import seq2seq_trainer
 from checkpoint import load_checkpoint, load_model
 from command_line import UserError
 from data.sample_translation import prove_combinations_are_new, translation_pairs
-from evaluation.translation_scores import sacre_bleu
+from evaluation.text_metrics import sacre_bleu
 from inference import quantizer, translate
 from inference.kernels.linear_layers import InferenceEmbedding
 from inference.quantizer import load_translator
@@ -130,13 +130,32 @@ def parsed(arguments):
 def test_targets_stand_between_their_marks(trained):
     _, tokenizer, _ = load_translator(trained / "translate_best.pth")
     data = PairDataset([("红猫", "red cat"), ("a" * 60, "b"), ("狗", "dog")], tokenizer, 24)
-    assert (len(data), data.n_dropped) == (2, 1)
+    assert (len(data), data.account.left_out) == (2, {"too long": 1})
     batch = data.collate([data[0], data[1]])
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     red_cat = tokenizer.encode("red cat")["input_ids"]
     assert batch["decoder_input_ids"][0].tolist() == [start, *red_cat]
     assert batch["labels"][0].tolist() == [*red_cat, end]
     assert data.count(batch) == len(red_cat) + len(tokenizer.encode("dog")["input_ids"]) + 2
+
+
+def test_what_is_left_out_is_said_before_training_and_recorded(pairs_file, tmp_path, capsys):
+    """Read, left out and why, held out; other names of fields; a pair's two directions on one side of the split."""
+    records = [json.loads(line) for line in pairs_file.read_text(encoding="utf-8").splitlines()[:40]]
+    renamed = [{"zh": record["src"], "en": record["tgt"]} for record in records]
+    renamed += [{"zh": "猫" * 60, "en": "cats"}, {"zh": "猫"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, renamed)), encoding="utf-8")
+    settings = ["--pairs", str(tmp_path / "p.jsonl"), "--columns", "src=zh,tgt=en", "--skip_bad_records", "true",
+                "--output_dir", str(tmp_path / "out"), "--tokenizer_dir", tokenizer_folder(pairs_file, tmp_path),
+                "--val_fraction", "0.2", "--max_steps", "1", *SMALL]  # fmt: skip
+    trainer = Seq2SeqTrainer(parsed(settings))
+    printed = capsys.readouterr().out
+    held_out = trainer.loop.val_data
+    assert f"p.jsonl: 42 pairs read; 1 left out (malformed); 1 left out (too long); {len(held_out)} held out" in printed
+    assert set(held_out.texts) == {pair[::-1] for pair in held_out.texts}
+    assert len(held_out) + len(trainer.loop.train_data) == 80
+    trainer.train()
+    assert load_checkpoint(tmp_path / "out" / "translate_best.pth")["data"]["data"]["read"] == 42
 
 
 def test_noam_rises_to_its_peak_and_falls_with_the_root_of_the_step():
@@ -164,7 +183,8 @@ def test_mistakes_are_named(trained, tmp_path):
     (tmp_path / "b.txt").write_text("one\n", encoding="utf-8")
     (tmp_path / "bad.jsonl").write_text('{"src": "一", "target": "one"}\n', encoding="utf-8")
     out = ["--output_dir", str(tmp_path / "out"), *SMALL]
-    model = trained / "translate_best.pth"
+    model, int8 = trained / "translate_best.pth", tmp_path / "int8.pth"
+    quantizer.main(["--model_path", str(model), "--output_path", str(int8)])
     mistakes = {
         "--src and --tgt belong together": lambda: parsed(["--src", "a.txt"]),
         "num_heads": lambda: parsed(["--d_model", "31"]),
@@ -174,6 +194,8 @@ def test_mistakes_are_named(trained, tmp_path):
         ),
         "record 1 of": lambda: seq2seq_trainer.main(["--pairs", str(tmp_path / "bad.jsonl"), *out]),
         "encoder–decoder; python -m inference.translate": lambda: load_model(model),
+        "is not scored here": lambda: quantizer.main(["--model_path", str(model), "--text", "a.txt"]),
+        "is quantized already": lambda: quantizer.main(["--model_path", str(int8)]),
         "either --text or --input": lambda: translate.main(["--model_path", str(model)]),
         "text 1 is empty": lambda: translate.main(["--text", " ", "--model_path", str(model)]),
         "cut it into sentences": lambda: translate.main(["--text", "字" * 90, "--model_path", str(model)]),

@@ -1,8 +1,11 @@
 """Reading what people have: every kind of file gives the same documents, every mistake one sentence."""
 
+import ctypes
 import gzip
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from command_line import UserError
 from text.text_files import ReadingOptions, UnreadRecords, holds_records, iter_documents, iter_records, resolve_files
 
+ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["法国的首都是巴黎。", "The capital of France is Paris.", "  leading spaces and a tab\tinside  ", "🦊 café"]
 
 
@@ -124,8 +128,9 @@ def test_a_file_without_text_is_named(content, tmp_path):
 
 
 def test_a_binary_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"a\.txt is a binary file .line 2 has a zero byte."):
-        list(iter_documents(write(tmp_path / "a.txt", b"fine\nsome\0thing\n")))
+    for rest in (b"", b"bad \xff\n"):
+        with pytest.raises(UserError, match=r"a\.txt is a binary file .line 2 has a zero byte."):
+            list(iter_documents(write(tmp_path / "a.txt", b"fine\nsome\0thing\n" + rest)))
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "utf-16", "latin-1"])
@@ -296,6 +301,12 @@ def test_another_encoding_is_read_or_offered(tmp_path):
     with pytest.raises(UserError, match=r"byte 0xd6.* in line 1\).*--encoding gb18030.*--errors replace"):
         read(path)
     assert read(path, encoding="gb18030") == ["中文，简体。", "第二行"]
+    utf16 = write(tmp_path / "c.txt", "中文\nand more\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"--encoding utf-16.*--errors replace"):
+        read(utf16)
+    assert read(utf16, encoding="utf-16") == ["中文", "and more"]
+    with pytest.raises(UserError, match=r"nothing of .*a\.txt can be read, the first of it because a document of"):
+        read(path, skip_bad_records=True)
     mixed = write(tmp_path / "b.txt", b"first\nbad \xff\nthird\n")
     assert read(mixed, errors="replace") == ["first", "bad \ufffd", "third"]
     assert read(mixed, errors="ignore") == ["first", "bad ", "third"]
@@ -329,3 +340,57 @@ def test_the_same_file_under_two_names_is_said(tmp_path, capsys):
     write(tmp_path / "c.txt", "THE same text\n")
     assert len(resolve_files(tmp_path)) == 3
     assert "a.txt and " in (said := capsys.readouterr().err) and "c.txt" not in said
+
+
+WRITE_WHERE_NOTHING_CAN_BE_WRITTEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import byte_level_bpe, text.download
+from command_line import UserError
+from text.cleaning.__main__ import main as clean
+from text.text_files import UnreadRecords
+from text.token_shards import tokenize_to_shards
+
+for work in (
+    lambda: byte_level_bpe.main(["--input", "a.txt", "--vocab_size", "300", "--output_dir", "closed/tokenizer"]),
+    lambda: clean(["--input", "a.txt", "--output", "closed/out.jsonl"]),
+    lambda: clean(["--input", "a.txt", "--output", "out.jsonl", "--rejected", "closed/rejected.jsonl"]),
+    lambda: clean(["--input", "a.txt", "--output", "out.jsonl", "--report", "closed/report.html"]),
+    lambda: clean(["--input", "a.txt", "--output", "out.jsonl", "--work_dir", "closed/work"]),
+    lambda: text.download.main(["alpaca-zh", "--from_dir", ".", "--output_dir", "closed"]),
+    lambda: tokenize_to_shards("a.txt", byte_level_bpe.ByteLevelBPETokenizer(300), "closed"),
+    lambda: UnreadRecords("closed/left_out.jsonl").add("why", "text"),
+):
+    try:
+        work()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_any_work(tmp_path):
+    """Not even by root, once it has given up the right to write everywhere."""
+    if sys.platform != "linux":
+        pytest.skip("needs Linux's capabilities")
+    write(tmp_path / "a.txt", "some text\n")
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    library, drop_from_the_bounding_set, dac_override = ctypes.CDLL(None), 24, 1
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_WHERE_NOTHING_CAN_BE_WRITTEN, str(ROOT)],
+        preexec_fn=lambda: library.prctl(drop_from_the_bounding_set, dac_override, 0, 0, 0),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    names = ("--output_dir", "--output", "--rejected", "--report", "--work_dir", "--output_dir")
+    assert (done.stdout.splitlines(), done.stderr) == (
+        [
+            *(f"{folder} cannot be written to; choose another {name} or mend its permissions" for name in names),
+            "cannot write token shards into closed (Permission denied); free some space or choose another --shard_dir",
+            "what is left out cannot be kept in closed/left_out.jsonl (Permission denied); free some space or choose "
+            "another place",
+        ],
+        "",
+    )
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "closed"]  # nothing was begun

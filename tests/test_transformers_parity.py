@@ -23,7 +23,7 @@ def random_ids(*shape, seed=0):
 
 
 def test_a_model_that_transformers_does_not_have_is_refused(random_model):
-    with pytest.raises(UserError, match="transformers has no such model; it has .* gpt2, modern, llama and qwen2"):
+    with pytest.raises(UserError, match="transformers has no such model; it has .* gpt2, modern, llama, qwen2 and moe"):
         architecture_of(random_model("gpt2", position="sinusoidal").config)
 
 

@@ -22,6 +22,7 @@ from text.tokenizer_files import PRETOKENIZER_PATTERN, byte_pre_tokenizer
 
 LONGEST_PIECE = 128  # characters
 SLICE = 1 << 20  # characters of a text that are looked at at once
+COUNTED_AT_ONCE = 100_000  # characters
 
 Merges = list[tuple[bytes, bytes]]
 
@@ -87,10 +88,7 @@ def learn_merges(sample: TextSample, n_merges: int, min_frequency: int) -> Merge
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(sample.cut(), n_merges + 256, pattern=PRETOKENIZER_PATTERN)
         merges = merges_of_tokens([bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=_rank)][256:])
-    if min_frequency > 1:
-        made = times_made(merges, counts_of_tokens(sample.cut(), merges))
-        merges = merges[: next((n for n, count in enumerate(made) if count < min_frequency), len(merges))]
-    return merges
+    return often_made(merges, sample.cut(), min_frequency) if min_frequency > 1 and merges else merges
 
 
 def _rank(entry: tuple[bytes, int]) -> int:
@@ -125,15 +123,22 @@ def times_made(merges: Merges, counts: dict[bytes, int]) -> list[int]:
     return [total.get(left + right, 0) for left, right in merges]
 
 
-def counts_of_tokens(texts: Iterator[str], merges: Merges) -> dict[bytes, int]:
-    """How often each token stands in the texts once all merges are made."""
+def often_made(merges: Merges, texts: Iterator[str], min_frequency: int) -> Merges:
+    """The merges up to the first one that the texts make less than `min_frequency` times.
+
+    Commoner merges come first: where the last one is seen often enough, the rest of the texts need not be looked at.
+    """
     names, engine = engine_of(merges)
     encoder = fast_encoder(engine)
     totals = np.zeros(len(names), np.int64)
-    for batch in batches(texts):
+    last = names.index(b"".join(merges[-1]))
+    for batch in batches(texts, COUNTED_AT_ONCE):
         ids = encoder.encode_arrays(batch)[0] if encoder else np.concatenate([[], *ids_of(engine, batch)]).astype(int)
         totals += np.bincount(ids, minlength=len(names))
-    return dict(zip(names, totals.tolist(), strict=True))
+        if totals[last] >= min_frequency:
+            return merges
+    made = times_made(merges, dict(zip(names, totals.tolist(), strict=True)))
+    return merges[: next((n for n, count in enumerate(made) if count < min_frequency), len(merges))]
 
 
 def batches(texts: Iterator[str], characters: int = 4_000_000) -> Iterator[list[str]]:

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,27 +41,31 @@ from typing import Any, TypeVar
 
 from command_line import UserError, option
 from text.account import CALLED_BAD, MALFORMED, Account, LeftOut
-from text.chat_template import ROLES, Message, tool_call_text, tool_response_text, tools_text
+from text.chat_template import Message, tools_text
 from text.text_files import iter_records
+from text.turns import (
+    content_of,
+    first_of,
+    is_transcript,
+    message_of,
+    messages_of,
+    messages_of_transcript,
+    optional_text,
+    parsed_json,
+    refuse_media,
+    required_text,
+    what_it_has,
+)
 
 Parsed = TypeVar("Parsed")
 
-ROLE_OF = {
-    **{role: role for role in ROLES},
-    **{"developer": "system", "human": "user", "gpt": "assistant", "bot": "assistant", "function_call": "assistant"},
-    **dict.fromkeys(("tool", "function", "observation"), "user"),  # what a tool returned
-}
-TOOL_ROLES = ("tool", "function", "observation")
 CONVERSATION = ("conversations", "messages", "conversation")
 QUESTION = ("instruction", "prompt", "question")
 ADDITION = ("input", "context")
 ANSWER = ("response", "output", "completion", "answer")
 SYSTEM = ("system", "system_prompt")
 COLUMNS = (*QUESTION, *ADDITION, *ANSWER, *SYSTEM, *CONVERSATION, "history", "tools", "chosen", "rejected", "margin",
-           "responses", "scores", "label")  # fmt: skip
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>|<(image|video|audio)>\s*\Z")  # not one that a text is about
-SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+           "responses", "scores", "label", "src", "tgt")  # fmt: skip
 
 
 @dataclass
@@ -110,173 +113,21 @@ def with_columns(record: dict, columns: Mapping[str, str], where: str) -> dict:
     """
     found = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
     if columns and not found:
-        raise UserError(f"{where} has none of the fields {', '.join(columns.values())} of --columns; {_has(record)}")
+        raise UserError(
+            f"{where} has none of the fields {', '.join(columns.values())} of --columns; {what_it_has(record)}"
+        )
     # A field that was given a name is that alone, and what stood under this name before is not meant
     return {name: value for name, value in record.items() if name not in columns.values()} | found
 
 
-# ------------------------------------------------------------------------------------------------------------- fields
-
-
-def _has(record: dict) -> str:
-    """What fields a record has, for messages."""
-    return f"it has {', '.join(map(str, record)) or 'no field at all'}"
-
-
-def _text(record: dict, field: str, where: str, remedy: str = "") -> str:
-    value = record.get(field)
-    if not isinstance(value, str) or not value.strip():
-        state = "is missing" if field not in record else "is empty" if isinstance(value, str) else "is not a text"
-        raise UserError(f'{where}: the field "{field}" {state}; {remedy or "it must be a non-empty string"}')
-    return value
-
-
-def _optional_text(record: dict, fields: tuple[str, ...], where: str) -> str:
-    for field in fields:
-        value = record.get(field)
-        if value is not None and not (isinstance(value, str) and not value.strip()):
-            return _text(record, field, where)
-    return ""
-
-
-def _first_of(fields: tuple[str, ...], record: dict) -> str | None:
-    """The first of the fields that the record has a value in, or else the first that it has at all."""
-    there = [field for field in fields if field in record]
-    return next((field for field in there if record[field] not in (None, "")), there[0] if there else None)
-
-
-def _refuse_media(record: dict, where: str) -> None:
-    for field in MEDIA:
-        if record.get(field):
-            raise UserError(f'{where} has "{field}", which a model of text cannot take in; leave such records out')
-
-
-def _json(value: object, what: str) -> object:
-    """A value that may be JSON in a string."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise UserError(f"{what} is not valid JSON; mend it") from None
-
-
-# -------------------------------------------------------------------------------------------------------------- turns
-
-
-def _content(turn: dict, field: str, where: str) -> str:
-    """The text of a turn; OpenAI's list of parts is joined where all of them are text."""
-    value = turn.get(field)
-    if isinstance(value, list):
-        for part in value:
-            if not isinstance(part, dict) or part.get("type", "text") != "text":
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise UserError(f"{where} has a part of type {kind}, not text; leave such records out")
-        turn = {field: "".join(_text(part, "text", where) for part in value)}
-    text = _text(turn, field, where)
-    if match := PLACEHOLDER.search(text):
-        kind = match[1] or match[2]
-        raise UserError(
-            f"{where} stands beside an {kind} (<{kind}>), which a model of text cannot take in; leave such records out"
-        )
-    return text
-
-
-def _calls(turn: dict, where: str) -> list[str]:
-    """The tool calls of a turn as text: OpenAI's "tool_calls" or older "function_call"."""
-    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
-    if not isinstance(calls, list):
-        raise UserError(f'{where}: "tool_calls" must be a list')
-    return [_call(call, where) for call in calls]
-
-
-def _call(call: object, where: str) -> str:
-    call = _json(call, f"the tool call of {where}")
-    call = call.get("function", call) if isinstance(call, dict) else call
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise UserError(f'{where} has a tool call without a name; it must be like {{"name": "…", "arguments": {{…}}}}')
-    arguments = _json(call.get("arguments") or {}, f"the arguments of a tool call of {where}")
-    return tool_call_text(call["name"], arguments)
-
-
-def _message(turn: object, where: str, default_role: str | None = None) -> dict[str, Any]:
-    if isinstance(turn, str) and default_role:
-        turn = {"role": default_role, "content": turn}
-    if not isinstance(turn, dict):
-        raise UserError(f'{where} is not an object like {{"role": "user", "content": "…"}}; mend it')
-    _refuse_media(turn, where)
-    role = turn.get("role", turn.get("from", default_role))  # OpenAI's name of the field, or ShareGPT's
-    if not isinstance(role, str) or role not in ROLE_OF:
-        raise UserError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLE_OF)}")
-    field = "value" if "value" in turn else "content"
-    calls = _calls(turn, where)
-    if role == "function_call":  # ShareGPT with tools: the turn is one call, or a list of them, in JSON
-        made = _json(turn.get(field), f"the tool call of {where}")
-        content = "\n".join(_call(call, where) for call in (made if isinstance(made, list) else [made]))
-    elif calls:
-        said = [_content(turn, field, where)] if turn.get(field) else []
-        content = "\n".join([*said, *calls])
-    else:
-        content = _content(turn, field, where)
-    if role in TOOL_ROLES:
-        content = tool_response_text(content)
-    if thoughts := _optional_text(turn, ("reasoning_content",), where):  # as Qwen3 and DeepSeek-R1 write them
-        content = f"<think>\n{thoughts.strip()}\n</think>\n\n{content}"
-    message = {"role": ROLE_OF[role], "content": content}
-    if _weight(turn, where) == 0 and message["role"] == "assistant":
-        message["weight"] = 0
-    return message
-
-
-def _weight(turn: dict, where: str) -> int:
-    """Whether a turn is to be learned, 1 or 0: OpenAI's "weight", or ms-swift's "loss"."""
-    field = "weight" if "weight" in turn else "loss"
-    weight = turn.get(field)
-    if weight not in (None, 0, 1):
-        raise UserError(f'{where}: the field "{field}" is {weight!r}; an answer counts (1) or does not (0)')
-    return 1 if weight is None else int(weight)
-
-
-def _turns(value: object, what: str, where: str, default_role: str | None = None) -> list[dict[str, Any]]:
-    """The messages of a list of turns; what several tools returned, one after another, is one turn, as Qwen has it."""
-    if not isinstance(value, list) or not value:
-        raise UserError(f'{where}: the field "{what}" must be a list of at least one turn')
-    messages: list[dict[str, Any]] = []
-    from_tool = False
-    for number, turn in enumerate(value, start=1):
-        message = _message(turn, f"turn {number} of {where}", default_role if isinstance(turn, dict) else None)
-        is_tool = isinstance(turn, dict) and turn.get("role", turn.get("from")) in TOOL_ROLES
-        if is_tool and from_tool:
-            messages[-1]["content"] += "\n" + message["content"]
-        else:
-            messages.append(message)
-        from_tool = is_tool
-    return messages
-
-
-def _transcript(text: str, where: str) -> list[Message]:
-    """HH-RLHF's "\\n\\nHuman: …\\n\\nAssistant: …" as messages."""
-    starts = [match for match in SPEAKER.finditer(text) if match.start() == 0 or match.group().startswith("\n\n")]
-    if not starts or starts[0].start() != 0:
-        raise UserError(f'{where} does not begin with "Human: "; it must be like "\\n\\nHuman: …\\n\\nAssistant: …"')
-    messages = []
-    for match, following in zip(starts, [*starts[1:], None], strict=True):
-        content = text[match.end() : following.start() if following else len(text)].strip()
-        if not content:
-            raise LeftOut(f"{where} has a turn without words; leave it out", "a turn without words")
-        messages.append({"role": "user" if match[1] == "Human" else "assistant", "content": content})
-    return messages
-
-
-def _is_transcript(value: object) -> bool:
-    return isinstance(value, str) and value.lstrip("\n").startswith("Human:") and "\n\nAssistant:" in value
+# ----------------------------------------------------------------------------------------------------------- the prompt
 
 
 def _before(record: dict, where: str) -> list[Message]:
     """What stands before a record's question: a system message, with the list of tools, and earlier turns (Alpaca)."""
-    system = _optional_text(record, SYSTEM, where)
+    system = optional_text(record, SYSTEM, where)
     if listed := record.get("tools") or record.get("functions"):
-        tools = _json(listed, f'the field "tools" of {where}')
+        tools = parsed_json(listed, f'the field "tools" of {where}')
         if not isinstance(tools, list):
             raise UserError(f'{where}: the field "tools" must be a list of function signatures')
         if tools:
@@ -294,18 +145,18 @@ def _before(record: dict, where: str) -> list[Message]:
 
 def _prompt(record: dict, where: str) -> list[Message]:
     """The messages of a record, without the answer where the answer stands in a field of its own."""
-    _refuse_media(record, where)
+    refuse_media(record, where)
     before = _before(record, where)
-    if (field := _first_of(CONVERSATION, record)) is not None:
-        return _joined(before, _turns(record[field], field, where))
-    field = _first_of(QUESTION, record)
+    if (field := first_of(CONVERSATION, record)) is not None:
+        return _joined(before, messages_of(record[field], field, where))
+    field = first_of(QUESTION, record)
     if field is not None and isinstance(record[field], list):  # TRL
-        return _joined(before, _turns(record[field], field, where, "user"))
-    addition = _optional_text(record, ADDITION, where)
+        return _joined(before, messages_of(record[field], field, where, "user"))
+    addition = optional_text(record, ADDITION, where)
     if field is not None and addition and record[field] in ("", None):
         return [*before, {"role": "user", "content": addition}]
-    remedy = "" if field else f"{_has(record)}; if one of them is the question, say --columns instruction=NAME"
-    text = _content(record, field, where) if field else _text(record, "instruction", where, remedy)
+    remedy = "" if field else f"{what_it_has(record)}; if one of them is the question, say --columns instruction=NAME"
+    text = content_of(record, field, where) if field else required_text(record, "instruction", where, remedy)
     return [*before, {"role": "user", "content": f"{text}\n{addition}" if addition else text}]
 
 
@@ -367,25 +218,25 @@ def _conversation(record: dict, where: str) -> list[Message]:
 
 def _answer_field(record: dict, where: str) -> list[Message]:
     """The answer that stands in a field of its own."""
-    field = _first_of(ANSWER, record)
+    field = first_of(ANSWER, record)
     if field is None:
         if {"chosen", "rejected"} & record.keys() or "completions" in record or "responses" in record:
             raise UserError(f"{where} is a preference, not an instruction with one answer; use it with --mode reward, "
                             "ppo, dpo or kto")  # fmt: skip
-        if _first_of(CONVERSATION, record):
+        if first_of(CONVERSATION, record):
             raise UserError(f"{where} ends with the user's turn; add the assistant's answer, or leave that turn out")
-        remedy = f"{_has(record)}; if one of them is the answer, say --columns response=NAME"
+        remedy = f"{what_it_has(record)}; if one of them is the answer, say --columns response=NAME"
         raise UserError(f'{where}: the field "response" is missing; {remedy}')
     if isinstance(record[field], list):
-        return _turns(record[field], field, where, "assistant")
-    return [{"role": "assistant", "content": _text(record, field, where)}]
+        return messages_of(record[field], field, where, "assistant")
+    return [{"role": "assistant", "content": required_text(record, field, where)}]
 
 
 # --------------------------------------------------------------------------------------------------------- preferences
 
 
 def _answer(turn: object, where: str) -> Message:
-    message = _message(turn, where, "assistant")
+    message = message_of(turn, where, "assistant")
     if message["role"] != "assistant":
         raise UserError(f"{where} is a {message['role']} message; an answer is the assistant's")
     return message
@@ -435,11 +286,11 @@ def _question(record: dict, where: str) -> list[Message]:
 def _side(record: dict, side: str, where: str) -> tuple[list[Message] | None, Message]:
     """The answer of one side of a preference and, where the side is a whole conversation, what stands before it."""
     value, place = record[side], f'the field "{side}" of {where}'
-    if _is_transcript(value) and _first_of((*QUESTION, *CONVERSATION), record) is None:
-        turns = _transcript(value, place)
+    if is_transcript(value) and first_of((*QUESTION, *CONVERSATION), record) is None:
+        turns = messages_of_transcript(value, place)
     elif isinstance(value, list):
-        _refuse_media(record, where)
-        turns = _turns(value, side, place, "assistant")
+        refuse_media(record, where)
+        turns = messages_of(value, side, place, "assistant")
     else:
         return None, _answer(value, place)
     if turns[-1]["role"] != "assistant":
@@ -462,11 +313,11 @@ def _ranking(record: dict, field: str, where: str) -> dict[str, Any]:
         if field == "completions":  # UltraFeedback
             if not isinstance(turn, dict):
                 raise UserError(f'{place} must be an object like {{"response": "…", "overall_score": 7}}')
-            name = _first_of((*ANSWER, "content", "text"), turn) or "response"
-            turn = {"role": "assistant", "content": _text(turn, name, place)}
+            name = first_of((*ANSWER, "content", "text"), turn) or "response"
+            turn = {"role": "assistant", "content": required_text(turn, name, place)}
         answers.append(_answer(turn, place))
     if field == "completions" and scores is None:
-        score = _first_of(("overall_score", "score", "rating"), turns[0]) or "overall_score"
+        score = first_of(("overall_score", "score", "rating"), turns[0]) or "overall_score"
         scores = [turn.get(score) for turn in turns]
     if scores is None:
         return {"prompt": _question(record, where), "answers": answers, "margin": 0.0}
@@ -520,14 +371,14 @@ def parse_unpaired(record: dict, where: str) -> list[dict[str, Any]]:
 
 def shape_of(record: dict) -> tuple[str, str]:
     """What a record is, "instructions", "preferences", "unpaired" or "" (unknown), and the name of its shape."""
-    conversation, question, answer = (_first_of(names, record) for names in (CONVERSATION, QUESTION, ANSWER))
+    conversation, question, answer = (first_of(names, record) for names in (CONVERSATION, QUESTION, ANSWER))
     turns = record[conversation] if conversation else None
     first = turns[0] if isinstance(turns, list) and turns else None
     talk = "ShareGPT" if isinstance(first, dict) and "from" in first else "OpenAI"
     if "completions" in record or "responses" in record:
         return "preferences", "UltraFeedback" if "completions" in record else "ranking"
     if {"chosen", "rejected"} <= record.keys():
-        if _is_transcript(record["chosen"]) and not (question or conversation):
+        if is_transcript(record["chosen"]) and not (question or conversation):
             return "preferences", "HH-RLHF"
         if isinstance(record["chosen"], list):
             return "preferences", "TRL" if question else "TRL, implicit prompt"
@@ -560,7 +411,17 @@ def load_records(
         UserError: the file cannot be read, or a record is malformed.
     """
     parsed = []
-    for where, record in iter_records(path):
+
+    def leave_out(error: UserError, text: str) -> None:
+        account.leave_out(MALFORMED)
+        account.bad.add(str(error), text)
+
+    def unread(error: UserError, text: str) -> None:
+        account.read += 1
+        leave_out(error, text)
+
+    skips = account is not None and account.skips_bad_records
+    for where, record in iter_records(path, unread if skips else None):
         if account is not None:
             account.read += 1
         try:
@@ -570,10 +431,9 @@ def load_records(
                 raise
             account.leave_out(left_out.reason)
         except UserError as error:
-            if account is None or not account.skips_bad_records:
+            if not skips:
                 raise
-            account.leave_out(MALFORMED)
-            account.bad.add(str(error), json.dumps(record, ensure_ascii=False))
+            leave_out(error, json.dumps(record, ensure_ascii=False))
     return parsed
 
 

@@ -9,17 +9,18 @@ ModelScope. Licences are what the sets' pages said in 2026; read them before you
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from command_line import UserError, option, parse_config, replacing, run_main
+from command_line import UserError, option, parse_config, replacing, require_writable_folder, run_main
 from text.text_files import RECORD_ENDINGS, iter_rows, resolve_files
 
 Row = dict[str, Any]
@@ -101,11 +102,6 @@ class DownloadConfig:
     hub: str = option("huggingface", "where to download", choices=("huggingface", "modelscope"))
     repo: str = option("", "another name of the set there, such as one of ModelScope's")
 
-    def validate(self) -> list[str]:
-        if not self.name:
-            return [f"name a set: {', '.join(SETS)}"]
-        return []
-
 
 def rows_of_folder(folder: Path, split: str) -> Iterator[Row]:
     """The rows of a downloaded copy: of the files that have the split's name in theirs, or of all if none has."""
@@ -127,26 +123,32 @@ def rows_of_hub(public: PublicSet, split: str, config: DownloadConfig) -> Iterat
     try:
         if config.hub == "modelscope":
             from modelscope import dataset_snapshot_download
-
-            yield from rows_of_folder(Path(dataset_snapshot_download(repo)), split)
-            return
-        import datasets
+        else:
+            import datasets
     except ImportError as error:
         package = "modelscope" if config.hub == "modelscope" else "datasets"
         raise UserError(
             f"downloading needs {package} ({error}); `pip install {package}`, or name a copy with --from_dir"
         ) from None
     try:
+        if config.hub == "modelscope":
+            yield from rows_of_folder(Path(dataset_snapshot_download(repo)), split)
+            return
         names = datasets.get_dataset_config_names(repo) if public.config == "*" else [public.config]
         for name in names:
             yield from datasets.load_dataset(repo, name, split=split, streaming=True)
-    except Exception as error:  # the package lets many kinds of errors through from what it stands on
-        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    except UserError:  # of a file that has come
+        raise
+    except Exception as error:  # the packages let many kinds of errors through from what they stand on
+        where, others = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "try --hub modelscope"
+        if config.hub == "modelscope":
+            where, others = "ModelScope", "check --repo, its name there, try --hub huggingface"
+        elif "HF_ENDPOINT" not in os.environ:
+            others = "try HF_ENDPOINT=https://hf-mirror.com or --hub modelscope"
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"{repo} cannot be downloaded from {where} ({type(error).__name__}: {reason}); try HF_ENDPOINT="
-            "https://hf-mirror.com or --hub modelscope, or copy the files from another machine and name their folder "
-            "with --from_dir"
+            f"{repo} cannot be downloaded from {where} ({type(error).__name__}: {reason}); {others}, or copy the files "
+            "from another machine and name their folder with --from_dir"
         ) from None
 
 
@@ -159,38 +161,39 @@ def fetch(config: DownloadConfig) -> dict[str, int]:
     public, folder = SETS[config.name], Path(config.output_dir) / config.name
     if config.from_dir and not Path(config.from_dir).is_dir():
         raise UserError(f"--from_dir {config.from_dir} is no folder; name the one with the set's files")
+    require_writable_folder(folder)
     written: dict[str, int] = {}
-    for split, name in public.splits:
-        rows: Iterable[Row]
-        rows = rows_of_folder(Path(config.from_dir), split) if config.from_dir else rows_of_hub(public, split, config)
-        records = filter(None, map(public.convert, rows))
-        records = islice(records, config.limit or None)
-        first = next(records, None)
-        if first is None:
-            continue
-        path, count = folder / f"{name}.jsonl.gz", 1
-        with (
-            replacing(path, "free some space or choose another --output_dir") as file,
-            gzip.GzipFile("", "wb", 6, file, mtime=0) as out,
-        ):
-            out.write(_line(first))
-            for record in records:
-                out.write(_line(record))
-                count += 1
-        written[path.name] = count
-    if not written:
-        where = config.from_dir or config.repo or public.repo
-        wanted = ", ".join(sorted(_wanted_fields(public)))
-        raise UserError(f"{where} holds no record of {config.name} (with fields like {wanted}); check --from_dir")
-    source = {
-        "name": config.name,
-        "source": config.from_dir or f"{config.hub}: {config.repo or public.repo}",
-        "published": f"https://huggingface.co/datasets/{public.repo}",
-        "licence": public.licence,
-        "records": written,
-    }
-    with replacing(folder / "SOURCE.json", "free some space or choose another --output_dir") as file:
-        file.write(json.dumps(source, ensure_ascii=False, indent=1).encode() + b"\n")
+    remedy = "free some space or choose another --output_dir"
+    with contextlib.ExitStack() as moves:  # made when all is there: no part of a set stands alone
+        for split, name in public.splits:
+            rows: Iterable[Row]
+            if config.from_dir:
+                rows = rows_of_folder(Path(config.from_dir), split)
+            else:
+                rows = rows_of_hub(public, split, config)
+            records = islice(filter(None, map(public.convert, rows)), config.limit or None)
+            first = next(records, None)
+            if first is None:
+                continue
+            path = folder / f"{name}.jsonl.gz"
+            written[path.name] = 0
+            with gzip.GzipFile("", "wb", 6, moves.enter_context(replacing(path, remedy)), mtime=0) as out:
+                for record in chain([first], records):
+                    out.write(_line(record))
+                    written[path.name] += 1
+        if not written:
+            where = config.from_dir or config.repo or public.repo
+            wanted = ", ".join(sorted(_wanted_fields(public)))
+            raise UserError(f"{where} holds no record of {config.name} (with fields like {wanted}); check --from_dir")
+        source = {
+            "name": config.name,
+            "source": config.from_dir or f"{config.hub}: {config.repo or public.repo}",
+            "published": f"https://huggingface.co/datasets/{public.repo}",
+            "licence": public.licence,
+            "records": written,
+        }
+        about = moves.enter_context(replacing(folder / "SOURCE.json", remedy))
+        about.write(json.dumps(source, ensure_ascii=False, indent=1).encode() + b"\n")
     return written
 
 

@@ -25,7 +25,7 @@ KNOWN_FILES = (
 SPECIAL_STRINGS = ("text", "special")  # what the strings of special tokens are in the documents of a corpus
 SPECIAL_ROLES = ("bos_token", "pad_token", "eos_token", "unk_token")
 
-# Qwen2's pattern: contractions, words, single digits, punctuation, line breaks, spaces.
+# Qwen2's: contractions, words with the mark or space before them, single digits, punctuation, line breaks, spaces
 PRETOKENIZER_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,7 +54,17 @@ class TokenizerParts:
 
 
 def byte_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Cuts a text by `PRETOKENIZER_PATTERN`, then writes each byte as one of GPT-2's 256 printable characters."""
+    """Cuts a text by `PRETOKENIZER_PATTERN`, then writes each byte as one of GPT-2's 256 printable characters.
+
+    Why this pattern: a word may take the mark before it along, which suits Chinese (a clause with its opening quotation
+    mark) and code (a name with its dot or bracket). With 8,192 tokens, held-out Song verse takes 6 % fewer tokens than
+    by GPT-2's pattern and Python 3 % fewer, as many as by GPT-4's (cl100k) to 1 %. Every digit is a piece, so that
+    numbers are read place by place; text full of sums takes 10 % more tokens for it than by GPT-4's, which cuts after
+    three digits. `benchmarks/bench_tokenizer.py` compares them.
+
+    Who takes it: `tokenizers`, `rustbpe` and `tiktoken` take any; `gigatoken` and llama.cpp know published patterns,
+    and this one as Qwen2's. `gigatoken` trains by GPT-2's only.
+    """
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), "isolated"),

@@ -324,6 +324,8 @@ class ParallelModel:
                     f"--parallel {mode} cuts each layer in {layout.tp} and {name} is {getattr(config, name)}; "
                     f"make it a multiple of {layout.tp}, or lower tp"
                 )
+        if config.n_experts and layout.tp > 1:
+            raise UserError(f"--parallel {mode} cuts no experts; use ddp or fsdp")
         if config.n_layers < layout.pp:
             raise UserError(f"--parallel {mode} needs at least {layout.pp} layers, not {config.n_layers}; lower pp")
         if layout.pp > 1 and any(isinstance(module, AuxiliaryLoss) for module in model.modules()):

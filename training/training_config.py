@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from checkpoint import require_writable_folder
-from command_line import option
+from command_line import option, require_writable_folder
 from machine import PRECISIONS, resolve_device, usable_cores
 from training import ranks
 from training.optimization import OPTIMIZERS, SCHEDULES

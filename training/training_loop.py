@@ -31,6 +31,7 @@ from machine import peak_flops, peak_memory_bytes, resolve_precision
 from progress import Progress, Transcript, listening, tracked
 from text.account import Account
 from training import ranks
+from training.expert_use import ExpertUse
 from training.interruptions import StopSignal, advice_if_out_of_memory
 from training.optimization import Updater, build_optimizers, learning_rate_factor
 from training.parallel_model import ParallelModel
@@ -105,6 +106,7 @@ class TrainingLoop:
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         positions = [module for module in model.modules() if isinstance(module, Positions)]
+        self.expert_use = ExpertUse(model)
         self.n_positions = sum(parameter.numel() for module in positions for parameter in module.parameters())
         self.lora = lora_settings(model)
         if self.lora:
@@ -219,6 +221,7 @@ class TrainingLoop:
                         rate = tokens / (time.perf_counter() - interval_start - skipped_seconds)
                         record |= {"tokens_per_second": rate, "mfu": rate * flops / peak}
                         record["skipped_steps"] = self.updater.skipped
+                        record |= self.expert_use.figures()
                         record["memory_mib"] = peak_memory_bytes(self.device) / 2**20
                         record |= epoch
                         if self.step == 1:
@@ -245,6 +248,8 @@ class TrainingLoop:
                         log.say(f"no improvement in {config.patience} evaluations, stopped at step {self.step}")
         finally:
             log.close()
+        if ranks.is_main():
+            self.expert_use.plot(self.folder / "experts.png")
         return self.best
 
     def before_first_step(self) -> None:
@@ -543,7 +548,8 @@ class TrainingLoop:
         head = 0 if config.tie_embeddings else config.vocab_size * config.d_model
         frozen = self.n_parameters - self.n_trained  # without a gradient of their own: 4 FLOP each and not 6
         return training_flops_per_token(
-            self.n_parameters - self.n_positions - head - frozen / 3,  # positions and one of two tables are looked up
+            # Positions and one of two tables are looked up; of experts, a token passes a few
+            self.n_parameters - self.expert_use.n_idle - self.n_positions - head - frozen / 3,
             config.n_layers,
             config.n_heads * config.head_dim,
             self.config.max_seq_len,

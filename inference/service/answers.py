@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def usage(answer: Answer, n: int) -> dict[str, Any]:
 
 def shown_tokens(served: ServedModel, log_probs: list[TokenLogProb]) -> list[TokenLogProb]:
     """Those of an answer's tokens that make its text; the one that ends it has none."""
-    return [entry for entry in log_probs if entry.token_id != served.tokenizer.eos_token_id]
+    return [entry for entry in log_probs if entry.token_id not in served.tokenizer.end_token_ids]
 
 
 def chat_log_probs(served: ServedModel, log_probs: list[TokenLogProb]) -> dict[str, Any]:
@@ -193,22 +194,24 @@ def chat_log_probs(served: ServedModel, log_probs: list[TokenLogProb]) -> dict[s
     return {"content": content, "refusal": None}
 
 
-def completion_log_probs(served: ServedModel, log_probs: list[TokenLogProb], offset: int) -> dict[str, Any]:
-    """Log-probabilities as completions report them.
+def completion_log_probs(served: ServedModel, tokens: list[TokenLogProb], offset: int) -> dict[str, Any]:
+    """Log-probabilities as completions report them; of a prompt's first token they are null.
 
     Args:
         offset: where in the text the first of the tokens begins.
     """
-    tokens = shown_tokens(served, log_probs)
-    texts = [token_text(served, token.token_id) for token in tokens]
-    offsets = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
-    likeliest = [
-        {token_text(served, token_id): max(value, LOWEST_LOG_PROB) for token_id, value in token.likeliest.items()}
-        for token in tokens
-    ]
+    text_of = functools.cache(functools.partial(token_text, served))
+    offsets, log_probs, likeliest = [], [], []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(text_of(token.token_id)) if served.tokenizer.token_bytes(token.token_id) else 0
+        log_probs.append(None if token.log_prob is None else max(token.log_prob, LOWEST_LOG_PROB))
+        best_last = reversed(token.likeliest.items())  # of two with one text, such as U+FFFD, the likelier one stays
+        alternatives = {text_of(token_id): max(value, LOWEST_LOG_PROB) for token_id, value in best_last}
+        likeliest.append(None if token.log_prob is None else dict(reversed(alternatives.items())))
     return {
-        "tokens": texts,
-        "token_logprobs": [max(token.log_prob, LOWEST_LOG_PROB) for token in tokens],
+        "tokens": [text_of(token.token_id) for token in tokens],
+        "token_logprobs": log_probs,
         "top_logprobs": likeliest,
         "text_offset": offsets,
     }

@@ -21,8 +21,8 @@ from gpt_model import GPTModel
 from inference.engine import Engine
 from inference.engine_statistics import EngineStatistics
 from inference.quantizer import load_any
-from inference.request import Generation, QueueFull, Request, RequestFailed, encode_prompt
-from inference.sampling import SamplingParams
+from inference.request import Generation, QueueFull, Request, RequestFailed, encode_prompt, recommended_sampling
+from inference.sampling import SamplingParams, TokenLogProb
 from inference.service.conversations import Conversation, guarded
 from inference.service.errors import ApiError, unavailable
 from inference.service.filters import Filters, Finding
@@ -50,6 +50,7 @@ class ServedModel:
         self.model, self.tokenizer, checkpoint = load_any(path, settings.torch_device)
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
+        self.recommended = recommended_sampling(self.tokenizer)  # what requests leave out
         with torch.device("meta"):  # counted from the configuration, as quantized weights are no parameters
             self.parameters = GPTModel.from_config(self.model.config).num_parameters()
         torch.set_num_threads(settings.num_threads)  # the engine's thread will have as many
@@ -159,6 +160,17 @@ class Answer:
             raise unavailable("the service is stopping and has ended this answer; ask again")
         return generation
 
+    def prompt_log_probs(self, index: int, n: int) -> list[TokenLogProb]:
+        """How likely the tokens of an answer's prompt are; of n answers to one, the first has computed them.
+
+        Raises:
+            ApiError: 503, time was up before they were computed.
+        """
+        request = self.requests[index - index % n]
+        if request.unscored:
+            raise unavailable("time was up before the prompt's log-probabilities were computed; send shorter ones")
+        return request.prompt_log_probs
+
     async def check(self, text: str) -> Finding | None:
         """What is forbidden in a whole answer; in a thread, as a long one takes a while."""
         return await asyncio.to_thread(self.filters.check, text) if self.filters else None
@@ -254,6 +266,12 @@ class Service:
         spare_collections()
         size = f"{served.parameters / 1e6:.1f} million parameters"
         logger.info("serving %s (stage %s, %s) on %s", served.path, served.stage, size, settings.torch_device)
+        self._say_recommended(served)
+
+    def _say_recommended(self, served: ServedModel) -> None:
+        if served.recommended:
+            listed = ", ".join(f"{name} {value:g}" for name, value in served.recommended.items())
+            logger.info("where a request leaves it open, as the model's makers recommend: %s", listed)
 
     async def _watch(self) -> None:
         """End the process when the engine is dead, so that a supervisor starts it anew."""
@@ -437,6 +455,7 @@ class Service:
                 raise ApiError(400, str(error), "model_path") from None
             self.settings.model_path, self.served = path, new
             logger.info("serving %s from now on; %s answers what it has taken", path, old.path)
+            self._say_recommended(new)
             self.background(self._retire(old))
             return new
 

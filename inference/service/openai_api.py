@@ -17,6 +17,7 @@ from inference.service.answers import (
     chat_log_probs,
     completion_log_probs,
     pieces_of,
+    shown_tokens,
     usage,
     whole,
 )
@@ -24,7 +25,7 @@ from inference.service.bodies import read_request
 from inference.service.conversations import CallParser, Conversation, Spoken, call_grammar
 from inference.service.documentation import described
 from inference.service.errors import ApiError
-from inference.service.model_server import Service
+from inference.service.model_server import ServedModel, Service
 from inference.service.requests import ChatRequest, CompletionRequest, Tool, ToolChoice
 from inference.service.structured import AnswerForm, grammar_form, json_form
 
@@ -37,16 +38,18 @@ def _head(kind: str, prefix: str, service: Service) -> dict[str, Any]:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
+def _entry(name: str, served: ServedModel) -> dict[str, Any]:
+    """A model as OpenAI's API lists it; its context and the sampling that its makers recommend are extensions."""
+    extensions = {"max_model_len": served.context, "sampling": served.recommended}
+    return {"id": name, "object": "model", "created": served.created, "owned_by": "own", **extensions}
+
+
 @router.get("/models", **described())
 async def models(request: Request) -> JSONResponse:
     """The model that is served, by all of its names."""
     service: Service = request.state.service
     served = service.ready()
-    entries = [
-        {"id": name, "object": "model", "created": served.created, "owned_by": "own", "max_model_len": served.context}
-        for name in service.settings.model_names
-    ]
-    return JSONResponse({"object": "list", "data": entries})
+    return JSONResponse({"object": "list", "data": [_entry(name, served) for name in service.settings.model_names]})
 
 
 @router.get("/models/{model}", **described(404))
@@ -54,9 +57,7 @@ async def model(model: str, request: Request) -> JSONResponse:
     """One model by its name."""
     service: Service = request.state.service
     served = service.named(model)
-    return JSONResponse(
-        {"id": model, "object": "model", "created": served.created, "owned_by": "own", "max_model_len": served.context}
-    )
+    return JSONResponse(_entry(model, served))
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
@@ -68,7 +69,8 @@ async def completions(request: Request) -> Response:
     service: Service = request.state.service
     body = await read_request(request, CompletionRequest)
     served = service.named(body.model)
-    params = body.openai_params(body.max_tokens, body.logprobs)
+    scored = body.logprobs if body.scores_prompt else None
+    params = body.openai_params(served.recommended, body.max_tokens, body.logprobs, prompt_logprobs=scored)
     answer = await service.answer(body.prompt, params, chat=False, streamed=body.stream)
     head = _head("text_completion", "cmpl", service)
     echoes = [""] * answer.n_answers
@@ -79,7 +81,10 @@ async def completions(request: Request) -> Response:
     def choice(written: Written, text: str, offset: int = 0) -> dict[str, Any]:
         log_probs = None
         if written.log_probs is not None:
-            log_probs = completion_log_probs(served, written.log_probs, offset)
+            shown = shown_tokens(served, written.log_probs)
+            if body.scores_prompt:  # an entry for each token, also for the one that ends the answer
+                shown = answer.prompt_log_probs(written.index, body.n) + written.log_probs
+            log_probs = completion_log_probs(served, shown, offset)
         return {"index": written.index, "text": text, "logprobs": log_probs, "finish_reason": written.finish_reason}
 
     async def chunks() -> AsyncIterator[dict[str, Any]]:
@@ -97,8 +102,13 @@ async def completions(request: Request) -> Response:
     if body.stream:
         return EventStream(service, answer, chunks())
     texts = await whole(request, service, answer)
-    choices = [choice(written, echoes[written.index] + written.text) for written in texts]
-    return JSONResponse({**head, "choices": choices, "usage": usage(answer, body.n)})
+
+    def choices() -> list[dict[str, Any]]:
+        return [choice(written, echoes[written.index] + written.text) for written in texts]
+
+    # In a thread, as prompts may have a hundred thousand tokens
+    made = await service.in_thread(choices) if body.scores_prompt else choices()
+    return JSONResponse({**head, "choices": made, "usage": usage(answer, body.n)})
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------
@@ -142,7 +152,8 @@ async def chat_completions(request: Request) -> Response:
     served = service.named(body.model)
     tools = called_tools(body)
     max_tokens = body.max_completion_tokens or body.max_tokens or service.settings.max_tokens
-    params = body.openai_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    log_probs_wanted = (body.top_logprobs or 0) if body.logprobs else None
+    params = body.openai_params(served.recommended, max_tokens, log_probs_wanted)
     conversation = Conversation(body.messages, tools)
     form = form_of(body, tools)
     answer = await service.answer([conversation], params, chat=True, streamed=body.stream, form=form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -18,6 +19,7 @@ MAX_MESSAGES = 1024
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 MAX_TOOLS = 128
+MAX_ECHOED_LOGPROBS = 5  # alternatives of each token of a prompt, of which a body may have a hundred thousand
 MAX_FORM = 65_536  # characters of an expression or a grammar
 ALL_TOKENS_BIAS = 100.0
 
@@ -87,12 +89,12 @@ class Sampling(Body):
     )
     stream: bool = Field(False, description="Send the text as it is written, as server-sent events.")
 
-    def sampling(self, **more: Any) -> SamplingParams:
-        """These fields as the engine takes them, and `more`."""
+    def sampling(self, recommended: Mapping[str, float], **more: Any) -> SamplingParams:
+        """These fields as the engine takes them, and `more`; what the request leaves out is as `recommended`."""
         shared = {name: getattr(self, name) for name in Sampling.model_fields if name != "stream"}
-        return SamplingParams(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in shared.items()}, **more
-        )
+        shared = {name: tuple(value) if isinstance(value, list) else value for name, value in shared.items()}
+        unsaid = {name: value for name, value in recommended.items() if name not in self.model_fields_set}
+        return SamplingParams(**{**shared, **more, **unsaid})
 
 
 class GenerateRequest(Sampling):
@@ -120,9 +122,10 @@ class GenerateRequest(Sampling):
             raise ValueError("give one of json_schema, regex and grammar")
         return self
 
-    def params(self) -> SamplingParams:
-        """The request as the engine takes it."""
-        return self.sampling(max_gen_len=self.max_gen_len, top_k=self.top_k, temperature=self.temperature)
+    def params(self, recommended: Mapping[str, float]) -> SamplingParams:
+        """The request as the engine takes it; see `sampling`."""
+        settings = {"max_gen_len": self.max_gen_len, "top_k": self.top_k, "temperature": self.temperature}
+        return self.sampling(recommended, **settings)
 
 
 class StreamOptions(BaseModel):
@@ -150,9 +153,12 @@ class OpenAIRequest(Sampling):
         """Whether the stream ends with the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def openai_params(self, max_tokens: int, logprobs: int | None, **more: Any) -> SamplingParams:
-        """The request as the engine takes it."""
+    def openai_params(
+        self, recommended: Mapping[str, float], max_tokens: int, logprobs: int | None, **more: Any
+    ) -> SamplingParams:
+        """The request as the engine takes it; see `sampling`."""
         return self.sampling(
+            recommended,
             max_gen_len=max_tokens,
             temperature=self.temperature,
             top_k=max(self.top_k, 0),
@@ -188,16 +194,23 @@ class CompletionRequest(OpenAIRequest):
     ] = Field(examples=["The capital of France is"])
     max_tokens: int = Field(16, ge=1, le=MAX_NEW_TOKENS, description="At most this many new tokens.")
     logprobs: int | None = Field(None, ge=0, le=20, description="Report as many alternatives of each token.")
-    echo: bool = Field(False, description="Put the prompt before the answer.")
+    echo: bool = Field(False, description="Put the prompt before the answer, with logprobs also its tokens' own.")
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Must be n: answers are not ranked.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
             raise ValueError("best_of must be n: answers are not ranked")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo and logprobs do not go together: the prompt's probabilities are not computed")
+        if self.scores_prompt and self.stream:
+            raise ValueError("echo with logprobs is not streamed; leave out stream")
+        if self.scores_prompt and self.logprobs > MAX_ECHOED_LOGPROBS:
+            raise ValueError(f"logprobs may be {MAX_ECHOED_LOGPROBS} at most together with echo, not {self.logprobs}")
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are wanted, as programs that evaluate models do."""
+        return self.echo and self.logprobs is not None
 
 
 class FunctionCall(BaseModel):

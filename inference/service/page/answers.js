@@ -11,7 +11,7 @@ const headers = (key) => ({ "Content-Type": "application/json", ...(key && { Aut
 
 export async function models(key) {
   const reply = await fetch("v1/models", { headers: headers(key) });
-  return reply.ok ? (await reply.json()).data.map((model) => model.id) : [];
+  return reply.ok ? (await reply.json()).data : [];
 }
 
 // Ask for an answer; yields {text} for each piece, and {finish} and {tokens} when they are known.

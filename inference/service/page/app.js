@@ -482,7 +482,13 @@ store.onChangeElsewhere((changed) => {
 
 async function findModel() {
   try {
-    [model = null] = await models(settings.key);
+    const [served] = await models(settings.key);
+    model = served?.id ?? null;
+    // What the model's makers recommend, where the user has not chosen
+    for (const [name, value] of Object.entries(served?.sampling ?? {})) {
+      if (name in store.DEFAULTS && settings[name] === store.DEFAULTS[name]) settings[name] = value;
+    }
+    showSettings();
   } catch {
     model = null; // the first question will say that the service cannot be reached
   }
