@@ -16,13 +16,10 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from inference.service.gate import GENERATING
 from inference.service.model_server import Service
-
-if TYPE_CHECKING:
-    from inference.service.connections import Connection
 
 AT_ONCE = 64  # clients that are taken, and that are heard, in one turn of the event loop
 NEWEST = 16  # newcomers that are heard before all others
@@ -31,6 +28,13 @@ FULL_SECONDS = 0.2  # until the door is opened again when no more files can be
 LOOKED_AT = 16_384  # bytes of a request
 QUESTIONS = tuple(f"POST {path} HTTP/1.1\r\n".encode() for path in GENERATING)
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)")
+
+
+class Connection(Protocol):
+    """A connection, as the door sees it; it is an `asyncio.Protocol`, too."""
+
+    def asked(self, asks: bool) -> None:
+        """Count it among those that wait for an answer of the model, or no longer."""
 
 
 def refusal(service: Service, data: bytes) -> tuple[bytes, bool] | None:
