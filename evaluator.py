@@ -11,8 +11,6 @@ checkpoint. Figures come with 95 % intervals. Interrupted, it goes on where it w
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -47,6 +44,7 @@ from evaluation.intervals import Interval, middle, resampled_sums, wilson
 from evaluation.kept_work import KeptWork
 from evaluation.score_page import ScorePage, figures_of, write_page
 from evaluation.text_metrics import References, corpus_bleu_score, mean_rouge_scores
+from evaluation.text_report import CALIBRATION_BINS, ScoredText, text_page, text_summary
 from gpt_model import IGNORED_LABEL, GPTModel
 from inference.quantizer import load_any
 from inference.request import Generation, Prompt, encode_prompt
@@ -58,7 +56,6 @@ from text.conversation_data import RecordOptions, load_records, parse_columns, p
 from text.text_files import RECORD_ENDINGS, TEXT_ENDINGS, iter_documents, resolve_files
 
 Window = tuple[list[int], list[int]]  # inputs and targets, of equal length; a target −100 does not count
-CALIBRATION_BINS = 15
 PIECE = 256  # questions between two moments at which an interrupted evaluation can go on
 
 
@@ -143,7 +140,7 @@ class GPTEvaluator:
         stride = stride or max(1, self.model.config.max_seq_len // 2)
         if not 1 <= stride <= self.model.config.max_seq_len:
             raise ValueError(f"stride must be 1 to {self.model.config.max_seq_len}, not {stride}")
-        kept, scored, n_bytes = kept or KeptWork(), _ScoredText(), 0
+        kept, scored, n_bytes = kept or KeptWork(), ScoredText(), 0
         name = f"documents by {stride}" if as_documents else "stream"
         was_training = self.model.training
         self.model.eval()
@@ -182,7 +179,7 @@ class GPTEvaluator:
             scored, begin = end, begin + stride
 
     def _score_windows(self, windows: Sequence[Window], batch_size: int) -> dict[str, list[list[float]]]:
-        """Sums of each window, and of the tokens in each bin of confidence; see `_ScoredText`."""
+        """Sums of each window, and of the tokens in each bin of confidence; see `ScoredText`."""
         order = sorted(range(len(windows)), key=lambda number: len(windows[number][0]))  # needs little padding
         rows = torch.zeros(len(windows), 3, dtype=torch.float64)  # nats, hits, tokens
         bins = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64)  # tokens, hits, confidence
@@ -357,79 +354,6 @@ class GPTEvaluator:
         return [(each.text, each.ended, each.token_ids) for each in answers], self.score_references(questions)
 
 
-def calibration_error(bins: np.ndarray) -> float:
-    """Expected calibration error (arXiv:1706.04599, equation 3): is the likeliest token right as often as its
-    probability says?
-
-    Args:
-        bins: of equal width by that probability, (n, 3): tokens, right ones, sum of the probabilities.
-    """
-    return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / max(1.0, bins[:, 0].sum()))
-
-
-class _ScoredText:
-    """Adds up what `_score_windows` finds."""
-
-    def __init__(self) -> None:
-        self.windows: list[np.ndarray] = []
-        self.bins = np.zeros((CALIBRATION_BINS, 3))
-        self.worst: list[tuple[float, int, str]] = []  # nats a token, tokens, text
-
-    def add(self, piece: dict[str, Any], documents: Sequence[str] = (), n_windows: Sequence[int] = ()) -> None:
-        """Add a piece; with `n_windows` of each of its documents, the hardest of these are remembered."""
-        rows = np.array(piece["windows"]).reshape(-1, 3)
-        self.windows.append(rows)
-        self.bins += np.array(piece["bins"])
-        if len(n_windows):
-            ends = np.cumsum([0, *n_windows])
-            sums = [rows[begin:end].sum(axis=0) for begin, end in itertools.pairwise(ends)]
-            hardest = [
-                (float(nats / tokens), int(tokens), text[:500])
-                for (nats, _, tokens), text in zip(sums, documents, strict=True)
-                if tokens
-            ]
-            self.worst = sorted(self.worst + hardest, reverse=True)[:20]
-
-    def report(self, n_bytes: int, seed: int) -> dict[str, Any]:
-        rows = np.concatenate(self.windows)
-        nats, hits, tokens = rows.sum(axis=0)
-        if tokens == 0:
-            raise UserError("there is no text to score; give at least one text that is not empty")
-        loss = float(nats / tokens)
-        if not math.isfinite(loss):
-            raise UserError(
-                "the model's loss is not a finite number; its weights are damaged, use another checkpoint"
-            )
-        bits = tokens / math.log(2) / n_bytes  # a byte, of one nat a token
-        sums = resampled_sums(rows, seed)
-        low, high = middle(sums[:, 0] / sums[:, 2])
-        report = {
-            "scores": {
-                "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "bits_per_byte": loss * bits,
-                "token_accuracy": float(hits / tokens),
-                "calibration_error": calibration_error(self.bins),
-                "tokens": int(tokens),
-                "bytes": n_bytes,
-            },
-            "intervals": {
-                "loss": (low, high),
-                "perplexity": (math.exp(min(low, 700.0)), math.exp(min(high, 700.0))),
-                "bits_per_byte": (low * bits, high * bits),
-                "token_accuracy": middle(sums[:, 1] / sums[:, 2]),
-            },
-            "calibration": [
-                [int(count), float(right / count), float(confidence / count)]
-                for count, right, confidence in self.bins
-                if count
-            ],
-        }
-        if self.worst:
-            report["worst"] = [dict(zip(("loss", "tokens", "text"), each, strict=True)) for each in self.worst]
-        return report
-
-
 class _Stream:
     """Cuts a stream of documents into the windows of `data_loader.GPTPretrainDataset`, without keeping the stream."""
 
@@ -540,24 +464,6 @@ class EvaluationConfig(RecordOptions):
     seed: int = option(42, "makes sampling and the intervals' bootstrap repeatable")
     device: str = option("auto", "auto, cpu or cuda")
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
-
-
-def text_summary(report: dict[str, Any]) -> str:
-    """The scores of text in one line."""
-    scores = report["scores"]
-    return (
-        f"{scores['tokens']:,} tokens, loss {scores['loss']:.4f} nats a token, perplexity {scores['perplexity']:.2f}, "
-        f"{scores['bits_per_byte']:.4f} bits per byte (one stream, as val_bpb in training); each document by itself: "
-        f"perplexity {scores['document_perplexity']:.2f}, {scores['document_bits_per_byte']:.4f} bits per byte"
-    )
-
-
-def text_page(report: dict[str, Any], title: str, about: dict[str, Any]) -> ScorePage:
-    """The scores of text as a page, with the documents that were hardest."""
-    return ScorePage(
-        title, about, figures_of(report), calibration=report["calibration"], worst=report.get("worst", ()),
-        worst_title="The hardest documents",
-    )  # fmt: skip
 
 
 def reward_summary(report: dict[str, Any]) -> str:

@@ -64,7 +64,7 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "pretrain": ["--preset", "tiny"],
         "sft": [],
         "reward": [],
-        "ppo": ["--max_gen_len", "48"],
+        "ppo": ["--max_gen_len", "48", "--epochs", "1.5"],
         "evaluate": [],
     },
     "small": {

@@ -75,6 +75,9 @@ class ServiceBenchmarkConfig:
     locust_users: int = option(50, "how many they are", at_least=1)
     num_threads: int = option(0, "CPU threads of every server; 0: one for each core", at_least=0)
     quick: bool = option(False, "little of everything: shows that it works, gives no figures to quote")
+    xllamacpp_python: str = option(
+        sys.executable, "a Python that has xllamacpp, which brings llama.cpp's server, for where no llama-server is"
+    )
     write: str = option("", "a Markdown page that takes the tables; empty: none")
     one_at_a_time: int = option(0, "internal: be the server that answers one request at a time, on this port")
 
@@ -125,11 +128,42 @@ def server(command: Sequence[str], port: int, ready: str, log: Path) -> Iterator
         process.wait(timeout=60)
 
 
+LLAMA_SERVER = """
+import sys, threading, xllamacpp
+path, port, slots, threads = sys.argv[1], *map(int, sys.argv[2:])
+params = xllamacpp.CommonParams()
+params.model.path, params.port, params.n_parallel, params.n_ctx = path, port, slots, 512 * slots
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+params.ui = params.fit_params = False
+server = xllamacpp.Server(params)
+threading.Event().wait()
+"""
+
+
 def our_command(config: ServiceBenchmarkConfig, model: Path, port: int, *options: str) -> list[str]:
     """The service, as users start it."""
     command = [sys.executable, "-m", "inference.api_service", "--model_path", str(model), "--port", str(port)]
-    command += ["--num_threads", str(config.num_threads or os.cpu_count()), "--max_batch", str(config.users)]
-    return [*command, *options]
+    return [*command, "--max_batch", str(config.users), *options]
+
+
+def threads_of(config: ServiceBenchmarkConfig) -> str:
+    """CPU threads where servers are compared."""
+    return str(config.num_threads or os.cpu_count())
+
+
+def llama_command(config: ServiceBenchmarkConfig, model: Path, port: int) -> list[str] | None:
+    """llama.cpp's own server with as many slots as there are users; None where it is not to be had."""
+    if binary := shutil.which("llama-server"):
+        slots = ["-np", str(config.users), "-c", str(512 * config.users), "--no-webui"]
+        threads = ["-t", threads_of(config), "-tb", threads_of(config)]
+        return [binary, "-m", str(model), "--host", "127.0.0.1", "--port", str(port), *slots, *threads]
+    python = config.xllamacpp_python
+    if (
+        not Path(python).is_file()
+        or subprocess.run([python, "-c", "import xllamacpp"], stderr=subprocess.DEVNULL).returncode
+    ):
+        return None
+    return [python, "-c", LLAMA_SERVER, str(model), str(port), str(config.users), threads_of(config)]
 
 
 def answer_one_at_a_time(model_path: str, port: int, num_threads: int) -> None:
@@ -191,9 +225,12 @@ def measure_speed(config: ServiceBenchmarkConfig, model: Path, folder: Path) -> 
     """Many users: the service against a server that answers one request at a time."""
     ports = {"this service": free_port(), "one request at a time": free_port()}
     alone = [sys.executable, __file__, "--one_at_a_time", str(ports["one request at a time"])]
-    alone += ["--model_path", str(model), "--num_threads", str(config.num_threads or os.cpu_count())]
+    alone += ["--model_path", str(model), "--num_threads", threads_of(config)]
     commands = {
-        "this service": (our_command(config, model, ports["this service"]), "/ready"),
+        "this service": (
+            our_command(config, model, ports["this service"], "--num_threads", threads_of(config)),
+            "/ready",
+        ),
         "one request at a time": (alone, "/"),
     }
     body = {"max_gen_len": config.new_tokens, "temperature": 0, "ignore_eos": True}
@@ -217,10 +254,12 @@ def measure_speed(config: ServiceBenchmarkConfig, model: Path, folder: Path) -> 
 
 def measure_llama_cpp(config: ServiceBenchmarkConfig, model: Path, folder: Path) -> tuple[Table, Result]:
     """GPT-2's 124 million weights at 8 bits: the service's INT8 against llama.cpp's server with as many slots."""
-    binary, title = shutil.which("llama-server"), "Beside llama.cpp's server, GPT-2 124M at 8 bits"
-    header = ["", "tokens/s"]
-    if binary is None:
-        note = "Not measured: there is no `llama-server` in PATH here (goal: 1.3 times its speed)."
+    title, header = "Beside llama.cpp's server, GPT-2 124M at 8 bits", ["", "tokens/s"]
+    ports = [free_port(), free_port()]
+    gguf = folder / "gpt2.gguf"
+    their_command = llama_command(config, gguf, ports[1])
+    if their_command is None:
+        note = "Not measured: neither `llama-server` nor the package xllamacpp is here (goal: 1.3 times its speed)."
         return Table(title, note, header, []), {"measured": None}
     torch.manual_seed(0)
     sizes = {} if not config.quick else dict(d_model=64, n_layers=2, n_heads=2)
@@ -231,26 +270,25 @@ def measure_llama_cpp(config: ServiceBenchmarkConfig, model: Path, folder: Path)
     )
     loaded, _, checkpoint = load_model(whole)
     ours = save_quantized_model(quantize_model_int8(loaded), folder / "gpt2_int8.pth", checkpoint)
-    theirs = write_gguf(plain, folder / "gpt2.gguf", "Q8_0")
-    threads = str(config.num_threads or os.cpu_count())
-    ports = [free_port(), free_port()]
-    slots = ["-np", str(config.users), "-c", str(512 * config.users), "-t", threads, "-tb", threads, "--no-webui"]
+    write_gguf(plain, gguf, "Q8_0")
     commands = [
-        (our_command(config, ours, ports[0]), "/ready"),
-        ([binary, "-m", str(theirs), "--host", "127.0.0.1", "--port", str(ports[1]), *slots], "/health"),
+        (our_command(config, ours, ports[0], "--num_threads", threads_of(config)), "/ready"),
+        (their_command, "/health"),
     ]
-    prompt = [1000 + 7 * number for number in range(16)]
-    bodies = [
-        {"prompt": prompt, "max_tokens": config.new_tokens, "temperature": 0, "ignore_eos": True},
-        {"prompt": prompt, "n_predict": config.new_tokens, "temperature": 0, "ignore_eos": True},
-    ]
+    common = {"temperature": 0, "ignore_eos": True}
+    bodies = [{"max_tokens": config.new_tokens, **common}, {"n_predict": config.new_tokens, **common}]
     paths, found = ["/v1/completions", "/completion"], [[], []]
+
+    def prompt(number: int) -> list[int]:  # none begins like another one: nothing can be taken from a cache
+        return [1000 + number, *range(2000, 2015)]
+
     with ExitStack() as stack:
         for port, (command, ready) in zip(ports, commands, strict=True):
             stack.enter_context(server(command, port, ready, folder / f"{port}.log"))
         for round_number in range(config.rounds + 1):
             for index, (port, path, body) in enumerate(zip(ports, paths, bodies, strict=True)):
-                speed = tokens_per_second(lambda _: post(f"http://127.0.0.1:{port}{path}", body), config)  # noqa: B023
+                url, first = f"http://127.0.0.1:{port}{path}", 2 * config.users * round_number
+                speed = tokens_per_second(lambda n: post(url, {**body, "prompt": prompt(first + n)}), config)  # noqa: B023
                 if round_number:
                     found[index].append(speed)
     ratio = statistics.median(a / b for a, b in zip(*found, strict=True))
@@ -285,8 +323,21 @@ def measure_forms(config: ServiceBenchmarkConfig, model: Path, folder: Path) -> 
     return Table("Answers of a given form: microseconds a token", note, ["", "µs"], rows), figures
 
 
-async def ask_at_once(port: int, n_requests: int) -> tuple[Counter[str], list[float]]:
-    """Open as many connections at once, one request each; what became of them, and how long `/health` took."""
+LOOKER = """
+import json, sys, threading, time, urllib.request
+over, delays = threading.Event(), []
+threading.Thread(target=lambda: (sys.stdin.read(), over.set())).start()
+while not over.is_set():
+    began = time.perf_counter()
+    urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=60).close()
+    delays.append(time.perf_counter() - began)
+    time.sleep(0.02)
+print(json.dumps(sorted(delays)))
+"""
+
+
+async def ask_at_once(port: int, n_requests: int) -> Counter[str]:
+    """Open as many connections at once, one request each; what became of them."""
     body = json.dumps({"prefix": "a", "max_gen_len": 4}).encode()
     head = f"POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     outcomes: Counter[str] = Counter()
@@ -301,38 +352,31 @@ async def ask_at_once(port: int, n_requests: int) -> tuple[Counter[str], list[fl
         except OSError as error:
             outcomes[type(error).__name__] += 1
 
-    delays: list[float] = []
-
-    def look() -> None:  # in a thread of its own: the loop here is busy, too
-        while not over.is_set():
-            began = time.perf_counter()
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60).close()
-            delays.append(time.perf_counter() - began)
-            time.sleep(0.02)
-
-    over = threading.Event()
-    looker = threading.Thread(target=look)
-    looker.start()
     await asyncio.gather(*(ask() for _ in range(n_requests)))
-    over.set()
-    await asyncio.to_thread(looker.join)
-    return outcomes, sorted(delays)
+    return outcomes
 
 
 def measure_burst(config: ServiceBenchmarkConfig, model: Path, folder: Path) -> tuple[Table, Result]:
-    """Thousands of requests in the same moment."""
+    """Thousands of requests in the same moment, and how long `/health` takes meanwhile."""
     possible_connections(config.burst)  # of this process
     port = free_port()
     command = our_command(config, model, port, "--max_connections", str(config.burst + 100))
     with server(command, port, "/ready", folder / "burst.log"):
-        outcomes, delays = asyncio.run(ask_at_once(port, config.burst))
+        looking = [sys.executable, "-c", LOOKER, str(port)]  # in a process of its own: the client's is busy
+        looker = subprocess.Popen(looking, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        began = time.perf_counter()
+        outcomes = asyncio.run(ask_at_once(port, config.burst))
+        seconds = time.perf_counter() - began
+        delays = json.loads(looker.communicate()[0])
     answered = sum(count for outcome, count in outcomes.items() if outcome.isdigit())
     rows = [[outcome, f"{count:,}"] for outcome, count in sorted(outcomes.items())]
     rows += [["answered (goal: all)", f"{answered / config.burst:.2%}"]]
     rows += [["/health, median", f"{statistics.median(delays) * 1e3:.0f} ms"]]
     rows += [["/health, slowest (goal: 200 ms)", f"{delays[-1] * 1e3:.0f} ms"]]
     figures = {"outcomes": outcomes, "health_median": statistics.median(delays), "health_slowest": delays[-1]}
-    note = f"{config.burst:,} connections at once from the same machine, whose cores the client takes, too."
+    figures["seconds"] = seconds
+    note = f"{config.burst:,} connections at once from the same machine, whose cores the client takes, too; all were "
+    note += f"answered after {seconds:.1f} s; `/health` was asked {len(delays)} times."
     return Table("A burst", note, ["outcome", ""], rows), figures
 
 
@@ -368,9 +412,7 @@ def measure_load(config: ServiceBenchmarkConfig, model: Path, folder: Path) -> t
     return Table("Under load", note, ["", "requests", "failures", "median", "95 %", "99 %"], rows), figures
 
 
-MEASURES = dict(
-    zip(PARTS, (measure_speed, measure_llama_cpp, measure_forms, measure_burst, measure_load), strict=True)
-)
+MEASURES = dict(zip(PARTS, (measure_speed, measure_llama_cpp, measure_forms, measure_burst, measure_load), strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -384,11 +426,15 @@ def main(argv: list[str] | None = None) -> None:
     facts = about("fastapi", "uvicorn", "llguidance", "locust")
     figures: Result = {"benchmark": "service", **facts}
     print(in_a_sentence(facts), flush=True)
+    asked = config.parts or PARTS
+    minutes = 0.5 * len(asked) + ("speed" in asked) * config.rounds / 20 + ("load" in asked) * config.minutes
+    minutes += ("llama_cpp" in asked) * (1 + config.rounds / 5)
+    print(f"{', '.join(asked)}: about {minutes:.0f} minutes", flush=True)
     tables = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = Path(config.model_path) if config.model_path else sample_sized_model(folder)
-        for part in config.parts or PARTS:
+        for part in asked:
             table, figures[part] = MEASURES[part](config, model, folder)
             tables.append(table)
             print(table.plain(), flush=True)

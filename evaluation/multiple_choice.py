@@ -37,6 +37,7 @@ from evaluation.answer_report import check_writable, format_table, interval_tabl
 from evaluation.intervals import RESAMPLES, middle, wilson
 from evaluation.kept_work import KeptWork
 from evaluation.score_page import ScorePage, figures_of, write_page
+from evaluation.text_report import CALIBRATION_BINS, calibration_error, calibration_rows
 from gpt_model import GPTModel
 from inference.quantizer import load_any
 from machine import resolve_device
@@ -47,7 +48,6 @@ LETTERS = "ABCDEFGHIJ"
 SPLIT = re.compile(r"_(test|val|validation|dev|train)$")  # what published files have behind their subject
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 PIECE = 256  # questions between two moments at which an interrupted evaluation can go on
-CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -277,12 +277,12 @@ def report_choices(graded: Sequence[dict[str, Any]], seed: int = 0) -> dict[str,
     bins = np.zeros((CALIBRATION_BINS, 3))
     for row in graded:
         bins[min(CALIBRATION_BINS - 1, int(row["p_chosen"] * CALIBRATION_BINS))] += 1, row["acc"], row["p_chosen"]
-    scores["calibration_error"] = float(np.abs(bins[:, 1] - bins[:, 2]).sum() / len(graded))
+    scores["calibration_error"] = calibration_error(bins)
     return {
         "scores": scores,
         "intervals": intervals,
         "by_subject": by_subject,
-        "calibration": [[int(n), float(hits / n), float(sure / n)] for n, hits, sure in bins if n],
+        "calibration": calibration_rows(bins),
         "predictions": list(graded),
     }
 

@@ -31,7 +31,7 @@ import torch
 from alignment.reward_function import described, load_reward
 from alignment.reward_model import RewardModel, load_reward_model
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import load_checkpoint, weight_fingerprint
+from checkpoint import load_checkpoint, require_language_model, weight_fingerprint
 from command_line import UserError, option, parse_config, run_main
 from data_loader import pad_rows
 from evaluation.answer_report import Question, check_writable, format_table, interval_table, load_questions, write_json
@@ -222,7 +222,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
     started, device = time.perf_counter(), resolve_device(config.device)
     paths = Path(config.model_path), Path(config.other_model)
-    fingerprints = [weight_fingerprint(load_checkpoint(path)) for path in paths]
+    checkpoints = [load_checkpoint(path) for path in paths]
+    for checkpoint, path in zip(checkpoints, paths, strict=True):
+        require_language_model(checkpoint, path)
     output_path = config.output_path or paths[0].with_name(f"{paths[0].stem}_beside_{paths[1].stem}.json")
     output_path = check_writable(output_path)
     if config.judge.endswith(".pth"):
@@ -234,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     names = ("max_gen_len", "temperature", "top_k", "batch_size", "seed")
     settings = {name: getattr(config, name) for name in names}
     prompts = [question.prompt for question in questions]
-    depends_on = [fingerprints, prompts, {**settings, "batch_size": 0}, str(device)]
+    weights = [weight_fingerprint(checkpoint) for checkpoint in checkpoints]
+    depends_on = [weights, prompts, {**settings, "batch_size": 0}, str(device)]
     kept = KeptWork(output_path.with_name(f"{output_path.stem}_unfinished.jsonl"), depends_on)
     if kept.found:
         print(f"going on with {kept.found} finished pieces of an interrupted comparison", flush=True)

@@ -115,7 +115,7 @@ def available_memory() -> int | None:
 
 
 def take_in(source: Source, kind: str) -> dict[str, torch.Tensor]:
-    """The state dict of a checkpoint: matrices as one of `DTYPES`, norms and biases in full precision.
+    """The state dict of a checkpoint: matrices as one of `DTYPES`; norms, biases and routers in full precision.
 
     Raises:
         UserError: a tensor is not finite.
@@ -125,7 +125,7 @@ def take_in(source: Source, kind: str) -> dict[str, torch.Tensor]:
     for name, tensor in source.weights():
         if not tensor.sum(dtype=torch.float32).isfinite():  # it is not finite if one number is not
             raise UserError(f"{source.path} is damaged: its {name} holds NaN or infinity; fetch it again")
-        if tensor.ndim == 1:
+        if tensor.ndim == 1 or name.endswith(".router.weight"):  # a choice that tips changes all that follows
             state[name] = copied(tensor, torch.float32)
         elif DTYPES[kind] == torch.int8 and name != position:
             state[name], state[name.removesuffix("weight") + "scale"] = quantized(tensor)

@@ -27,7 +27,7 @@ if not __package__:  # run as a file: modules are imported from the repository's
 import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from command_line import UserError, option, parse_config, replacing, run_main
+from command_line import UserError, option, parse_config, replacing, require_writable_folder, run_main
 from gpt_model import GPTModel
 from inference.quantizer import load_any, weight_bytes
 from inference.request import checked_ids
@@ -258,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     """Write the page."""
     config = parse_config(InspectConfig, argv, description="Show what happens inside a model, as one HTML page.")
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
+    path = Path(config.output_path or Path(config.model_path).with_name(f"{Path(config.model_path).stem}_inside.html"))
+    require_writable_folder(path.parent, "--output_path")
     model, tokenizer, checkpoint = load_any(config.model_path, resolve_device(config.device))
     chat = checkpoint["stage"] != "pretrain" if config.chat is None else config.chat
     ids = checked_ids(config.prompt, SamplingParams(max(1, config.max_gen_len)), chat, tokenizer, model.config)
@@ -272,7 +274,6 @@ def main(argv: list[str] | None = None) -> None:
         answer = generation.token_ids
     contents = contents_of(model, tokenizer, [*ids, *answer], len(ids))
     contents["model"] = f"{config.model_path} ({checkpoint.get('quantization') or 'full precision'})"
-    path = Path(config.output_path or Path(config.model_path).with_name(f"{Path(config.model_path).stem}_inside.html"))
     page = page_of(contents).encode("utf-8", "replace")
     with replacing(path, "free some space or choose another --output_path") as file:
         file.write(page)

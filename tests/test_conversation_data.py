@@ -342,6 +342,20 @@ def test_malformed_records_are_left_out_on_request(tmp_path):
     assert "must be a list of at least one turn" in kept[1]["why"]
 
 
+def test_lines_that_are_no_records_are_left_out_on_request_too(tmp_path):
+    good = json.dumps({"instruction": "问", "response": "答"}).encode()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([good, b"broken", b"[1]", b'{"instruction": "a\xff", "response": "b"}', good]))
+    account = Account("a", skips_bad_records=True, bad_records_file=tmp_path / "bad.jsonl")
+    assert len(load_conversations(path, account)) == 2
+    assert account.read == 5 and account.left_out == {MALFORMED: 3}
+    kept = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [entry["text"][:6] for entry in kept] == ["broken", '{"inst', "[1]"]
+    assert "record 4 of" in kept[1]["why"] and "is not UTF-8" in kept[1]["why"]
+    with pytest.raises(UserError, match="is not UTF-8 text .*byte 0xff at place 19 in line 4"):
+        load_conversations(path)
+
+
 def test_files_of_all_shapes_and_kinds_are_read(tmp_path):
     """Lists, JSONL under either name, CSV and parquet."""
     record_shapes.write_all(tmp_path, 4)

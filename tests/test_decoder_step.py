@@ -66,9 +66,9 @@ def largest_difference(model, cache_dtype=torch.float32, steps=((3, 1, FEW_TOKEN
 
 @needs_compiler
 @pytest.mark.parametrize("weights", [None, *DTYPES])
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("architecture", ["gpt2", "modern", "moe"])
 def test_it_is_the_models_forward_pass(architecture, weights, native_level):
-    """Both presets and all kinds of weights: single tokens and pieces of prompts, several requests at once."""
+    """All presets and all kinds of weights: single tokens and pieces of prompts, several requests at once."""
     model = random_model(architecture)
     if weights:
         model = prepare_for_inference(model, weights)
@@ -87,6 +87,8 @@ def test_it_is_the_models_forward_pass(architecture, weights, native_level):
         dict(norm="rmsnorm", bias=False, tie_embeddings=False),
         dict(activation="swiglu", position="rotary", qk_norm=True, rope_theta=500.0),
         dict(n_layers=1, norm_eps=0.5),
+        dict(n_experts=5, experts_per_token=3, d_ff=21),
+        dict(activation="swiglu", bias=False, n_experts=3, experts_per_token=1, d_model=44, d_ff=9),
     ],
     ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
 )
@@ -133,12 +135,15 @@ def test_numbers_that_are_not_finite_stay_visible(place, cache_dtype, weights, b
 @pytest.mark.parametrize("n_tokens", [1, 2, 5])
 def test_the_inner_layer_has_room_for_whole_blocks(n_tokens):
     """C goes over it block by block, whatever its width; what else it has is as large as its numbers."""
-    model = random_model(d_model=36, n_heads=2, d_ff=7)
-    step = DecoderStep.of(model, PagedCache(model.config, 96, 1).native)
-    step._make_room(n_tokens)
-    sizes = [len(room) // 4 for room in step.rooms]
-    inner = -(-n_tokens * 7 // BLOCK_SIZE) * BLOCK_SIZE
-    assert sizes == [n_tokens * 36] * 6 + [inner] * 2 + [0]
+    for n_experts in (0, 3):
+        model = random_model(d_model=36, n_heads=2, d_ff=7, n_experts=n_experts)
+        step = DecoderStep.of(model, PagedCache(model.config, 96, 1).native)
+        step._make_room(n_tokens)
+        sizes = [len(room) // 4 for room in step.rooms]
+        inner = -(-n_tokens * 7 // BLOCK_SIZE) * BLOCK_SIZE
+        of_one = n_tokens * 36 if n_experts else 0
+        rows = 2 * n_experts * (1 + n_tokens)  # of eight bytes each
+        assert sizes == [n_tokens * 36] * 6 + [inner] * 2 + [0, n_tokens * n_experts, of_one, of_one, rows]
 
 
 # -- where it is used --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from command_line import UserError
 from exchange import export_model, import_model
 from gpt_model import GPTConfig, GPTModel
 from inference.engine import Engine
-from inference.quantizer import load_quantized_model, prepare_for_inference, save_quantized_model
+from inference.quantizer import load_any, load_quantized_model, prepare_for_inference, save_quantized_model
 from inference.sampling import SamplingParams
 from lora import LoRAOptions, apply_lora
 from transformer_components import MixtureOfExperts, auxiliary_losses
@@ -148,6 +148,20 @@ def test_experts_are_quantized_and_their_router_is_not(tmp_path):
     with torch.no_grad():
         choices = [m(ids)["logits"].argmax(dim=-1) for m in (model, quantized)]
     assert (choices[0] == choices[1]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+def test_what_comes_in_as_small_weights_keeps_its_router(saved, tmp_path, weights):
+    """As what the quantizer makes, and the engine computes it."""
+    export_model.main(["--model_path", str(saved), "--output_dir", str(tmp_path / "hf"), "--weights", "bf16"])
+    path = str(tmp_path / "in.pth")
+    import_model.main(["--from", str(tmp_path / "hf"), "--output_path", path, "--weights", weights])
+    model, _, _ = load_any(path)
+    assert all(layer.feed_forward.router.weight.dtype == torch.float32 for layer in model.layers)
+    assert model.layers[0].feed_forward.experts[0].up_proj.weights == weights
+    prompt = [5, 6, 7]
+    expected = model.generate(torch.tensor([prompt]), 6, temperature=0)[0, 3:].tolist()
+    assert Engine(model, None).run([prompt], SamplingParams(6, temperature=0, ignore_eos=True))[0].token_ids == expected
 
 
 def test_it_trains_resumes_and_tells_how_experts_are_used(tokenizer, tmp_path, monkeypatch):

@@ -183,6 +183,7 @@ def test_command_writes_one_page(folder, name, tmp_path, capsys):
         ("--model_path translate.pth --prompt a", "is an encoder–decoder"),
         ("--model_path translate_int8.pth --prompt a", "is an encoder–decoder"),
         ("--model_path gone.pth --prompt a", "gone.pth does not exist"),
+        ("--model_path sft.pth --prompt a --output_path sft.pth/x.html", "choose another --output_path"),
         ("--model_path sft.pth --prompt a --max_tokens 3", r"has \d+ tokens and the page takes 3"),
         ("--model_path half.pth --prompt=", "the prompt is empty"),
     ],

@@ -24,7 +24,7 @@ from inference.paged_cache import PagedCache
 from inference.sampling import SamplingParams
 from transformer_components import FeedForwardNetwork, MultiHeadAttention
 
-COMPILED = ("gpt2", "modern")  # architectures that the step computes
+COMPILED = ("gpt2", "modern", "moe")  # architectures that the step computes
 PROMPT = [11, 12, 40, 13, 11, 29]
 GREEDY = SamplingParams(12, temperature=0, ignore_eos=True)
 WAYS_TO_LOGITS = ("forward", "hidden_states")  # of the whole model: those that the engine goes past
@@ -36,6 +36,8 @@ needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C compiler")
 def make(architecture):
     """A small model that seldom says a token twice, and whose every part tells."""
     sizes = {**TINY, "n_kv_heads": 2 if architecture == "modern" else 4, "tie_embeddings": False}
+    if architecture == "moe":  # each expert computes each token
+        sizes |= {"n_experts": 2, "experts_per_token": 2}
     model = GPTModel.from_config(GPTConfig.for_architecture(architecture, **sizes))
     randomize(model)
     return model.eval().requires_grad_(False)
@@ -260,9 +262,10 @@ def test_another_activation():
 
     for architecture in COMPILED:
         model = make(architecture)
-        for layer in model.layers:
-            layer.feed_forward.__class__ = SquaredReLU
-        assert reason(model) == "layers.0.feed_forward is of the class SquaredReLU"
+        for module in model.modules():
+            if type(module) is FeedForwardNetwork:
+                module.__class__ = SquaredReLU
+        assert reason(model).endswith(" is of the class SquaredReLU")
         assert_computes_the_same(model, architecture)
 
 

@@ -126,10 +126,12 @@ def test_a_model_ties_with_itself(paths, monkeypatch, capsys):
         ("--judge reward", "--judge reward must be a file and a function in it"),
         ("--judge ours.pth", "ours.pth is a sft model"),
         ("--other_model gone.pth", "gone.pth does not exist"),
+        ("--other_model reward.pth", "reward.pth is a reward model"),
     ],
 )
 def test_mistakes_are_said_before_any_work(paths, arguments, said, monkeypatch):
     monkeypatch.chdir(paths)
+    monkeypatch.delattr("evaluation.side_by_side.generate_texts")
     with pytest.raises(UserError, match=said):
         main([*ARGUMENTS, "--other_model", "theirs.pth", *arguments.split()])
     assert not list(paths.glob("*_beside_*"))

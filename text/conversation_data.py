@@ -411,7 +411,17 @@ def load_records(
         UserError: the file cannot be read, or a record is malformed.
     """
     parsed = []
-    for where, record in iter_records(path):
+
+    def leave_out(error: UserError, text: str) -> None:
+        account.leave_out(MALFORMED)
+        account.bad.add(str(error), text)
+
+    def unread(error: UserError, text: str) -> None:
+        account.read += 1
+        leave_out(error, text)
+
+    skips = account is not None and account.skips_bad_records
+    for where, record in iter_records(path, unread if skips else None):
         if account is not None:
             account.read += 1
         try:
@@ -421,10 +431,9 @@ def load_records(
                 raise
             account.leave_out(left_out.reason)
         except UserError as error:
-            if account is None or not account.skips_bad_records:
+            if not skips:
                 raise
-            account.leave_out(MALFORMED)
-            account.bad.add(str(error), json.dumps(record, ensure_ascii=False))
+            leave_out(error, json.dumps(record, ensure_ascii=False))
     return parsed
 
 

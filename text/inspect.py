@@ -32,7 +32,7 @@ from text.conversation_data import (
     shape_of,
     with_columns,
 )
-from text.text_files import holds_records, iter_documents, iter_records
+from text.text_files import ReadingOptions, holds_records, iter_documents, iter_records
 
 TOKENIZER = "models/bpe_tokenizer"
 NO_LIMIT = 1 << 30
@@ -47,7 +47,7 @@ KINDS = {
 
 
 @dataclass
-class InspectConfig(RecordOptions):
+class InspectConfig(RecordOptions, ReadingOptions):
     """Options of `python -m text.inspect`."""
 
     path: str = option("data/sft/sft_data.json", "the file or folder; may also stand first, without --path")
@@ -56,16 +56,25 @@ class InspectConfig(RecordOptions):
     max_seq_len: int = option(0, "what is longer is too long; 0: the checkpoint's context, or no limit", at_least=0)
     examples: int = option(3, "how many examples are shown", at_least=0)
 
+    def validate(self) -> list[str]:
+        return super().validate() + self.reading_complaints()
 
-def kind_of(path: str | Path, columns: dict[str, str] | None = None) -> tuple[str, Counter]:
+
+def kind_of(
+    path: str | Path, columns: dict[str, str] | None = None, reading: ReadingOptions | None = None
+) -> tuple[str, Counter]:
     """What a data path holds, "text" or one of `KINDS`; and how many records of it have which shape.
 
     Raises:
         UserError: it cannot be read; or its first record has no shape that is known.
     """
-    if not holds_records(path):
-        return "text", Counter(documents=sum(1 for _ in iter_documents(path)))
-    shapes = Counter(shape_of(with_columns(record, columns or {}, where)) for where, record in iter_records(path))
+    reading = reading or ReadingOptions()
+    if not holds_records(path, reading.text_field, reading.encoding):
+        return "text", Counter(documents=sum(1 for _ in iter_documents(path, reading)))
+    records = iter_records(path, lambda error, text: None)  # what is malformed is said further on
+    shapes = Counter(shape_of(with_columns(record, columns or {}, where)) for where, record in records)
+    if not shapes:
+        next(iter_records(path))  # says what is wrong
     (kind, _), _ = shapes.most_common(1)[0]
     if not kind:
         where, record = next(iter_records(path))
@@ -168,7 +177,7 @@ def inspect_text(config: InspectConfig) -> None:
     """Examples and lengths of a file of documents."""
     tokenizer, name, _ = find_tokenizer(config)
     print(f"for byte_level_bpe.py and pretrain_trainer.py\ntokenizer: {name}")
-    documents = list(islice(iter_documents(config.path), 10_000))
+    documents = list(islice(iter_documents(config.path, config), 10_000))
     for number, document in enumerate(documents[: config.examples], start=1):
         print(f"\nexample {number}\n{document[:400]}{' …' if len(document) > 400 else ''}")
     lengths = [len(ids) + 2 for ids in tokenizer.encode_batch(documents)]  # <s> and </s>
@@ -181,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--path")
     config = parse_config(InspectConfig, argv, description="Say what a data file will be to a model.")
-    kind, shapes = kind_of(config.path, parse_columns(config.columns))
+    kind, shapes = kind_of(config.path, parse_columns(config.columns), config)
     print(f"{config.path}: {kind}: {', '.join(f'{count:,} × {shape}' for shape, count in shapes.most_common())}")
     if kind == "text":
         inspect_text(config)

@@ -16,7 +16,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -33,6 +33,9 @@ RECORD_ENDINGS = tuple(kind + compressed for kind in (".json", ".jsonl", ".csv")
 SIDE_ENDINGS = tuple(kind + compressed for kind in (".json", ".csv") for compressed in COMPRESSED)
 LIKELY_ENCODINGS = ("gb18030", "big5", "shift_jis", "cp1252")  # of files that are not UTF-8
 LONGEST_FIELD = 1 << 30  # characters of a CSV field
+
+
+OnBad = Callable[[UserError, str], None]
 
 
 @dataclass
@@ -230,11 +233,11 @@ def _what_is_wrong(path: Path, reading: ReadingOptions | None, error: UnicodeDec
     byte = error.object[error.start : error.start + 1].hex()
     place = f"{error.reason}: byte 0x{byte} at place {error.start + 1} in line {number}"
     sentence = f"{path} is not {name} text ({place}); save it as UTF-8"
-    if reading is None:
-        return sentence
     fitting = next((other for other in LIKELY_ENCODINGS if other != encoding and _reads_as(line, other)), None)
+    fitting = "utf-16" if is_utf16 else fitting
+    if reading is None:  # of a command that has no --encoding
+        return f"{sentence}, as `iconv -f {fitting} -t utf-8` does" if fitting else sentence
     guess = f"try --encoding {fitting}, which would read this line" if fitting else "name its --encoding"
-    guess = "try --encoding utf-16, whose mark it begins with" if is_utf16 else guess
     return f"{sentence}, {guess}, or add --errors replace or --skip_bad_records"
 
 
@@ -425,7 +428,7 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
-def holds_records(path: str | Path, text_field: str = "text") -> bool:
+def holds_records(path: str | Path, text_field: str = "text", encoding: str = "utf-8") -> bool:
     """Whether the first file of a data path holds records (conversations, preferences) and no documents: its first
     record has no text in `text_field`."""
     file = resolve_files(path, tuple(dict.fromkeys(TEXT_ENDINGS + RECORD_ENDINGS)))[0]
@@ -434,7 +437,8 @@ def holds_records(path: str | Path, text_field: str = "text") -> bool:
     if file.suffix == ".parquet":
         return text_field not in _pyarrow(file).parquet.ParquetFile(file).schema_arrow.names
     if ".jsonl" in file.suffixes:  # may be large
-        with _reading(file), _open_text(file) as stream:
+        # Bytes further down that are not of the encoding are for whoever reads them
+        with _reading(file), _open_text(file, ReadingOptions(encoding=encoding, skip_bad_records=True)) as stream:
             first = parse_json(next((line for line in stream if line.strip()), "{}"), f"record 1 of {file}")
     else:
         _, first = next(iter_records(file))
@@ -473,34 +477,62 @@ def _is_json_lines(text: str) -> bool:
     return False
 
 
-def _records_of_json(path: Path, text: str) -> list[tuple[str, object]]:
+def _records_of_lines(path: Path, text: str, on_bad: OnBad | None) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        where = f"record {number} of {path}"
+        try:
+            if not _is_sound(line):
+                raise UserError(f"{where} is not UTF-8 text")
+            if line.strip():
+                yield where, parse_json(line, where)
+        except UserError as error:
+            if on_bad is None:
+                raise
+            on_bad(error, line)
+
+
+def _records_of_json(path: Path, text: str, on_bad: OnBad | None = None) -> list[tuple[str, object]]:
     if ".jsonl" in path.suffixes or _is_json_lines(text):
-        lines = ((f"record {number} of {path}", line) for number, line in enumerate(text.split("\n"), start=1))
-        return [(where, parse_json(line, where)) for where, line in lines if line.strip()]
+        return list(_records_of_lines(path, text, on_bad))
     content = parse_json(text, str(path))
     if not isinstance(content, list):
         raise UserError(f"{path} must hold a list of records like [{{…}}, {{…}}]")
     return [(f"record {number} of {path}", record) for number, record in enumerate(content, start=1)]
 
 
-def iter_records(path: str | Path) -> Iterator[tuple[str, dict]]:
+def iter_records(path: str | Path, on_bad: OnBad | None = None) -> Iterator[tuple[str, dict]]:
     """The records of JSON (one list, or one object a line as in JSONL), CSV or parquet files, each with a name for
     error messages.
+
+    Args:
+        on_bad: takes what is wrong, and the text, of lines and records that cannot be read; None: that is refused.
 
     Raises:
         UserError: no such file, invalid JSON, not UTF-8, or a record that is not an object.
     """
+    n_bad = 0
+
+    def leave_out(error: UserError, text: str) -> None:
+        nonlocal n_bad
+        n_bad += 1
+        on_bad(error, text)
+
     for file in resolve_files(path, RECORD_ENDINGS):
         with _reading(file):
             if ".csv" in file.suffixes or file.suffix == ".parquet":
                 records = [(f"record {number} of {file}", row) for number, row in enumerate(_rows(file), start=1)]
             else:
-                with _open_text(file) as stream:
+                lenient = on_bad and ".jsonl" in file.suffixes
+                with _open_text(file, ReadingOptions(skip_bad_records=True) if lenient else None) as stream:
                     content = stream.read()
-                records = _records_of_json(file, content)
-        if not records:
+                records = _records_of_json(file, content, leave_out if on_bad else None)
+        if not records and not n_bad:
             raise UserError(f"{file} holds no record; give at least one")
         for where, record in records:
-            if not isinstance(record, dict):
-                raise UserError(f"{where} is not an object like {{…}}")
-            yield where, record
+            if isinstance(record, dict):
+                yield where, record
+                continue
+            error = UserError(f"{where} is not an object like {{…}}")
+            if on_bad is None:
+                raise error
+            leave_out(error, json.dumps(record))

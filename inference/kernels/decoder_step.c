@@ -16,11 +16,16 @@ LAYOUT(Norm, FIELD(Norm, weight), FIELD(Norm, bias), FIELD(Norm, size), FIELD(No
 
 typedef struct {
     Norm attention_norm, query_norm, key_norm, feed_forward_norm;
-    Linear query, key, value, output, up, down, gate; /* gate without weight: GELU, otherwise SwiGLU */
+    Linear query, key, value, output; /* of attention */
+    Linear up, down, gate;            /* of the feed-forward network: gate without weight: GELU, otherwise SwiGLU */
+    Linear router;                    /* with experts these take its place: three layers each, in this order */
+    const Linear *experts;
+    int64_t n_experts, experts_per_token;
 } Layer;
 LAYOUT(Layer, FIELD(Layer, attention_norm), FIELD(Layer, query_norm), FIELD(Layer, key_norm),
        FIELD(Layer, feed_forward_norm), FIELD(Layer, query), FIELD(Layer, key), FIELD(Layer, value),
-       FIELD(Layer, output), FIELD(Layer, up), FIELD(Layer, down), FIELD(Layer, gate));
+       FIELD(Layer, output), FIELD(Layer, up), FIELD(Layer, down), FIELD(Layer, gate), FIELD(Layer, router),
+       FIELD(Layer, experts), FIELD(Layer, n_experts), FIELD(Layer, experts_per_token));
 
 typedef struct {
     const Layer *layers;
@@ -47,10 +52,14 @@ typedef struct { /* room for the intermediate results of a step */
     float *query, *key, *value, *attended; /* (tokens, heads or kv_heads, head_dim) */
     float *inner, *gate; /* (tokens, d_ff), rounded up to whole blocks of BLOCK_SIZE, see activate */
     char *digits;       /* (tokens, the most bytes that a layer's linear_digit_bytes asks for) */
+    float *shares;      /* (tokens, n_experts): of each token's output the share of each expert; of most 0 */
+    float *gathered, *computed; /* (tokens, d_model): what goes through one expert, and what comes out */
+    int64_t *rows;      /* (n_experts, 1 + tokens): how many tokens go through an expert, and which */
 } Scratch;
 LAYOUT(Scratch, FIELD(Scratch, hidden), FIELD(Scratch, normed), FIELD(Scratch, query), FIELD(Scratch, key),
        FIELD(Scratch, value), FIELD(Scratch, attended), FIELD(Scratch, inner), FIELD(Scratch, gate),
-       FIELD(Scratch, digits));
+       FIELD(Scratch, digits), FIELD(Scratch, shares), FIELD(Scratch, gathered), FIELD(Scratch, computed),
+       FIELD(Scratch, rows));
 
 /* The sum of x - minus, or of the squares of that; the first `whole` of n numbers fill whole vectors. */
 INLINE float sum_of(const float *x, long n, long whole, float minus, int squared) {
@@ -123,6 +132,69 @@ static void expand_row(const Linear *table, int64_t index, float *out, int add) 
     }
 }
 
+/* out (tokens, d_model) = or, with `add`, += the feed-forward network of x, of which `digits` are made already. All
+   threads call it, and have waited for each other when it returns. */
+static void feed_forward(const Linear *up, const Linear *down, const Linear *gate, const Scratch *s, const float *x,
+                         float *out, int64_t tokens, int64_t d_ff, int add) {
+    multiply(up, x, s->digits, s->inner, tokens, 0);
+    if (gate->weight) multiply(gate, x, s->digits, s->gate, tokens, 0);
+    #pragma omp barrier /* the same numbers are shared out in another way */
+
+    #pragma omp for schedule(static)
+    for (int64_t i = 0; i < tokens * d_ff; i += BLOCK_SIZE) activate(s->inner + i, gate->weight ? s->gate + i : NULL);
+    prepare(down, s->inner, s->digits, tokens);
+    multiply(down, s->inner, s->digits, out, tokens, add);
+    #pragma omp barrier /* the next norm needs whole rows */
+}
+
+/* A token's router logits become the shares of the experts: their probabilities, of the likeliest alone, with sum 1. */
+static void share_out(float *shares, int64_t n_experts, int64_t n_chosen) {
+    float largest = shares[0], sum = 0;
+    for (int64_t e = 1; e < n_experts; e++) largest = shares[e] > largest ? shares[e] : largest;
+    for (int64_t e = 0; e < n_experts; e++) shares[e] = expf(shares[e] - largest);
+    for (int64_t n = 0; n < n_chosen; n++) { /* the chosen are marked by a minus */
+        int64_t best = -1;
+        for (int64_t e = 0; e < n_experts; e++)
+            if (!signbit(shares[e]) && (best < 0 || shares[e] > shares[best])) best = e;
+        sum += shares[best];
+        shares[best] = -shares[best];
+    }
+    for (int64_t e = 0; e < n_experts; e++) shares[e] = signbit(shares[e]) ? -shares[e] / sum : 0;
+}
+
+/* hidden (tokens, d_model) += the mixture of experts of normed. All threads call it. */
+static void mix_experts(const Layer *layer, const Scratch *s, int64_t tokens, int64_t d_model, int64_t d_ff) {
+    int64_t n_experts = layer->n_experts;
+    multiply(&layer->router, s->normed, s->digits, s->shares, tokens, 0); /* in FP32, which needs no digits */
+    #pragma omp barrier
+    #pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; t++) share_out(s->shares + t * n_experts, n_experts, layer->experts_per_token);
+    #pragma omp for schedule(static)
+    for (int64_t e = 0; e < n_experts; e++) {
+        int64_t *rows = s->rows + e * (1 + tokens);
+        rows[0] = 0;
+        for (int64_t t = 0; t < tokens; t++)
+            if (s->shares[t * n_experts + e] > 0) rows[++rows[0]] = t;
+    }
+    for (int64_t e = 0; e < n_experts; e++) {
+        const Linear *up = layer->experts + 3 * e;
+        const int64_t *rows = s->rows + e * (1 + tokens) + 1, n = rows[-1];
+        if (!n) continue; /* for all threads alike */
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) {
+            memcpy(s->gathered + i * d_model, s->normed + rows[i] * d_model, d_model * sizeof(float));
+            prepare_row(up, s->gathered, s->digits, i);
+        }
+        feed_forward(up, up + 1, up + 2, s, s->gathered, s->computed, n, d_ff, 0);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) {
+            float share = s->shares[rows[i] * n_experts + e];
+            float *hidden = s->hidden + rows[i] * d_model, *computed = s->computed + i * d_model;
+            for (int64_t k = 0; k < d_model; k++) hidden[k] += share * computed[k];
+        }
+    }
+}
+
 /* hidden (tokens, d_model) and logits (n_last, vocabulary). */
 void decoder_step(const Model *model, const Cache *cache, const Tokens *step, const Scratch *scratch, float *logits,
                   int threads) {
@@ -172,18 +244,12 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
             #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t++) {
                 normalize(&layer->feed_forward_norm, s.hidden + t * d_model, s.normed + t * d_model);
-                prepare_row(&layer->up, s.normed, s.digits, t);
+                if (!layer->experts) prepare_row(&layer->up, s.normed, s.digits, t);
             }
-            multiply(&layer->up, s.normed, s.digits, s.inner, tokens, 0);
-            if (layer->gate.weight) multiply(&layer->gate, s.normed, s.digits, s.gate, tokens, 0);
-            #pragma omp barrier /* the same numbers are shared out in another way */
-
-            #pragma omp for schedule(static)
-            for (int64_t i = 0; i < tokens * d_ff; i += BLOCK_SIZE)
-                activate(s.inner + i, layer->gate.weight ? s.gate + i : NULL);
-            prepare(&layer->down, s.inner, s.digits, tokens);
-            multiply(&layer->down, s.inner, s.digits, s.hidden, tokens, 1);
-            #pragma omp barrier /* the next norm */
+            if (layer->experts)
+                mix_experts(layer, &s, tokens, d_model, d_ff);
+            else
+                feed_forward(&layer->up, &layer->down, &layer->gate, &s, s.normed, s.hidden, tokens, d_ff, 1);
         }
         #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)

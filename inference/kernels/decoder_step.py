@@ -25,7 +25,14 @@ from inference.kernels.linear_layers import InferenceEmbedding
 from inference.kernels.linear_products import NativeLinear, native_library
 from inference.kernels.native_code import check_layout, load_native
 from inference.kernels.paged_attention import BLOCK_SIZE, NativeCache, PagedAttention
-from transformer_components import LearnedPositions, RMSNorm, RotaryPositions, TransformerDecoderLayer
+from transformer_components import (
+    FeedForwardNetwork,
+    LearnedPositions,
+    MixtureOfExperts,
+    RMSNorm,
+    RotaryPositions,
+    TransformerDecoderLayer,
+)
 
 SOURCE = Path(__file__).with_suffix(".c")
 WORTH_THREADS = 1 << 19  # multiplications with the weights of one layer
@@ -45,7 +52,9 @@ class _Norm(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Norm) for name in ("attention_norm", "query_norm", "key_norm", "feed_forward_norm")),
-        *((name, NativeLinear) for name in ("query", "key", "value", "output", "up", "down", "gate")),
+        *((name, NativeLinear) for name in ("query", "key", "value", "output", "up", "down", "gate", "router")),
+        ("experts", ctypes.POINTER(NativeLinear)),
+        *((name, ctypes.c_int64) for name in ("n_experts", "experts_per_token")),
     ]
 
 
@@ -70,6 +79,7 @@ class _Scratch(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("hidden", "normed", "query", "key", "value", "attended", "inner", "gate", "digits")
+        + ("shares", "gathered", "computed", "rows")
     ]
 
 
@@ -118,19 +128,23 @@ class DecoderStep:
         # Should the weights move while requests run, the old ones are read until the next request comes
         self.keep_alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         n_bytes = sum(linear.weight.nbytes for linear in linears)
+        self.layers = [_layer(layer, n_bytes) for layer in model.layers]  # they hold their experts, their copies do not
         self.model = _Model(
-            (_Layer * config.n_layers)(*(_layer(layer, n_bytes) for layer in model.layers)),
+            (_Layer * config.n_layers)(*self.layers),
             _norm(model.final_norm),
             positions.table.data_ptr() if isinstance(positions, RotaryPositions) else None,
             *(config.n_layers, config.d_model, config.d_ff, config.max_seq_len),
             *(_native(layer, n_bytes) for layer in (model.lm_head, *tables)),
         )
-        self.layer_weights = sum(linear.weight.numel() for linear in _linears(model)) // config.n_layers
+        idle = sum(layer.feed_forward.num_idle_parameters() for layer in model.layers) if config.n_experts else 0
+        self.layer_weights = (sum(linear.weight.numel() for linear in _linears(model)) - idle) // config.n_layers
         digit_bytes = native_library().linear_digit_bytes
         query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         widths = (config.d_model, config.d_model, query, key, key, query, config.d_ff, config.d_ff)
         self.token_bytes = [4 * width for width in widths]
         self.token_bytes.append(max(digit_bytes(_native(linear, 0).type, linear.weight.size(1)) for linear in linears))
+        gathered = config.d_model if config.n_experts else 0
+        self.token_bytes += [4 * config.n_experts, 4 * gathered, 4 * gathered, 8 * config.n_experts]
         self.room_for = 0
 
     def __call__(
@@ -160,6 +174,7 @@ class DecoderStep:
         sizes = {
             name: n_tokens * n_bytes for (name, _), n_bytes in zip(_Scratch._fields_, self.token_bytes, strict=True)
         }
+        sizes["rows"] += 8 * self.config.n_experts  # each expert's number of tokens
         for name in ("inner", "gate"):  # C goes over them in whole blocks, to the end of the last
             sizes[name] = -(-sizes[name] // BLOCK_BYTES) * BLOCK_BYTES
         # One tensor for each: a sanitizer then sees who writes beyond the end of its own
@@ -188,11 +203,15 @@ def _tables(model: GPTModel) -> list[nn.Module]:
 
 
 def _linears_of(layer: TransformerDecoderLayer) -> list[nn.Module]:
-    """Query, key, value, output, up, down and, with SwiGLU, gate."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    projections = (attention.query_proj, attention.key_proj, attention.value_proj, attention.output_proj)
-    gate = () if feed_forward.gate_proj is None else (feed_forward.gate_proj,)
-    return [*projections, feed_forward.up_proj, feed_forward.down_proj, *gate]
+    """Query, key, value, output, and of each feed-forward network up, down and, with SwiGLU, gate."""
+    attention, network = layer.attention, layer.feed_forward
+    networks = network.experts if isinstance(network, MixtureOfExperts) else [network]
+    projections = [attention.query_proj, attention.key_proj, attention.value_proj, attention.output_proj]
+    return projections + [part for network in networks for part in _parts_of(network) if part is not None]
+
+
+def _parts_of(network: FeedForwardNetwork) -> tuple[nn.Module | None, ...]:
+    return network.up_proj, network.down_proj, network.gate_proj
 
 
 def _native(layer: nn.Module, n_bytes: int) -> NativeLinear:
@@ -210,6 +229,18 @@ def _norm(norm: nn.Module) -> _Norm:
 
 
 def _layer(layer: TransformerDecoderLayer, n_bytes: int) -> _Layer:
-    attention = layer.attention
+    attention, network = layer.attention, layer.feed_forward
     norms = (layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm)
-    return _Layer(*map(_norm, norms), *(_native(linear, n_bytes) for linear in _linears_of(layer)))
+    native = [_native(linear, n_bytes) for linear in _linears_of(layer)[:4]]
+
+    def natives(network: FeedForwardNetwork) -> list[NativeLinear]:
+        nothing = NativeLinear.from_buffer_copy(bytes(ctypes.sizeof(NativeLinear)))
+        return [nothing if part is None else _native(part, n_bytes) for part in _parts_of(network)]
+
+    if not isinstance(network, MixtureOfExperts):
+        return _Layer(*map(_norm, norms), *native, *natives(network))
+    experts = [part for expert in network.experts for part in natives(expert)]
+    made = _Layer(*map(_norm, norms), *native)
+    made.router, made.experts = _native(network.router, n_bytes), (NativeLinear * len(experts))(*experts)
+    made.n_experts, made.experts_per_token = len(network.experts), network.experts_per_token
+    return made

@@ -24,6 +24,7 @@ from inference.kernels.paged_attention import Sizes
 from transformer_components import (
     FeedForwardNetwork,
     LearnedPositions,
+    MixtureOfExperts,
     MultiHeadAttention,
     RMSNorm,
     RotaryPositions,
@@ -53,16 +54,20 @@ KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
         position_embedding=(LearnedPositions, SinusoidalPositions, RotaryPositions), embedding_dropout=DROPOUT,
         layers=(nn.ModuleList,), final_norm=NORM, lm_head=LINEAR,
     ),
-    nn.ModuleList: {},  # and, under their numbers, the layers
+    nn.ModuleList: {},  # and, under their numbers, the layers or the experts
     TransformerDecoderLayer: dict(
         attention_norm=NORM, attention=(MultiHeadAttention,), feed_forward_norm=NORM,
-        feed_forward=(FeedForwardNetwork,), dropout=DROPOUT,
+        feed_forward=(FeedForwardNetwork, MixtureOfExperts), dropout=DROPOUT,
     ),
     MultiHeadAttention: dict(
         head_dim=INTEGER, dropout=NUMBER, query_proj=LINEAR, key_proj=LINEAR, value_proj=LINEAR, output_proj=LINEAR,
         query_norm=(*NORM, nn.Identity), key_norm=(*NORM, nn.Identity),
     ),
     FeedForwardNetwork: dict(up_proj=LINEAR, gate_proj=(*LINEAR, NONE), down_proj=LINEAR, dropout=DROPOUT),
+    MixtureOfExperts: dict(
+        experts_per_token=INTEGER, balance_coef=NUMBER, router_z_coef=NUMBER, router=LINEAR, experts=(nn.ModuleList,),
+        n_chosen=(NONE, *BUFFER),
+    ),
     nn.Linear: dict(in_features=INTEGER, out_features=INTEGER, weight=WEIGHT, bias=(*WEIGHT, NONE)),
     InferenceLinear: dict(
         in_features=INTEGER, out_features=INTEGER, int8_inputs=SWITCH, weight=WEIGHT, bias=(*WEIGHT, NONE),
@@ -94,7 +99,8 @@ _as_written: dict[type, dict[str, object]] = {}  # what a class held when all it
 FIELDS = {
     "vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "dropout", "pad_token_id", "n_kv_heads",
     "head_dim", "position", "norm", "activation", "bias", "qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm",
-    "norm_eps", "rope_theta", "rope_scaling", "tie_embeddings",
+    "norm_eps", "rope_theta", "rope_scaling", "tie_embeddings", "n_experts", "experts_per_token", "balance_coef",
+    "router_z_coef",
 }  # fmt: skip
 CHOICES = {
     "position": {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions, "rotary": RotaryPositions},
@@ -161,7 +167,7 @@ def _look_at(module: nn.Module, path: str, facts: list[object]) -> None:
     kind, known = type(module), KNOWN[type(module)]
     names = NAMES[kind]
     if kind is nn.ModuleList:
-        known = dict.fromkeys(module._modules, (TransformerDecoderLayer,))
+        known = dict.fromkeys(module._modules, (FeedForwardNetwork if "." in path[:-1] else TransformerDecoderLayer,))
         names = names | known.keys()
     held = {**module._parameters, **module._buffers, **module._modules, **vars(module)}
     if not held.keys() <= names:
@@ -195,6 +201,9 @@ def _look_at_config(model: GPTModel) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UnknownPart(f"the configuration has {name} {getattr(config, name)!r}")
+    network = MixtureOfExperts if config.n_experts else FeedForwardNetwork
+    if any(type(layer.feed_forward) is not network for layer in model.layers):
+        raise UnknownPart(f"a feed-forward network does not fit {config.n_experts} experts")
     if type(model.position_embedding) is not CHOICES["position"][config.position]:
         raise UnknownPart(f"position_embedding does not fit {config.position} positions")
 
@@ -216,6 +225,10 @@ def check_numbers(model: GPTModel, cache_sizes: Sizes) -> None:
         name = path.rpartition(".")[2]
         if name == "attention" and module.head_dim != config.head_dim:
             raise UnknownPart(f"{path}.head_dim is {module.head_dim}, in the configuration {config.head_dim}")
+        if type(module) is MixtureOfExperts and (
+            (len(module.experts), module.experts_per_token) != (config.n_experts, config.experts_per_token)
+        ):
+            raise UnknownPart(f"{path} and the configuration differ in their experts")
         for own_name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             shape = shapes[name] if own_name in ("weight", "table") else shapes[name][:1]  # of biases and scales
             if tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
@@ -227,8 +240,10 @@ def check_numbers(model: GPTModel, cache_sizes: Sizes) -> None:
             kind = weights_of(module)
             if not native_knows(kind, module.weight.size(1)):
                 raise UnknownPart(f"{path} has {kind} weights, which the kernels cannot read on this processor")
-            if type(module) in LINEAR:
+            if type(module) in LINEAR and name != "router":  # a router's input is taken as it is
                 kinds.add(kind)
+            if name == "router" and kind.startswith("int8"):
+                raise UnknownPart(f"{path} has {kind} weights")
     if len(kinds) > 1:  # what shares its input must take it in one form
         raise UnknownPart(f"the linear layers have weights of several kinds: {', '.join(sorted(kinds))}")
 
@@ -245,7 +260,7 @@ def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     return dict(
         token_embedding=(vocabulary, model), lm_head=(vocabulary, model), position_embedding=(context, model),
         query_proj=(query, model), key_proj=(key, model), value_proj=(key, model), output_proj=(model, query),
-        up_proj=(inner, model), gate_proj=(inner, model), down_proj=(model, inner),
+        up_proj=(inner, model), gate_proj=(inner, model), down_proj=(model, inner), router=(config.n_experts, model),
         attention_norm=(model,), feed_forward_norm=(model,), final_norm=(model,),
         query_norm=(config.head_dim,), key_norm=(config.head_dim,),
     )  # fmt: skip

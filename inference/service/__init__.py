@@ -19,5 +19,6 @@ documentation   /docs and /openapi.json
 static_page     the chat page, whose files are in page/
 logs            lines that cannot be forged
 gate            keys, rates, request ids, failures
+door            newcomers, and what they are told when the line is full
 connections     connections with bounds; the server
 """

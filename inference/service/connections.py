@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import functools
 import logging
-import re
+import select
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from http import HTTPStatus
 from pathlib import Path
 
 import h11
@@ -28,29 +27,17 @@ import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from inference.service.door import QUESTIONS, Door, refusal
 from inference.service.errors import ApiError, unavailable
-from inference.service.gate import GENERATING
 from inference.service.model_server import Service
 from inference.service.settings import ServiceSettings
 
 logger = logging.getLogger("service")
 
 MAX_EARLY_BYTES = 65_536  # of further requests, while one is being answered
-ACCEPTED_AT_ONCE = 16  # connections in one turn of the event loop
 LISTEN_BACKLOG = 4096  # connections that the system keeps until then
-FILES_KEPT_FREE = 32 + 4 * ACCEPTED_AT_ONCE  # besides those open at the start; accepted ones close some turns later
-REFUSED_LINES = tuple(f"POST {path} HTTP/1.1\r\n".encode() for path in GENERATING)
-CONTENT_LENGTH = re.compile(rb"(?i)\r\ncontent-length: *([0-9]+)")
+FILES_KEPT_FREE = 64  # besides those open at the start
 GRACE_SECONDS = 5.0  # for ended answers to reach their clients
-
-
-def raw_response(error: ApiError, connection: str = "close") -> bytes:
-    """An error as the bytes of a whole HTTP response, past all layers."""
-    body = json.dumps(error.content).encode()
-    reason = HTTPStatus(error.status).phrase
-    head = f"HTTP/1.1 {error.status} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    more = "".join(f"{name}: {value}\r\n" for name, value in error.headers.items())
-    return f"{head}{more}Connection: {connection}\r\n\r\n".encode() + body
 
 
 def possible_connections(wanted: int) -> int:
@@ -82,6 +69,8 @@ class _ReadingFlow(FlowControl):
 class Connection(H11Protocol):
     """One client's connection."""
 
+    _asks = False  # for an answer of the model, and has none yet
+
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Take it, if there is room."""
         super().connection_made(transport)
@@ -93,18 +82,25 @@ class Connection(H11Protocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._idle_since: float | None = time.monotonic()
         self._head_timer = self.loop.call_later(self.settings.header_timeout, self._too_slow)
+        if len(self.connections) > service.max_connections:
+            self._make_room(service.max_connections)
+
+    def _make_room(self, limit: int) -> None:
+        """The connection that has been idle for longest gives its place away; where none is idle, this one leaves."""
         there = [other for other in self.connections if not other.transport.is_closing()]
-        if len(there) > service.max_connections:
-            idle = [other for other in there if other._idle_since is not None and other is not self]
-            if idle:
-                min(idle, key=lambda other: other._idle_since).transport.close()
-            else:
-                transport.write(raw_response(unavailable("too many connections are open; try again later")))
-                transport.close()
+        if len(there) <= limit:
+            return
+        idle = [other for other in there if other._idle_since is not None and other is not self]
+        if idle:
+            min(idle, key=lambda other: other._idle_since).transport.close()
+        else:
+            self.transport.write(unavailable("too many connections are open; try again later").raw())
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left, or was sent away."""
         self._head_timer.cancel()
+        self.asked(False)
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -114,8 +110,10 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request; or, while one is answered, of what comes after it."""
-        if not self._heard and self._refuse_at_once(data):
-            return
+        if not self._heard and not self._asks and data.startswith(QUESTIONS):
+            if self._refuse_at_once(data):
+                return
+            self.asked(True)
         self._heard = True
         if self._is_answering and not self.cycle.more_body:
             self._early += data
@@ -129,28 +127,28 @@ class Connection(H11Protocol):
             self.flow.body_arrives = self.cycle.more_body
 
     def _refuse_at_once(self, data: bytes) -> bool:
-        """Whether these bytes are a whole request that would find the line full, and were told so.
-
-        It costs a tenth of what going through every layer costs: in a burst of thousands, who asks for `/health` waits
-        for all who came before.
-        """
-        service: Service = self.app_state["service"]
-        if not data.startswith(REFUSED_LINES) or service.served is None or service.served.engine.room > 0:
+        """Whether a question is refused past all layers, as at the door."""
+        refused = refusal(self.app_state["service"], data)
+        if not refused:
             return False
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = CONTENT_LENGTH.findall(head)
-        if length != [str(len(body)).encode()] or b"transfer-encoding" in head.lower():
-            return False  # not the whole of one simple request
-        self.transport.write(raw_response(service.queue_full(), "keep-alive"))
-        service.rejected["queue_full"] += 1
-        service.statuses[data.split(b" ", 2)[1].decode(), 429] += 1
+        answer, stays = refused
+        self.transport.write(answer)
+        if not stays:
+            self.transport.close()
         self._idle_since = time.monotonic()
         self._head_timer.cancel()
         self._head_timer = self.loop.call_later(self.settings.idle_timeout, self._too_slow)
         return True
 
+    def asked(self, asks: bool) -> None:
+        """Count those whose questions are on their way through the layers; the engine knows only of those behind."""
+        service: Service = self.app_state["service"]
+        service.asking += asks - self._asks
+        self._asks = asks
+
     def on_response_complete(self) -> None:
         """The next request may come."""
+        self.asked(False)
         self._heard = bool(self._early)
         self._idle_since = time.monotonic()
         self.flow.body_arrives = True
@@ -181,12 +179,12 @@ class Connection(H11Protocol):
         if self._heard and self.conn.our_state is h11.IDLE:
             seconds = self.settings.header_timeout
             error = ApiError(408, f"the head of the request did not arrive within {seconds:g} seconds")
-            self.transport.write(raw_response(error))
+            self.transport.write(error.raw())
         self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP."""
-        self.transport.write(raw_response(ApiError(400, msg)))
+        self.transport.write(ApiError(400, msg).raw())
         self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
@@ -203,11 +201,12 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: object, settings: ServiceSettings) -> None:
         self.settings = settings
+        self.doors: list[Door] = []
         config = uvicorn.Config(
             app,
             http=Connection,
             ws="none",
-            backlog=ACCEPTED_AT_ONCE,
+            backlog=LISTEN_BACKLOG,
             timeout_keep_alive=settings.idle_timeout,
             timeout_graceful_shutdown=settings.shutdown_timeout + GRACE_SECONDS,
             access_log=False,
@@ -218,10 +217,17 @@ class Server(uvicorn.Server):
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the service says itself what it does
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen; asyncio takes as many connections at once as wait, which is to stay a small number."""
-        await super().startup(sockets)
+        """Begin to listen."""
+        has_door = hasattr(select, "epoll")  # on Linux
+        await super().startup([] if has_door else sockets)
+        new_connection = functools.partial(
+            Connection, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
         for listener in sockets or []:
-            listener.listen(LISTEN_BACKLOG)
+            if has_door:
+                listener.listen(LISTEN_BACKLOG)
+                service = self.lifespan.state["service"]
+                self.doors.append(Door(listener, service, self.server_state.connections, new_connection))
             host, port = listener.getsockname()[:2]
             logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
@@ -230,6 +236,8 @@ class Server(uvicorn.Server):
         service: Service = self.lifespan.state["service"]
         service.drain()
         logger.info("stopping; running answers have %g seconds to end", self.settings.shutdown_timeout)
+        for door in self.doors:
+            door.close()
         timer = asyncio.get_running_loop().call_later(self.settings.shutdown_timeout, service.end_answers)
         await super().shutdown(sockets)
         timer.cancel()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from http import HTTPStatus
+
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
@@ -66,6 +69,14 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole answer."""
         return JSONResponse(self.content, self.status, self.headers)
+
+    def raw(self, connection: str = "close") -> bytes:
+        """The whole answer as bytes, past all layers."""
+        body = json.dumps(self.content).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": len(body), **self.headers}
+        lines = [f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in {**headers, "Connection": connection}.items()]
+        return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def unavailable(reason: str) -> ApiError:

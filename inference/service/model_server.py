@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 import time
@@ -36,6 +37,7 @@ logger = logging.getLogger("service")
 # The event loop gives Python's lock away at every read and write, and the engine's thread keeps it for this long: with
 # Python's own 5 ms, a hundred requests that come at once would wait for seconds
 SWITCH_SECONDS = 0.0005
+SHORT_PROMPT = 1000  # characters, which are encoded faster than a thread is asked to
 WATCH_SECONDS = 0.5  # how often the engine's thread is looked at
 EDIT_SECONDS = 2.0  # how often the filters' files are looked at
 
@@ -179,6 +181,13 @@ class Answer:
             request.cancel()
 
 
+def spare_collections() -> None:
+    """What is there by now stays: the garbage collector need not look through it again, which holds every thread."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 @dataclass(frozen=True)
 class Health:
     """A state of the service and a sentence for those who ask in vain."""
@@ -212,6 +221,7 @@ class Service:
         self.retired: list[EngineStatistics] = []
         self.parsing = asyncio.Lock()  # held while a large body is parsed
         self.max_connections = settings.max_connections
+        self.asking = 0  # connections that wait for an answer of the model
         self.rates = RateLimit(settings.requests_per_minute)
         classifier = None
         if settings.classifier:
@@ -253,6 +263,7 @@ class Service:
             end_process(f"{settings.model_path} could not be loaded: {type(error).__name__}: {error}", 1)
         torch.seed()  # without it, every start would answer the same questions in the same words
         self.served = served
+        spare_collections()
         size = f"{served.parameters / 1e6:.1f} million parameters"
         logger.info("serving %s (stage %s, %s) on %s", served.path, served.stage, size, settings.torch_device)
         self._say_recommended(served)
@@ -318,6 +329,11 @@ class Service:
             raise unavailable(self.health.sentence)
         return self.served
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more question may come in."""
+        return self.served.engine.room > 0 and self.asking < self.settings.max_batch + self.settings.max_queue
+
     def queue_full(self) -> ApiError:
         """What a request is told that does not fit into the line any more."""
         message = f"the service is busy and {self.settings.max_queue} requests wait already: try again later"
@@ -378,7 +394,10 @@ class Service:
             # In threads, as long prompts and large forms take a while; what follows is quick
             made = form and await asyncio.to_thread(form, served.tokenizer)
             for prompt in prompts:
-                prompt_ids = await asyncio.to_thread(served.encode, prompt, chat)
+                if isinstance(prompt, str) and len(prompt) <= SHORT_PROMPT:
+                    prompt_ids = served.encode(prompt, chat)
+                else:
+                    prompt_ids = await asyncio.to_thread(served.encode, prompt, chat)
                 if made:
                     room = max(1, min(params.max_gen_len, served.context - len(prompt_ids)))
                     made.require_room(room)
@@ -443,6 +462,8 @@ class Service:
     async def _retire(self, old: ServedModel) -> None:
         await asyncio.to_thread(old.close_when_idle)
         self.retired.append(old.engine.statistics())
+        del old
+        spare_collections()
 
     def statistics(self) -> list[EngineStatistics]:
         """Of the present engine first, then of earlier ones."""
