@@ -17,8 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -41,7 +40,7 @@ from text.chat_template import (
     check_messages,
 )
 from text.fast_encoding import FastEncoder, fast_encoder, ids_of
-from text.text_files import ReadingOptions, UnreadRecords, iter_documents
+from text.text_files import ReadingOptions, UnreadRecords
 from text.tokenizer_files import (
     KNOWN_FILES,
     SAVED_FILES,
@@ -52,7 +51,7 @@ from text.tokenizer_files import (
     puts_first,
     read_tokenizer_files,
 )
-from text.tokenizer_report import examine, write_report
+from text.tokenizer_report import SampledDocuments, examine, write_report
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # in the order of SPECIAL_ROLES
 BYTE_COUNT = 256
@@ -543,30 +542,12 @@ class TokenizerTrainingConfig(ReadingOptions):
         return complaints
 
 
-class _SampledDocuments:
-    """Passes documents through and keeps a uniform sample of them (Vitter 1985, algorithm R)."""
-
-    def __init__(self, paths: Sequence[str], reading: ReadingOptions, unread: UnreadRecords):
-        self.paths, self.reading, self.unread, self.size, self.max_characters = paths, reading, unread, 2000, 4096
-        self.sample: list[str] = []
-
-    def __iter__(self) -> Iterator[str]:
-        generator = random.Random(0)
-        documents = (document for path in self.paths for document in iter_documents(path, self.reading, self.unread))
-        for count, document in enumerate(documents, start=1):
-            yield document
-            if len(self.sample) < self.size:
-                self.sample.append(document[: self.max_characters])
-            elif (place := generator.randrange(count)) < self.size:
-                self.sample[place] = document[: self.max_characters]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train a tokenizer on text files and save it."""
     config = parse_config(TokenizerTrainingConfig, argv, description="Train a byte-level BPE tokenizer.")
     require_writable_folder(config.output_dir)
     unread = UnreadRecords(Path(config.output_dir) / "left_out.jsonl")
-    documents = _SampledDocuments(config.input or ["data/pretrain/train"], config, unread)
+    documents = SampledDocuments(config.input or ["data/pretrain/train"], config, unread)
     tokenizer = ByteLevelBPETokenizer.with_template(config.vocab_size, config.chat_template, config.special_strings)
     sample = tokenizer.train(
         documents,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import regex
 from command_line import replacing
 from text.bpe_training import batches, byte_of_character, engine_of
 from text.fast_encoding import fast_encoder, ids_of
+from text.text_files import ReadingOptions, UnreadRecords, iter_documents
 
 SCRIPTS = {
     "Chinese": r"\p{Han}",
@@ -21,6 +23,7 @@ SCRIPTS = {
     "other scripts": r"[^\P{L}\p{Han}\p{Latin}]",
 }
 N_LONGEST = 20
+SAMPLE_SIZE, SAMPLE_CHARACTERS = 2000, 4096  # documents of a sample, and of each of them
 
 
 class ATokenizer(Protocol):
@@ -30,6 +33,24 @@ class ATokenizer(Protocol):
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]: ...
     def token_bytes(self, token_id: int) -> bytes: ...
     def to_files(self) -> dict[str, str]: ...
+
+
+class SampledDocuments:
+    """Passes documents through and keeps a uniform sample of them (Vitter 1985, algorithm R) for `examine`."""
+
+    def __init__(self, paths: Sequence[str], reading: ReadingOptions, unread: UnreadRecords) -> None:
+        self.paths, self.reading, self.unread = paths, reading, unread
+        self.sample: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        generator = random.Random(0)
+        documents = (document for path in self.paths for document in iter_documents(path, self.reading, self.unread))
+        for count, document in enumerate(documents, start=1):
+            yield document
+            if len(self.sample) < SAMPLE_SIZE:
+                self.sample.append(document[:SAMPLE_CHARACTERS])
+            elif (place := generator.randrange(count)) < SAMPLE_SIZE:
+                self.sample[place] = document[:SAMPLE_CHARACTERS]
 
 
 def examine(tokenizer: ATokenizer, texts: Sequence[str]) -> dict:
