@@ -62,7 +62,8 @@ class Browser:
         elif event.get("method") == "Page.loadEventFired":
             self.loads += 1
         elif event.get("method") == "Network.requestWillBeSent":
-            self.hosts.add(parameters["request"]["url"].partition("://")[2].partition("/")[0])
+            url = parameters["request"]["url"]
+            self.hosts.add("" if url.startswith("data:") else url.partition("://")[2].partition("/")[0])
 
     def evaluate(self, expression: str) -> object:
         """The value of a JavaScript expression, awaited."""

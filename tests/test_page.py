@@ -106,6 +106,13 @@ def articles(page):
     return page.evaluate("[...document.querySelectorAll('article .body')].map(body => body.textContent)")
 
 
+def test_the_documentation_shows_every_route_and_asks_no_other_host(page, server):
+    page.open(f"{server.url}/docs")
+    page.wait_for("document.querySelectorAll('.opblock').length >= 10")
+    page.evaluate("document.querySelector('.opblock-post .opblock-summary-control').click()")
+    page.wait_for("document.querySelector('.opblock-body textarea, .opblock-body .highlight-code, .opblock-body pre')")
+
+
 def test_an_answer_is_shown_while_it_is_written(page):
     """Typed, sent with Enter, grown piece by piece; at the end, how fast that was."""
     choose(page, "max_tokens", "800")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import swagger_ui_bundle
+import fastapi_swagger
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, HTMLResponse, Response
@@ -33,7 +33,7 @@ REASONS = {
 MODELS: dict[str, type[BaseModel]] = {}  # of requests' bodies, which are read without FastAPI
 
 router = APIRouter(include_in_schema=False)
-FILES = Path(swagger_ui_bundle.swagger_ui_path)
+FILES = Path(fastapi_swagger.__file__).parent / "resources"
 SHOWN_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -106,7 +106,7 @@ async def docs() -> HTMLResponse:
 
 @router.get("/docs/{name}")
 async def docs_file(name: str) -> Response:
-    """A file of that page: Swagger UI, which the package swagger-ui-bundle brings along."""
+    """A file of that page: Swagger UI, which the package fastapi-swagger brings along."""
     if name == "start.js":
         return Response(START, media_type="text/javascript")
     if name not in SHOWN_FILES:
