@@ -135,7 +135,7 @@ def test_scripts_inside_folders_run_as_files(tmp_path):
 
 def test_reward_function_shown_is_one_that_grpo_takes(tmp_path):
     """The example of a reward function loads by its path, and pays for the right answer."""
-    (code,) = blocks(DOCS / "grpo.md", "python")
+    (code,) = [block for block in blocks(DOCS / "grpo.md", "python") if block.startswith("def reward(")]
     (tmp_path / "my_rewards.py").write_text(code, encoding="utf-8")
     reward = load_reward(f"{tmp_path}/my_rewards.py:reward")
     right, wrong = call_reward(reward, ["2 + 3?"] * 2, ["2 + 3 = 5.", "I am not sure."], [{"answer": "5"}] * 2)
@@ -229,7 +229,8 @@ def test_symbols_stand_where_links_lead(page):
 @by_name(ALL_PAGES)
 def test_links_lead_somewhere(page):
     """Every link inside the repository names a file that is there."""
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)", prose):
         assert "://" in target or (page.parent / target).is_file(), target
 
 
