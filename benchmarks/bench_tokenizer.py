@@ -41,12 +41,11 @@ from text.tokenizer_files import PRETOKENIZER_PATTERN, byte_pre_tokenizer  # noq
 LONG, SHORT = 20_000, 120  # characters
 SHORT_TEXTS = 200_000
 FOR_THE_SLOW = 4_000_000  # characters of a text
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATTERNS = {
     "ours, which is Qwen2's and Qwen3's": PRETOKENIZER_PATTERN,
     "GPT-4's (cl100k)": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+",
-    "GPT-2's": GPT2_PATTERN,
+    "GPT-2's": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
 Encode = Callable[[list[str]], object]
 
