@@ -435,7 +435,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(name)
         model = Path(config.model_path) if config.model_path else sample_sized_model(folder)
         for part in asked:
-            table, figures[part] = MEASURES[part](config, model, folder)
+            table, figures["under load" if part == "load" else part] = MEASURES[part](config, model, folder)
             tables.append(table)
             print(table.plain(), flush=True)
     if config.write:

@@ -1,5 +1,6 @@
-"""The pages in docs/ tell of the code that is there: commands, options, metrics and lines, in both languages alike."""
+"""The pages in docs/ tell of the code that is there: commands, options, metrics, symbols; in both languages alike."""
 
+import ast
 import importlib
 import json
 import re
@@ -36,9 +37,6 @@ LM_EVAL = ("apply_chat_template", "include_path", "model", "model_args")
 SBATCH = ["nodes", "ntasks", "gpus", "cpus", "signal", "requeue"]  # those with hyphens by their first word
 
 WITHOUT_OPTIONS = ("api_demo.py", "inference/load_test.py")  # Locust reads those of its own
-
-sys.path.append(str(DOCS))
-import line_links  # noqa: E402
 
 
 def by_name(pages):
@@ -183,38 +181,66 @@ def test_code_for_readers_of_the_articles_runs(tmp_path, monkeypatch, capsys):
 # -- links -------------------------------------------------------------------------------------------------------------
 
 
+LINK_TO_CODE = re.compile(r"\[`([^`]+)`\]\(([^)\s]+\.(?:py|c|h))\)")
+
+
+def definitions(source):
+    """The names that are defined in a Python file; methods and fields under `name` and `Class.name`."""
+    found = set()
+
+    def visit(body, prefix):
+        for node in body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)]
+            found.update(key for name in filter(None, names) for key in (name, prefix + name))
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{prefix}{node.name}.")
+
+    visit(ast.parse(source).body, "")
+    return found
+
+
+def astray(text, folder):
+    """The links of a text to a symbol in a file that has no such symbol.
+
+    A symbol is a function, class, method (`PPOLoop.judge`), field, constant or option (`--beta`) that the file defines,
+    not merely mentions; or any piece of code that stands in it.
+    """
+    wrong = []
+    for symbol, path in LINK_TO_CODE.findall(text):
+        source = (folder / path).read_text(encoding="utf-8") if (folder / path).is_file() else ""
+        if path.endswith(".py") and re.fullmatch(r"(--)?[\w.]+", symbol):
+            there = symbol.removeprefix("--") in definitions(source)
+        else:
+            there = symbol in source
+        if not there:
+            wrong.append(f"{symbol} in {path}")
+    return wrong
+
+
 @by_name(ALL_PAGES)
-def test_links_to_lines_are_right(page):
-    """Each link to a line leads to the line it names; `python docs/line_links.py` mends what has drifted."""
-    text, complaints = line_links.mended(page)
-    assert complaints == []
-    assert text == page.read_text(encoding="utf-8"), "run python docs/line_links.py"
+def test_symbols_stand_where_links_lead(page):
+    """Each link of a symbol leads to the file that defines it."""
+    text = page.read_text(encoding="utf-8")
+    assert astray(text, page.parent) == []
+    assert re.findall(r"\]\([^)]*#L\d+\)", text) == [], "line numbers drift"
 
 
 @by_name(ALL_PAGES)
 def test_links_lead_somewhere(page):
-    """Every other link inside the repository names a file that is there."""
+    """Every link inside the repository names a file that is there."""
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).is_file(), target
 
 
-def test_lines_are_found_and_wrong_links_named(tmp_path):
-    """A definition wins over mentions; methods go by `Class.name`; what is not there, or twice, is named."""
-    (tmp_path / "a.py").write_text(
-        "x = 1  # beta\nclass A:\n    def f(self): ...\nclass B:\n    beta: int = x\n    def f(self): ...\n"
-    )
-    page = tmp_path / "page.md"
-    links = "[`B.f`](a.py#L1) [`--beta`](a.py#L1) [`# beta`](a.py#L7)"
-    page.write_text(links)
-    assert line_links.mended(page) == ("[`B.f`](a.py#L6) [`--beta`](a.py#L5) [`# beta`](a.py#L1)", [])
-    page.write_text("[`f`](a.py#L1) [`gone`](a.py#L1) [`f`](b.py#L1)")
-    complaints = line_links.mended(page)[1]
-    assert [complaint.split(": ", 2)[2] for complaint in complaints] == [
-        "stands in several lines (3, 6) in a.py; give one piece of code, or Class.name",
-        "stands nowhere in a.py; give one piece of code, or Class.name",
-        "b.py does not exist",
-    ]
-    assert complaints[1].startswith("page.md: [`gone`](a.py#L1)")
+def test_links_astray_are_named(tmp_path):
+    """A name that is defined elsewhere, or only in another class, is astray; a piece of code must stand there."""
+    (tmp_path / "a.py").write_text("from b import g\nclass A:\n    beta: int = 1\n    def f(self): return g(1)\n")
+    right = "[`A`](a.py) [`A.f`](a.py) [`f`](a.py) [`--beta`](a.py) [`return g(1)`](a.py)"
+    assert astray(right, tmp_path) == []
+    wrong = "[`g`](a.py) [`B.f`](a.py) [`--gamma`](a.py) [`return g(2)`](a.py) [`A`](b.py)"
+    named = ["g in a.py", "B.f in a.py", "--gamma in a.py", "return g(2) in a.py", "A in b.py"]
+    assert astray(wrong, tmp_path) == named
 
 
 # -- two languages -----------------------------------------------------------------------------------------------------
