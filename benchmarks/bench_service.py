@@ -49,9 +49,11 @@ from inference.quantizer import load_any, quantize_model_int8, save_quantized_mo
 from inference.request import encode_prompt  # noqa: E402
 from inference.sampling import SamplingParams  # noqa: E402
 from inference.service.connections import possible_connections  # noqa: E402
+from inference.service.settings import available_cores  # noqa: E402
 from inference.service.structured import json_form  # noqa: E402
 
 PARTS = ("speed", "llama_cpp", "forms", "burst", "load")
+QUESTIONS_EACH = 4  # of a user in a round
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array"}},
@@ -73,7 +75,9 @@ class ServiceBenchmarkConfig:
     burst: int = option(10_000, "requests that come at once", at_least=1)
     minutes: float = option(10, "how long the Locust users stay", above=0)
     locust_users: int = option(50, "how many they are", at_least=1)
-    num_threads: int = option(0, "CPU threads of every server; 0: one for each core", at_least=0)
+    num_threads: int = option(
+        0, "CPU threads of every server; 0: all cores but one, which the event loop has, and all for GPT-2", at_least=0
+    )
     quick: bool = option(False, "little of everything: shows that it works, gives no figures to quote")
     xllamacpp_python: str = option(
         sys.executable, "a Python that has xllamacpp, which brings llama.cpp's server, for where no llama-server is"
@@ -146,16 +150,16 @@ def our_command(config: ServiceBenchmarkConfig, model: Path, port: int, *options
     return [*command, "--max_batch", str(config.users), *options]
 
 
-def threads_of(config: ServiceBenchmarkConfig) -> str:
-    """CPU threads where servers are compared."""
-    return str(config.num_threads or os.cpu_count())
+def threads_of(config: ServiceBenchmarkConfig, large: bool = False) -> str:
+    """CPU threads where servers are compared: the service's own default, but all cores for a large model."""
+    return str(config.num_threads or (available_cores() if large else max(1, available_cores() - 1)))
 
 
 def llama_command(config: ServiceBenchmarkConfig, model: Path, port: int) -> list[str] | None:
     """llama.cpp's own server with as many slots as there are users; None where it is not to be had."""
     if binary := shutil.which("llama-server"):
         slots = ["-np", str(config.users), "-c", str(512 * config.users), "--no-webui"]
-        threads = ["-t", threads_of(config), "-tb", threads_of(config)]
+        threads = ["-t", threads_of(config, large=True), "-tb", threads_of(config, large=True)]
         return [binary, "-m", str(model), "--host", "127.0.0.1", "--port", str(port), *slots, *threads]
     python = config.xllamacpp_python
     if (
@@ -163,7 +167,7 @@ def llama_command(config: ServiceBenchmarkConfig, model: Path, port: int) -> lis
         or subprocess.run([python, "-c", "import xllamacpp"], stderr=subprocess.DEVNULL).returncode
     ):
         return None
-    return [python, "-c", LLAMA_SERVER, str(model), str(port), str(config.users), threads_of(config)]
+    return [python, "-c", LLAMA_SERVER, str(model), str(port), str(config.users), threads_of(config, large=True)]
 
 
 def answer_one_at_a_time(model_path: str, port: int, num_threads: int) -> None:
@@ -210,8 +214,8 @@ def post(url: str, body: Result) -> Result:
 
 
 def tokens_per_second(ask: Callable[[int], object], config: ServiceBenchmarkConfig) -> float:
-    """Of all users together, who each ask twice."""
-    n_requests = 2 * config.users
+    """Of all users together, who each ask a few times."""
+    n_requests = QUESTIONS_EACH * config.users
     with ThreadPoolExecutor(config.users) as pool:
         began = time.perf_counter()
         list(pool.map(ask, range(n_requests)))
@@ -241,14 +245,15 @@ def measure_speed(config: ServiceBenchmarkConfig, model: Path, folder: Path) -> 
         for round_number in range(config.rounds + 1):
             for name in commands:
                 url = f"http://127.0.0.1:{ports[name]}/generate"
-                prefixes = [f"{round_number} {number} token" for number in range(2 * config.users)]
+                prefixes = [f"{round_number} {number} token" for number in range(QUESTIONS_EACH * config.users)]
                 speed = tokens_per_second(lambda n: post(url, {**body, "prefix": prefixes[n]}), config)  # noqa: B023
                 if round_number:  # the first one warms up
                     found[name].append(speed)
     medians = {name: statistics.median(values) for name, values in found.items()}
     ratio = statistics.median(a / b for a, b in zip(*found.values(), strict=True))
     rows = [[name, f"{value:,.0f}"] for name, value in medians.items()] + [["ratio (goal: 4)", f"{ratio:.2f}"]]
-    note = f"{config.users} users, {config.new_tokens} new tokens an answer; medians of {config.rounds} rounds in turn."
+    note = f"{config.users} users, {config.new_tokens} new tokens an answer, {threads_of(config)} threads for both; "
+    note += f"medians of {config.rounds} rounds in turn."
     return Table("Tokens a second over HTTP", note, ["", "tokens/s"], rows), {**medians, "ratio": ratio}
 
 
@@ -272,7 +277,7 @@ def measure_llama_cpp(config: ServiceBenchmarkConfig, model: Path, folder: Path)
     ours = save_quantized_model(quantize_model_int8(loaded), folder / "gpt2_int8.pth", checkpoint)
     write_gguf(plain, gguf, "Q8_0")
     commands = [
-        (our_command(config, ours, ports[0], "--num_threads", threads_of(config)), "/ready"),
+        (our_command(config, ours, ports[0], "--num_threads", threads_of(config, large=True)), "/ready"),
         (their_command, "/health"),
     ]
     common = {"temperature": 0, "ignore_eos": True}
@@ -287,14 +292,15 @@ def measure_llama_cpp(config: ServiceBenchmarkConfig, model: Path, folder: Path)
             stack.enter_context(server(command, port, ready, folder / f"{port}.log"))
         for round_number in range(config.rounds + 1):
             for index, (port, path, body) in enumerate(zip(ports, paths, bodies, strict=True)):
-                url, first = f"http://127.0.0.1:{port}{path}", 2 * config.users * round_number
+                url, first = f"http://127.0.0.1:{port}{path}", QUESTIONS_EACH * config.users * round_number
                 speed = tokens_per_second(lambda n: post(url, {**body, "prompt": prompt(first + n)}), config)  # noqa: B023
                 if round_number:
                     found[index].append(speed)
     ratio = statistics.median(a / b for a, b in zip(*found, strict=True))
     names = ("this service", "llama.cpp")
     rows = [[name, f"{statistics.median(speeds):,.0f}"] for name, speeds in zip(names, found, strict=True)]
-    note = f"{config.users} users and slots; medians of {config.rounds} rounds in turn."
+    note = f"{config.users} users and slots, {threads_of(config, large=True)} threads each; "
+    note += f"medians of {config.rounds} rounds in turn."
     return Table(title, note, header, [*rows, ["ratio (goal: 1.3)", f"{ratio:.2f}"]]), {"ratio": ratio}
 
 
@@ -427,15 +433,15 @@ def main(argv: list[str] | None = None) -> None:
     figures: Result = {"benchmark": "service", **facts}
     print(in_a_sentence(facts), flush=True)
     asked = config.parts or PARTS
-    minutes = 0.5 * len(asked) + ("speed" in asked) * config.rounds / 20 + ("load" in asked) * config.minutes
-    minutes += ("llama_cpp" in asked) * (1 + config.rounds / 5)
+    minutes = 0.5 * len(asked) + ("speed" in asked) * config.rounds / 10 + ("load" in asked) * config.minutes
+    minutes += ("llama_cpp" in asked) * (1 + config.rounds / 2)
     print(f"{', '.join(asked)}: about {minutes:.0f} minutes", flush=True)
     tables = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = Path(config.model_path) if config.model_path else sample_sized_model(folder)
         for part in asked:
-            table, figures[part] = MEASURES[part](config, model, folder)
+            table, figures["under load" if part == "load" else part] = MEASURES[part](config, model, folder)
             tables.append(table)
             print(table.plain(), flush=True)
     if config.write:

@@ -247,6 +247,9 @@ def test_a_request_that_finds_the_line_full_is_told_so_past_all_layers_and_may_a
             assert (status, answer["error"]["code"]) == (429, "queue_full")
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_response(connection)[0] == 200
+        leaving = stack.enter_context(server.connect())
+        leaving.sendall(head.replace(b"Host: x", b"Host: x\r\nConnection: close") + content)
+        assert read_response(leaving)[0] == 429 and leaving.recv(1) == b""  # as it asked for
     server.wait_for(running=0, waiting=0)
 
 

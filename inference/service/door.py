@@ -21,8 +21,9 @@ from typing import Protocol
 from inference.service.gate import GENERATING
 from inference.service.model_server import Service
 
-AT_ONCE = 64  # clients that are taken, and that are heard, in one turn of the event loop
-NEWEST = 16  # newcomers that are heard before all others
+TAKEN_AT_ONCE = 64  # clients in one turn of the event loop
+HEARD_AT_ONCE = 16  # which is more work
+NEWEST = 8  # newcomers that are heard before all others
 ENTERING = 4  # clients that are let in at once, as each costs as much as twenty refusals
 FULL_SECONDS = 0.2  # until the door is opened again when no more files can be
 LOOKED_AT = 16_384  # bytes of a request
@@ -96,7 +97,7 @@ class Door:
             self.loop.add_reader(self.listener, self._accept)
 
     def _accept(self) -> None:
-        for _ in range(AT_ONCE):
+        for _ in range(TAKEN_AT_ONCE):
             try:
                 client, _ = self.listener.accept()
             except (BlockingIOError, ConnectionError):  # nobody is there, or has left already
@@ -138,7 +139,7 @@ class Door:
 
     def _listen(self) -> None:
         newest = list(islice(reversed(self.silent), NEWEST))  # who need not wait for a crowd that came before
-        for number in (*newest, *(number for number, _ in self.ears.poll(0, AT_ONCE))):
+        for number in (*newest, *(number for number, _ in self.ears.poll(0, HEARD_AT_ONCE))):
             if number in self.silent:
                 self._hear(number)
 
