@@ -9,8 +9,7 @@ from test_docs import DOCS, LINK_TO_CODE, blocks
 
 INDEX = (DOCS / "README.md").read_text(encoding="utf-8")
 PAGES = [DOCS / name for name in re.findall(r"^\d+\. \[[^\]]+\]\((\w+\.md)\)", INDEX, re.MULTILINE)]
-PAGES = [page for page in PAGES if "\n## The code\n" in page.read_text(encoding="utf-8")]
-WITH_EXERCISES = PAGES
+WITH_EXERCISES = [*PAGES, DOCS / "evaluation.md", DOCS / "look_inside.md"]
 
 
 def section(page, heading):
@@ -54,3 +53,13 @@ def test_solution_holds(page, number, tmp_path, monkeypatch):
     (code,) = solutions(page)[number]
     assert re.search(r"^\s*(assert |torch\.testing\.assert_)", code, re.MULTILINE)
     exec(compile(code, f"{page.name}, exercise {number + 1}", "exec"), {"__name__": Path(page).stem})
+
+
+def test_index_leads_to_every_page():
+    """Every page of docs/ is in the index, and the course in the order of the pipeline."""
+    linked = re.findall(r"\]\((\w+\.md)\)", INDEX)
+    assert {path.name for path in DOCS.glob("*.md") if ".zh-CN" not in path.name} - {*linked, "README.md"} == set()
+    assert [page.stem for page in PAGES] == [
+        *("tokenizer", "attention", "positions", "block", "pretraining", "sft", "lora", "reward_model", "ppo", "grpo"),
+        *("dpo", "kto", "distillation", "seq2seq", "experts", "quantization", "kv_cache", "serving", "distributed"),
+    ]
