@@ -118,6 +118,7 @@ def grade(question: Question, generation: Generation, likelihood: ReferenceScore
         "ended": generation.ended,
         "tokens": len(generation.token_ids) - generation.ended,  # </s> is not part of the answer
         "repetition": repetition(generation.text),
+        "sentence_bleu": corpus_bleu_score([generation.text], [question.references]),
         **rouge_scores(generation.text, question.references),
         **{name: fields[name] for name in ("references", "answer", "skill", "language", "held_out") if name in fields},
     }
@@ -134,6 +135,7 @@ def grade(question: Question, generation: Generation, likelihood: ReferenceScore
 
 
 WORST = 30  # answers on the page
+MEANS = ("sentence_bleu", *ROUGE_NAMES, "repetition")  # over answers
 SHARES = ("exact", "number", "preferred", "complete", "polite", "repetitive", "rude", "ended")
 
 
@@ -146,7 +148,7 @@ def score_answers(graded: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "count": len(graded),
         **{name: _mean(values) for name, values in flags.items() if values},
         "bleu": corpus_bleu_score(predictions, references),
-        **{name: _mean([row[name] for row in graded]) for name in (*ROUGE_NAMES, "repetition")},
+        **{name: _mean([row[name] for row in graded]) for name in MEANS},
         **_likelihood_of_references(graded),
         "mean_tokens": _mean([row["tokens"] for row in graded]),
     }
@@ -185,7 +187,7 @@ def score_all_answers(graded: Sequence[Mapping[str, Any]], seed: int = 0) -> dic
     for name in SHARES:
         if flags := [row[name] for row in graded if name in row]:
             intervals[name] = wilson(sum(flags), len(flags))
-    for name, field in (*((name, name) for name in (*ROUGE_NAMES, "repetition")), ("mean_tokens", "tokens")):
+    for name, field in (*((name, name) for name in MEANS), ("mean_tokens", "tokens")):
         intervals[name] = bootstrap_mean(np.array([row[field] for row in graded]), seed)
     if scored := [row for row in graded if row.get("reference_tokens")]:
         rows = [[row[f"reference_{name}"] for name in ReferenceScore._fields] for row in scored]

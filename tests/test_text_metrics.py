@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import sacrebleu
-from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
+from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu, sentence_bleu
 from sacrebleu.metrics import CHRF
 
 from evaluation.answer_report import Question, interval_table, report_answers
@@ -195,6 +195,15 @@ def test_a_report_has_an_interval_for_each_figure():
     assert report["scores"]["number"] == 0, "12 and 42 are not said"
     assert "exact" in interval_table(report) and "sacrebleu" in interval_table(report)
     assert json.dumps(report) == json.dumps(report_answers(questions, answers, seed=1))
+
+
+def test_bleu_of_sentences_is_the_mean_of_nltk_s():
+    texts = [("the red cat sat down", "the red cat sat there"), ("法国的首都是巴黎。", "法国的首都是里昂。")]
+    questions = [Question([{"role": "user", "content": "?"}], reference, {}) for _, reference in texts]
+    report = report_answers(questions, [Generation(said, True, [1]) for said, _ in texts])
+    words = [[list(text) if "的" in text else text.split() for text in pair] for pair in texts]
+    expected = [sentence_bleu([right], said, smoothing_function=SmoothingFunction().method1) for said, right in words]
+    assert report["scores"]["sentence_bleu"] == pytest.approx(sum(expected) / 2, abs=1e-4)
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
