@@ -105,6 +105,7 @@ class Engine:
         self.waiting: OrderedDict[Request, None] = OrderedDict()
         self._cancelled: list[Request] = []
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._n_deadlines = 64  # how long it was when finished requests were last taken out, or more
         self._arrivals = 0
         self._statistics = EngineStatistics(cache_tokens=self.cache.n_tokens)
         self._changed = threading.Condition()  # guards the line, and everything that others than the stepper touch
@@ -224,6 +225,10 @@ class Engine:
                 self.waiting[request] = None
                 if request.deadline is not None:
                     heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
+            if len(self._deadlines) > 2 * self._n_deadlines:  # or requests stay until their time is up, long finished
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].finished]
+                heapq.heapify(self._deadlines)
+                self._n_deadlines = max(64, len(self._deadlines))
             self._statistics.submitted += len(requests)
             self._has_new_requests = True
             self._changed.notify_all()
@@ -337,10 +342,11 @@ class Engine:
             if not request.finished:
                 self._finish(request, "cancelled")
         self._cancelled.clear()
-        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
-            request = heapq.heappop(self._deadlines)[2]
-            if not request.finished:
-                self._finish(request, "deadline")
+        with self._changed:
+            while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+                request = heapq.heappop(self._deadlines)[2]
+                if not request.finished:
+                    self._finish(request, "deadline")
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_running:

@@ -1,6 +1,8 @@
 """The engine: whoever else is there, whatever is preempted, shared or cut into chunks, an answer stays the same."""
 
+import gc
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -281,6 +283,19 @@ def test_cancelling_frees_the_slot_within_one_step(gpt2):
     assert first.result().finish_reason == "cancelled" and len(first.token_ids) == 1
     assert len(second.token_ids) == 1
     assert second.result().token_ids == alone(gpt2, second.prompt_ids, 20)
+
+
+def test_a_finished_request_is_let_go_long_before_its_deadline(gpt2):
+    """Of a thousand with an hour each, the engine remembers no more than a few."""
+    held = []
+    with Engine(gpt2, None) as engine:
+        for _ in range(1000):
+            request = engine.submit(prompt(5), replace(GREEDY, max_gen_len=1), deadline_s=3600)
+            request.result()
+            held.append(weakref.ref(request))
+        del request
+        gc.collect()
+        assert sum(reference() is not None for reference in held) <= 2 * 64 + 1
 
 
 def test_a_deadline_ends_what_runs_and_what_waits(gpt2):
