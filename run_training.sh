@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From an empty clone to a served, aligned model: sets up .venv, then runs every stage (pipeline.py).
 #
-#   bash run_training.sh                 the sample data, a size for two CPU cores: 10 minutes, 25 with AVX2 alone
+#   bash run_training.sh                 the sample data, a size for two CPU cores: a quarter of an hour, longer with AVX2 alone
 #   bash run_training.sh --smoke         a two-minute check of every stage
 #   bash run_training.sh --preset small  larger (a GPU is wanted)
 #   bash run_training.sh --help          all options
