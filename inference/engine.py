@@ -111,7 +111,7 @@ class Engine:
         self._changed = threading.Condition()  # guards the line, and everything that others than the stepper touch
         self._stepping = threading.RLock()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._broken = False
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class Engine:
     @property
     def dead(self) -> bool:
         """Whether the engine's thread has ended because of a mistake in it: nothing can be computed any more."""
-        return self._thread is not None and not self._thread.is_alive()
+        return self._broken or (self._thread is not None and not self._thread.is_alive())
 
     @property
     def closed(self) -> bool:
@@ -292,7 +292,7 @@ class Engine:
                         return
                 self.step()
         except BaseException:  # a mistake in this file: nobody may be left waiting for ever
-            self._closed = True
+            self._closed = self._broken = True  # before anybody hears of it and asks
             self._fail_all("the engine has stopped because of an internal error")
             raise
 
