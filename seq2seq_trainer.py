@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.stage import account_of, say_accounts
 from byte_level_bpe import IGNORED_LABEL, ByteLevelBPETokenizer
 from command_line import UserError, beyond_bounds, option, parse_config, replacing, require_file, run_main
 from data_loader import Batch, RecordData, pad_rows
@@ -190,14 +191,12 @@ class Seq2SeqTrainer:
                 f"validation; give more{f', or {account.advice}' if account.left_out else ''}"
             )
         is_sample = config.pairs == SAMPLE_PAIRS and not config.src
-        test_path = config.test_pairs or (SAMPLE_TEST if is_sample else "")
-        self.test = parts[1].texts
+        test_path, test = config.test_pairs or (SAMPLE_TEST if is_sample else ""), parts[1]
         if test_path:
             test_account = self._account(test_path)
-            self.test = self._dataset(self._read(test_account), test_account).texts
-        for told in [account, test_account] if test_path else [account]:
-            if ranks.is_main():
-                print(*told.sentences(), sep="\n", flush=True)
+            test = self._dataset(self._read(test_account), test_account)
+        self.test = test.texts
+        say_accounts([*parts, test])
         model_config = config.model_config(len(self.tokenizer), self.tokenizer.pad_token_id)
         with advice_if_out_of_memory("for this model; lower --d_model, --num_encoder_layers or --num_decoder_layers"):
             self.model = Transformer.from_config(model_config)
@@ -207,10 +206,7 @@ class Seq2SeqTrainer:
             )
 
     def _account(self, source: str) -> Account:
-        config = self.config
-        bad_records = Path(config.output_dir) / f"left_out_of_{Path(source).stem}.jsonl" if ranks.is_main() else None
-        advice = f"raise --max_seq_len (now {config.max_seq_len})"
-        return Account(source, "pairs", advice, config.skip_bad_records, bad_records)
+        return account_of(self.config, source, "pairs", f"raise --max_seq_len (now {self.config.max_seq_len})")
 
     def _read(self, account: Account) -> list[Pair]:
         return load_records(account.source, parse_pair, account, parse_columns(self.config.columns))

@@ -128,8 +128,17 @@ def start_of(config: StageConfig) -> str:
 
 def read_account(config: StageConfig, model: GPTConfig, path: str, kind: str, advice: str = "") -> Account:
     """An empty account of a data path, with the advice that fits these settings and this model."""
+    return account_of(config, path, kind, advice or room_advice(config, model))
+
+
+def account_of(config: Any, path: str, kind: str, advice: str) -> Account:
+    """An empty account of a data path; malformed records that are skipped are kept in the run's folder.
+
+    Args:
+        config: settings that are `RecordOptions` and `TrainingConfig`.
+    """
     bad_records = Path(config.output_dir) / f"left_out_of_{Path(path).stem}.jsonl" if ranks.is_main() else None
-    return Account(path, kind, advice or room_advice(config, model), config.skip_bad_records, bad_records)
+    return Account(path, kind, advice, config.skip_bad_records, bad_records)
 
 
 def room_advice(config: StageConfig, model: GPTConfig) -> str:
