@@ -120,9 +120,13 @@ static void activate(float *inner, const float *gate) {
 /* out = row `index` of a table, or with `add` plus that. */
 static void expand_row(const Linear *table, int64_t index, float *out, int add) {
     long n = table->n_in;
+    if (table->type == INT4) {
+        expand_grouped_row(table, index, out, add);
+        return;
+    }
     static const int bytes_of[] = {[FP32] = 4, [FP16] = 2, [BF16] = 2, [INT8] = 1};
     const char *row = table->weight + index * n * bytes_of[table->type];
-    float scale = table->scale ? table->scale[index] : 1;
+    float scale = table->scale ? ((const float *)table->scale)[index] : 1;
     for (long k = 0; k < n; k++) {
         float number = table->type == FP32 ? load_one_fp32(row, k)
                        : table->type == INT8 ? load_one_int8(row, k)

@@ -22,7 +22,7 @@ import torch.nn as nn
 from gpt_model import GPTModel
 from inference.kernels.known_parts import UnknownPart, check_numbers, facts_of, weights_of
 from inference.kernels.linear_layers import InferenceEmbedding
-from inference.kernels.linear_products import NativeLinear, native_library
+from inference.kernels.linear_products import NativeLinear, n_inputs, native_library
 from inference.kernels.native_code import check_layout, load_native
 from inference.kernels.paged_attention import BLOCK_SIZE, NativeCache, PagedAttention
 from transformer_components import (
@@ -137,12 +137,12 @@ class DecoderStep:
             *(_native(layer, n_bytes) for layer in (model.lm_head, *tables)),
         )
         idle = sum(layer.feed_forward.num_idle_parameters() for layer in model.layers) if config.n_experts else 0
-        self.layer_weights = (sum(linear.weight.numel() for linear in _linears(model)) - idle) // config.n_layers
+        self.layer_weights = (sum(len(linear.weight) * n_inputs(linear.weight) for linear in _linears(model)) - idle) // config.n_layers
         digit_bytes = native_library().linear_digit_bytes
         query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         widths = (config.d_model, config.d_model, query, key, key, query, config.d_ff, config.d_ff)
         self.token_bytes = [4 * width for width in widths]
-        self.token_bytes.append(max(digit_bytes(_native(linear, 0).type, linear.weight.size(1)) for linear in linears))
+        self.token_bytes.append(max(digit_bytes(_native(linear, 0).type, n_inputs(linear.weight)) for linear in linears))
         gathered = config.d_model if config.n_experts else 0
         self.token_bytes += [4 * config.n_experts, 4 * gathered, 4 * gathered, 8 * config.n_experts]
         self.room_for = 0
@@ -216,8 +216,8 @@ def _parts_of(network: FeedForwardNetwork) -> tuple[nn.Module | None, ...]:
 
 def _native(layer: nn.Module, n_bytes: int) -> NativeLinear:
     """Of a linear layer, or an embedding table; `n_bytes` is what all linear layers take."""
-    scale, bias = getattr(layer, "scale", None), getattr(layer, "bias", None)
-    return NativeLinear(layer.weight, scale, bias, weights_of(layer), n_bytes)
+    scale, minimum, bias = (getattr(layer, name, None) for name in ("scale", "minimum", "bias"))
+    return NativeLinear(layer.weight, scale, bias, weights_of(layer), n_bytes, minimum)
 
 
 def _norm(norm: nn.Module) -> _Norm:

@@ -18,8 +18,9 @@ import torch.nn as nn
 import transformer_components
 from command_line import UserError
 from gpt_model import GPTConfig, GPTModel
+from inference.kernels.int4_weights import GROUP
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear
-from inference.kernels.linear_products import kind_of, native_knows
+from inference.kernels.linear_products import kind_of, n_inputs, native_knows
 from inference.kernels.paged_attention import Sizes
 from transformer_components import (
     FeedForwardNetwork,
@@ -71,13 +72,13 @@ KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
     nn.Linear: dict(in_features=INTEGER, out_features=INTEGER, weight=WEIGHT, bias=(*WEIGHT, NONE)),
     InferenceLinear: dict(
         in_features=INTEGER, out_features=INTEGER, int8_inputs=SWITCH, weight=WEIGHT, bias=(*WEIGHT, NONE),
-        scale=(*BUFFER, NONE), _products=(list,), _prepared=(dict,),
+        scale=(*BUFFER, NONE), minimum=(*BUFFER, NONE), _products=(list,), _prepared=(dict,),
     ),
     nn.Embedding: EMBEDDING,
     LearnedPositions: EMBEDDING,
     SinusoidalPositions: dict(table=BUFFER),
     RotaryPositions: dict(table=BUFFER),
-    InferenceEmbedding: dict(weight=WEIGHT, scale=(*BUFFER, NONE)),
+    InferenceEmbedding: dict(weight=WEIGHT, scale=(*BUFFER, NONE), minimum=(*BUFFER, NONE)),
     nn.LayerNorm: dict(
         normalized_shape=(tuple,), eps=NUMBER, elementwise_affine=SWITCH, weight=WEIGHT, bias=(*WEIGHT, NONE)
     ),
@@ -231,18 +232,24 @@ def check_numbers(model: GPTModel, cache_sizes: Sizes) -> None:
             raise UnknownPart(f"{path} and the configuration differ in their experts")
         for own_name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             shape = shapes[name] if own_name in ("weight", "table") else shapes[name][:1]  # of biases and scales
+            is_int4 = getattr(module, "weight", tensor).dtype == torch.uint8
+            if is_int4 and own_name != "bias":
+                shape = (shape[0], shapes[name][1] // (2 if own_name == "weight" else GROUP))
             if tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
                 raise UnknownPart(f"{path}.{own_name} has another size or place in memory than is usual")
             may_be_small = isinstance(module, InferenceLinear | InferenceEmbedding) or name == "position_embedding"
-            if tensor.dtype != torch.float32 and not (may_be_small and own_name == "weight"):
+            if is_int4 and own_name in ("scale", "minimum"):
+                if tensor.dtype != torch.float16:
+                    raise UnknownPart(f"{path}.{own_name} is {tensor.dtype}")
+            elif tensor.dtype != torch.float32 and not (may_be_small and own_name == "weight"):
                 raise UnknownPart(f"{path}.{own_name} is {tensor.dtype}")
         if type(module) in (*LINEAR, *TABLE, LearnedPositions):
             kind = weights_of(module)
-            if not native_knows(kind, module.weight.size(1)):
+            if not native_knows(kind, n_inputs(module.weight)):
                 raise UnknownPart(f"{path} has {kind} weights, which the kernels cannot read on this processor")
             if type(module) in LINEAR and name != "router":  # a router's input is taken as it is
                 kinds.add(kind)
-            if name == "router" and kind.startswith("int8"):
+            if name == "router" and kind.startswith("int"):
                 raise UnknownPart(f"{path} has {kind} weights")
     if len(kinds) > 1:  # what shares its input must take it in one form
         raise UnknownPart(f"the linear layers have weights of several kinds: {', '.join(sorted(kinds))}")

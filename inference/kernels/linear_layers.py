@@ -1,8 +1,8 @@
 """Layers for inference, with weights of any of `DTYPES`.
 
-`InferenceLinear` replaces `nn.Linear`, `InferenceEmbedding` `nn.Embedding`. Weights are FP32, FP16, BF16 or INT8
-(W ≈ scale · Q with Q in −127 … 127 and one scale for each output channel); inputs and results are FP32, so that the
-rounding of the weights is the only error.
+`InferenceLinear` replaces `nn.Linear`, `InferenceEmbedding` `nn.Embedding`. Weights are FP32, FP16, BF16, INT8
+(W ≈ scale · Q with Q in −127 … 127 and one scale for each output channel) or INT4 (int4_weights.py); inputs and results
+are FP32, so that the rounding of the weights is the only error that counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from inference.kernels.fastest_way import ROW_BUCKETS, fastest_way
-from inference.kernels.linear_products import DTYPES, Product, kind_of, plain_linear, round_inputs, ways_to_multiply
+from inference.kernels.int4_weights import expand_int4, quantize_int4
+from inference.kernels.linear_products import (
+    DTYPES,
+    Product,
+    kind_of,
+    n_inputs,
+    plain_linear,
+    round_inputs,
+    ways_to_multiply,
+)
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,17 +31,26 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight / scale.unsqueeze(1)).round().clamp_(-127, 127).to(torch.int8), scale
 
 
+def rounded(weight: torch.Tensor, weights: str) -> tuple[torch.Tensor, ...]:
+    """A matrix (N, K) as one of `DTYPES`, each number rounded to the nearest: the weights and, if they have some, the
+    scales; what needs no other type is shared."""
+    if weights == "int4":
+        return quantize_int4(weight)
+    return quantize_rows(weight) if DTYPES[weights] == torch.int8 else (weight.detach().to(DTYPES[weights]),)
+
+
 class InferenceLinear(nn.Module):
     """A linear layer for inference, (…, K) → (…, N), with weights of any of `DTYPES`.
 
     Gradients pass through to its input (adapters can be trained beside it), but its own weights do not learn.
 
     Args:
-        weight: (N, K) fp32, fp16, bf16 or int8; kept, not copied.
-        scale: (N,) fp32 with int8 weights, one for each output channel; otherwise None.
+        weight: (N, K) fp32, fp16, bf16 or int8, or (N, K/2) uint8 for int4; kept, not copied.
+        scale: (N,) fp32 with int8 weights, one for each output channel; (N, K/32) fp16 with int4; otherwise None.
         bias: (N,) fp32 or None.
         int8_inputs: whether inputs are rounded, too, to 8 bits a number with one scale a row: less exact, and the
             fastest way where many rows are computed at once. INT8 weights only.
+        minimum: (N, K/32) fp16, of INT4 weights whose groups have one, as those of some files; otherwise None.
     """
 
     def __init__(
@@ -41,22 +59,28 @@ class InferenceLinear(nn.Module):
         scale: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
         int8_inputs: bool = False,
+        minimum: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = len(weight), n_inputs(weight)
         self.weight = _constant(weight)
         self.register_buffer("scale", scale)
+        self.register_buffer("minimum", minimum)
         self.register_parameter("bias", None if bias is None else _constant(bias))
         self.int8_inputs = int8_inputs
         self._forget_products()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, weights: str) -> InferenceLinear:
-        """A linear layer's counterpart with weights of one of `DTYPES`; what needs no other type is shared."""
-        weight, scale = linear.weight.detach(), None
-        if DTYPES[weights] == torch.int8:
-            weight, scale = quantize_rows(weight)
-        return cls(weight.to(DTYPES[weights]), scale, linear.bias, weights == "int8_dynamic")
+    def from_linear(
+        cls, linear: nn.Linear, weights: str, made: tuple[torch.Tensor, ...] | None = None
+    ) -> InferenceLinear:
+        """A linear layer's counterpart with weights of one of `DTYPES`.
+
+        Args:
+            made: its weights and scales, where they were made in another way than by `rounded`.
+        """
+        made = rounded(linear.weight, weights) if made is None else made
+        return cls(*made, bias=linear.bias, int8_inputs=weights == "int8_dynamic")
 
     @property
     def weights(self) -> str:
@@ -67,7 +91,7 @@ class InferenceLinear(nn.Module):
         """(…, K) → (…, N), in the type of x."""
         if not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
             inputs = round_inputs(x) if self.int8_inputs else x
-            return plain_linear(inputs, self.weight, self.scale, self.bias)
+            return plain_linear(inputs, self.weight, self.scale, self.bias, self.minimum)
         # Nothing more than needed: of a small model's step, a fifth would go into views and conversions to what x is
         rows = x if x.dtype == torch.float32 else x.float()
         rows = rows if rows.is_contiguous() else rows.contiguous()
@@ -80,7 +104,7 @@ class InferenceLinear(nn.Module):
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _choose(self, bucket: int) -> Product:
-        ways = ways_to_multiply(self.weight, self.scale, self.bias, self.weights)
+        ways = ways_to_multiply(self.weight, self.scale, self.bias, self.weights, self.minimum)
         name = next(iter(ways)) if len(ways) == 1 else fastest_way(ways, self.weights, self.weight.shape, bucket)
         if name not in self._prepared:
             self._prepared[name] = ways[name]()
@@ -90,9 +114,10 @@ class InferenceLinear(nn.Module):
         self._products: list[Product | None] = [None] * (len(ROW_BUCKETS) + 1)  # by bucket of rows
         self._prepared: dict[str, Product] = {}  # by name, as a packed copy serves several buckets
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         self._forget_products()  # other weights are coming
-        super()._load_from_state_dict(*args, **kwargs)
+        _expect_minimum(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, *args, **kwargs) -> nn.Module:
         self._forget_products()  # the weights go to another device or type
@@ -106,21 +131,37 @@ class InferenceLinear(nn.Module):
 
 
 class InferenceEmbedding(nn.Module):
-    """An embedding table (V, D) of any of `DTYPES`, with an fp32 scale a row if INT8; only rows looked up are expanded.
+    """An embedding table (V, D) of any of `DTYPES`; only rows looked up are expanded.
 
     Args:
-        weight, scale: the table; tied to the output layer, the very tensors of that layer.
+        weight, scale, minimum: the table, as `InferenceLinear` has its weights; tied to the output layer, the very
+            tensors of that layer.
     """
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor | None = None, minimum: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self.weight = _constant(weight)
         self.register_buffer("scale", scale)
+        self.register_buffer("minimum", minimum)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, T) int64 → (B, T, D) fp32."""
-        rows = F.embedding(input_ids, self.weight).float()
-        return rows if self.scale is None else rows * self.scale[input_ids].unsqueeze(-1)
+        rows = F.embedding(input_ids, self.weight)  # (B, T, D), or (B, T, D/2) of int4
+        if self.weight.dtype == torch.uint8:
+            return expand_int4(rows, self.scale[input_ids], None if self.minimum is None else self.minimum[input_ids])
+        return rows.float() if self.scale is None else rows.float() * self.scale[input_ids].unsqueeze(-1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
+        _expect_minimum(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _expect_minimum(layer: InferenceLinear | InferenceEmbedding, state: dict[str, torch.Tensor], prefix: str) -> None:
+    """Minima come with the weights that have them."""
+    if layer.weight.dtype == torch.uint8:
+        layer.minimum = torch.empty_like(layer.scale) if f"{prefix}minimum" in state else None
 
 
 def _constant(tensor: torch.Tensor) -> nn.Parameter:

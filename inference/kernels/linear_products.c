@@ -1,4 +1,4 @@
-/* y = x Wᵀ for inference: x in fp32, W in int8, fp16, bf16 or fp32, as it lies in memory.
+/* y = x Wᵀ for inference: x in fp32, W in fp32, fp16, bf16, int8 or (int4_products.c) int4, as it lies in memory.
 
    With one row of x the time is that of reading W, so W is read once, in order, each core its own part of the rows.
    With more rows a tile of W_ROWS rows of W and X_ROWS rows of x is multiplied in registers, so that W still comes from
@@ -177,6 +177,8 @@ INLINE vec load_rest(const void *row, long k, long n_in, load_one_fn load_one) {
     }
 SUMS_OF_FOUR(sums_of_four, vec, quarter)
 SUMS_OF_FOUR(int_sums_of_four, int_vec, int_quarter)
+
+INLINE long at_most(long count, long limit) { return count < limit ? count : limit; }
 
 INLINE float sum_of_lanes(vec v) {
     quarter parts[LANES / 4], four;
@@ -358,10 +360,8 @@ INLINE long digit_row_bytes(int digits, long n_in) {
     return sizeof(digit_row) + digits * padded(n_in) * (long)sizeof(digit);
 }
 
-INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) {
-    digit_row *row = (digit_row *)out;
-    digit *first = (digit *)(row + 1);
-    const float most = digits == 1 ? 127 : 127 << 16; /* a bit below what 24 bits can hold */
+/* The largest magnitude in a row; NaN if there is one. */
+INLINE float largest_of(const float *x, long n_in) {
     int32_t largest_bits = 0; /* as integers, the bits of positive numbers have the same order; NaN is the largest */
     float largest;
     for (long k = 0; k < n_in; k++) {
@@ -371,9 +371,17 @@ INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) 
         largest_bits = bits > largest_bits ? bits : largest_bits;
     }
     memcpy(&largest, &largest_bits, sizeof largest);
+    return largest;
+}
+
+INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) {
+    digit_row *row = (digit_row *)out;
+    digit *first = (digit *)(row + 1);
+    const float most = digits == 1 ? 127 : 127 << 16; /* a bit below what 24 bits can hold */
+    float largest = largest_of(x, n_in);
     float factor = largest > 1e-30f ? most / largest : 0; /* of a smaller row it would be infinite */
     memset(row, 0, digit_row_bytes(digits, n_in));
-    if (largest_bits >= 0x7f800000) { /* infinities and NaN spoil the row, visibly */
+    if (!(largest < INFINITY)) { /* infinities and NaN spoil the row, visibly */
         row->scale = NAN;
         return;
     }
@@ -471,20 +479,24 @@ INLINE void digit_strip(const char *x, const char *w, const float *scale, const 
                            y + i * n_out + j, n_out, n_in, add, 0);
 }
 
-enum { FP32, FP16, BF16, INT8, INT8_DYNAMIC }; /* the last one is INT8 with x rounded to 8 bits as well */
+enum { FP32, FP16, BF16, INT8, INT8_DYNAMIC, INT4 }; /* INT8_DYNAMIC is INT8 with x rounded to 8 bits as well */
 
 typedef struct {
-    const char *weight;        /* (n_out, n_in) */
-    const float *scale, *bias; /* (n_out,) or NULL */
+    const char *weight; /* (n_out, n_in) */
+    const void *scale;  /* (n_out,) fp32 or NULL; of INT4 (n_out, n_in / GROUP) fp16, and so is the minimum, or NULL */
+    const void *minimum;
+    const float *bias; /* (n_out,) or NULL */
     int64_t n_out, n_in, type;
     int64_t is_kept; /* whether the caches hold it, with all that is read in a pass beside it */
 } Linear;
-LAYOUT(Linear, FIELD(Linear, weight), FIELD(Linear, scale), FIELD(Linear, bias), FIELD(Linear, n_out), FIELD(Linear, n_in),
-       FIELD(Linear, type), FIELD(Linear, is_kept));
+LAYOUT(Linear, FIELD(Linear, weight), FIELD(Linear, scale), FIELD(Linear, minimum), FIELD(Linear, bias),
+       FIELD(Linear, n_out), FIELD(Linear, n_in), FIELD(Linear, type), FIELD(Linear, is_kept));
+
+#include "int4_products.c"
 
 /* With how many digits x is written, or 0: as it is. */
 INLINE int digits_of(int64_t type, long n_in) {
-    if (n_in > LONGEST_ROW) return 0;
+    if (n_in > LONGEST_ROW || type == INT4) return 0;
 #ifdef DOT
     if (type == INT8) return MOST_DIGITS;
 #endif
@@ -492,11 +504,14 @@ INLINE int digits_of(int64_t type, long n_in) {
 }
 
 /* Whether rows of this length can be computed with weights of a type. */
-int linear_knows(int64_t type, long n_in) { return type != INT8_DYNAMIC || digits_of(type, n_in); }
+int linear_knows(int64_t type, long n_in) {
+    return type == INT4 ? n_in % GROUP == 0 : type != INT8_DYNAMIC || digits_of(type, n_in);
+}
 
 /* Bytes that a row of x takes as digits. */
 long linear_digit_bytes(int64_t type, long n_in) {
     int digits = digits_of(type, n_in);
+    if (type == INT4) return grouped_row_bytes(n_in);
     return digits ? digit_row_bytes(digits, n_in) : 0;
 }
 
@@ -507,11 +522,12 @@ static void prepare_row(const Linear *l, const float *x, char *out, long i) {
     out += i * linear_digit_bytes(l->type, l->n_in);
     if (digits == 1) split_into_digits(1, x, out, l->n_in);
     if (digits > 1) split_into_digits(MOST_DIGITS, x, out, l->n_in);
+    if (l->type == INT4) split_into_groups(x, out, l->n_in);
 }
 
 /* All rows; called by all threads of a parallel region, which wait until it is done. */
 static void prepare(const Linear *l, const float *x, char *out, long n_x) {
-    if (digits_of(l->type, l->n_in)) {
+    if (linear_digit_bytes(l->type, l->n_in)) {
         #pragma omp for schedule(static)
         for (long i = 0; i < n_x; i++) prepare_row(l, x, out, i);
     }
@@ -521,13 +537,13 @@ static void prepare(const Linear *l, const float *x, char *out, long n_x) {
    otherwise all of x would come from further away for every few rows of W. */
 enum { X_BYTES = 512 << 10, W_BYTES = 32 << 10 };
 
-INLINE long at_most(long count, long limit) { return count < limit ? count : limit; }
-
 /* How many rows a block has: all blocks are equal, of about X_BYTES at most and of whole tiles. */
 INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
     long n_blocks = 1 + n_x * row_bytes / X_BYTES, rows = (n_x + n_blocks - 1) / n_blocks;
     return (rows + tile_rows - 1) / tile_rows * tile_rows;
 }
+
+#define FURTHER(p, bytes) ((p) ? (const void *)((const char *)(p) + (bytes)) : NULL)
 
 /* For each kind of weights a function of its own, or the compiler would run out of registers.
 
@@ -535,28 +551,33 @@ INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
    need not wait at the end (nowait), but goes on with the next product of the same x. Where x is one block, a group of W
    is needed once, and the smallest groups share out most evenly; otherwise a group meets all rows of a block while it is
    in the cache. Only the first block asks for W `ahead`. */
-#define MULTIPLY(name, x_type, x_row_bytes, x_tile, bytes, strip, ...)                                                \
+#define MULTIPLY(name, x_type, x_row_bytes, x_tile, w_row_bytes, scale_bytes, strip, ...)                              \
     static __attribute__((noinline)) void name(const Linear *l, const x_type *x, float *y, long n_x, int add) {       \
         long n_in = l->n_in, n_out = l->n_out, block = rows_of_block(n_x, x_row_bytes, x_tile);                       \
-        long group = (1 + W_BYTES / (W_ROWS * n_in * bytes)) * W_ROWS;                                                \
+        long group = (1 + W_BYTES / (W_ROWS * (w_row_bytes))) * W_ROWS;                                               \
         long ahead = n_x > 1 ? READ_AGAIN : l->is_kept ? READ_ALONE : READ_ONCE;                                      \
         if (n_x <= block) group = W_ROWS;                                                                             \
         _Pragma("omp for collapse(2) schedule(static) nowait")                                                        \
         for (long g = 0; g < n_out; g += group)                                                                       \
             for (long i = 0; i < n_x; i += block)                                                                     \
                 for (long j = g; j < at_most(g + group, n_out); j += W_ROWS)                                          \
-                    strip(x + i * (x_row_bytes / (long)sizeof *x), l->weight + j * n_in * bytes,                      \
-                          l->scale ? l->scale + j : 0, l->bias ? l->bias + j : 0, y + i * n_out + j,                  \
+                    strip(x + i * (x_row_bytes / (long)sizeof *x), l->weight + j * (w_row_bytes),                     \
+                          FURTHER(l->scale, j * (scale_bytes)), l->bias ? l->bias + j : 0, y + i * n_out + j,         \
                           at_most(block, n_x - i), n_out, n_in, add, n_out - j, i ? 0 : ahead, __VA_ARGS__);          \
     }
-MULTIPLY(multiply_fp32, float, 4 * n_in, X_ROWS, 4, strip, 4, load_vec_fp32, load_one_fp32)
-MULTIPLY(multiply_bf16, float, 4 * n_in, X_ROWS, 2, strip, 2, load_vec_bf16, load_one_bf16)
-MULTIPLY(multiply_int8, float, 4 * n_in, X_ROWS, 1, strip, 1, load_vec_int8, load_one_int8)
-MULTIPLY(multiply_fp16, float, 4 * n_in, X_ROWS, 2, strip, 2, load_vec_fp16, load_one_fp16)
-MULTIPLY(multiply_digit, char, digit_row_bytes(1, n_in), DIGIT_SUMS, 1, digit_strip, 1)
+MULTIPLY(multiply_fp32, float, 4 * n_in, X_ROWS, 4 * n_in, 4, strip, 4, load_vec_fp32, load_one_fp32)
+MULTIPLY(multiply_bf16, float, 4 * n_in, X_ROWS, 2 * n_in, 4, strip, 2, load_vec_bf16, load_one_bf16)
+MULTIPLY(multiply_int8, float, 4 * n_in, X_ROWS, n_in, 4, strip, 1, load_vec_int8, load_one_int8)
+MULTIPLY(multiply_fp16, float, 4 * n_in, X_ROWS, 2 * n_in, 4, strip, 2, load_vec_fp16, load_one_fp16)
+MULTIPLY(multiply_digit, char, digit_row_bytes(1, n_in), DIGIT_SUMS, n_in, 4, digit_strip, 1)
 #ifdef DOT
-MULTIPLY(multiply_digits, char, digit_row_bytes(MOST_DIGITS, n_in), DIGIT_SUMS / MOST_DIGITS, 1, digit_strip, MOST_DIGITS)
+MULTIPLY(multiply_digits, char, digit_row_bytes(MOST_DIGITS, n_in), DIGIT_SUMS / MOST_DIGITS, n_in, 4, digit_strip,
+         MOST_DIGITS)
 #endif
+#define SCALES_BYTES (n_in / GROUP * 2)
+MULTIPLY(multiply_int4, char, grouped_row_bytes(n_in), GROUP_X_ROWS, n_in / 2, SCALES_BYTES, group_strip, NULL)
+MULTIPLY(multiply_int4_with_minima, char, grouped_row_bytes(n_in), GROUP_X_ROWS, n_in / 2, SCALES_BYTES, group_strip,
+         FURTHER(l->minimum, j * SCALES_BYTES))
 
 /* y (n_x, n_out) = x (n_x, n_in) Wᵀ, or with `add` plus that. Called by all threads of a parallel region, each takes
    its part, and none waits for the others. */
@@ -566,6 +587,8 @@ static void multiply(const Linear *l, const float *x, const char *digits, float 
 #ifdef DOT
     if (n_digits > 1) multiply_digits(l, digits, y, n_x, add);
 #endif
+    if (l->type == INT4 && l->minimum) multiply_int4_with_minima(l, digits, y, n_x, add);
+    if (l->type == INT4 && !l->minimum) multiply_int4(l, digits, y, n_x, add);
     if (l->type == FP16) multiply_fp16(l, x, y, n_x, add);
     if (l->type == FP32) multiply_fp32(l, x, y, n_x, add);
     if (l->type == BF16) multiply_bf16(l, x, y, n_x, add);

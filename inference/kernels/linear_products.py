@@ -11,6 +11,7 @@ and, only where native is missing, for want of a compiler, these, which keep a s
     expanded   FP32, for an INT8 layer that a core's cache can hold: reading it costs nothing anyway
 
 INT8 inputs are the same integers on every processor and are multiplied exactly, so that they give the same numbers.
+INT4 weights meet inputs of 8 bits with a scale for each group of 32, multiplied exactly, too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from cpu_level import largest_cache_bytes
+from inference.kernels.int4_weights import expand_int4
 from inference.kernels.native_code import check_layout, load_native
 
 DTYPES = {  # in the order of the types in linear_products.c
@@ -33,6 +35,7 @@ DTYPES = {  # in the order of the types in linear_products.c
     "bf16": torch.bfloat16,
     "int8": torch.int8,
     "int8_dynamic": torch.int8,
+    "int4": torch.uint8,  # two weights a byte, see int4_weights.py
 }
 SINGLE_THREAD = 1 << 17  # below this many multiplications, waking a second thread takes longer than they do
 TINY_LAYER = 1 << 18  # this many weights take 1 MiB when expanded
@@ -48,28 +51,39 @@ def kind_of(weight: torch.Tensor) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == weight.dtype)
 
 
+def n_inputs(weight: torch.Tensor) -> int:
+    """K of weights (N, K), or (N, K/2) with two a byte."""
+    return weight.size(1) * (2 if weight.dtype == torch.uint8 else 1)
+
+
 def ways_to_multiply(
-    weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, weights: str
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    weights: str,
+    minimum: torch.Tensor | None = None,
 ) -> dict[str, Callable[[], Product]]:
     """What can compute a layer on this machine: name → a function that prepares it.
 
     There is one way, or several of which `plain` is the last.
 
     Args:
-        weight, scale, bias: those of `InferenceLinear`, on a CPU.
+        weight, scale, bias, minimum: those of `InferenceLinear`, on a CPU.
         weights: the kind of weights, one of `DTYPES`.
     """
-    plain = partial(plain_linear, weight=weight, scale=scale, bias=bias)
+    plain = partial(plain_linear, weight=weight, scale=scale, bias=bias, minimum=minimum)
     ways: dict[str, Callable[[], Product]] = {}
-    if native_knows(weights, weight.size(1)):
-        ways["native"] = lambda: native_product(weight, scale, bias, weights)
+    if native_knows(weights, n_inputs(weight)):
+        ways["native"] = lambda: native_product(weight, scale, bias, weights, minimum)
+        if weights == "int4":
+            return ways
     elif weights == "fp32":
         ways["prepacked"] = lambda: onednn_product(weight, bias)
     elif weights == "fp16":
         ways["prepacked"] = lambda: fbgemm_fp16_product(weight, bias)
     elif weights == "int8" and weight.numel() <= TINY_LAYER:
         ways["expanded"] = lambda: partial(F.linear, weight=weight * scale.unsqueeze(1), bias=bias)
-    if scale is not None and "native" not in ways and integer_kernel_limit():
+    if weights.startswith("int8") and "native" not in ways and integer_kernel_limit():
         ways["integers"] = lambda: integer_product(weight, scale, bias, PRECISE if weights == "int8" else ROUGH)
     if weights != "int8_dynamic":
         ways["plain"] = lambda: plain
@@ -79,18 +93,30 @@ def ways_to_multiply(
 
 
 def plain_linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    minimum: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x (…, K) times weights (N, K) of any type, scaled, plus bias, as (…, N) in the type of x; differentiable in x.
 
     On a CPU weights are expanded block by block; on a GPU at once, which `torch.compile` fuses into the product.
     """
+    bias = None if bias is None else bias.to(x.dtype)
     if weight.dtype == x.dtype and scale is None:
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    n_rows = max(1, EXPANDED_AT_ONCE // weight.size(1)) if x.device.type == "cpu" else len(weight)
-    y = torch.cat([F.linear(x, block.to(x.dtype)) for block in weight.split(n_rows)], dim=-1)
+        return F.linear(x, weight, bias)
+    n_rows = max(1, EXPANDED_AT_ONCE // x.size(-1)) if x.device.type == "cpu" else len(weight)
+    if weight.dtype == torch.uint8:
+        parts = (None if part is None else part.split(n_rows) for part in (weight, scale, minimum))
+        packed, scales, minima = ([None] * -(-len(weight) // n_rows) if part is None else part for part in parts)
+        blocks = map(expand_int4, packed, scales, minima)
+        scale = None
+    else:
+        blocks = iter(weight.split(n_rows))
+    y = torch.cat([F.linear(x, block.to(x.dtype)) for block in blocks], dim=-1)
     y = y if scale is None else y * scale.to(x.dtype)
-    return y if bias is None else y + bias.to(x.dtype)
+    return y if bias is None else y + bias
 
 
 class NativeLinear(ctypes.Structure):
@@ -98,13 +124,13 @@ class NativeLinear(ctypes.Structure):
     copied into does not.
 
     Args:
-        weight, scale, bias: those of `InferenceLinear`, on a CPU.
+        weight, scale, bias, minimum: those of `InferenceLinear`, on a CPU.
         weights: the kind of weights, one of `DTYPES`.
         n_bytes: of all weights that are read in one pass; None: of this layer alone.
     """
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "minimum", "bias")),
         *((name, ctypes.c_int64) for name in ("n_out", "n_in", "type", "is_kept")),
     ]
 
@@ -115,12 +141,13 @@ class NativeLinear(ctypes.Structure):
         bias: torch.Tensor | None,
         weights: str,
         n_bytes: int | None = None,
+        minimum: torch.Tensor | None = None,
     ) -> None:
         bias = None if bias is None else bias.float()
-        self.tensors = weight.detach().contiguous(), scale, bias
+        self.tensors = weight.detach().contiguous(), scale, minimum, bias
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
         is_kept = (n_bytes or weight.nbytes) <= largest_cache_bytes()
-        super().__init__(*addresses, *weight.shape, list(DTYPES).index(weights), is_kept)
+        super().__init__(*addresses, len(weight), n_inputs(weight), list(DTYPES).index(weights), is_kept)
 
 
 def native_library() -> ctypes.CDLL | None:
@@ -143,12 +170,16 @@ def native_knows(weights: str, n_in: int) -> bool:
 
 
 def native_product(
-    weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, weights: str
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    weights: str,
+    minimum: torch.Tensor | None = None,
 ) -> Product:
     """The compiled kernel; it reads the weights where they are."""
-    library, layer = native_library(), NativeLinear(weight, scale, bias, weights)
+    library, layer = native_library(), NativeLinear(weight, scale, bias, weights, minimum=minimum)
     function, reference = library.linear, ctypes.byref(layer)
-    n_out, n_in = weight.shape
+    n_out, n_in = len(weight), n_inputs(weight)
     digit_bytes = library.linear_digit_bytes(layer.type, n_in)
 
     def product(x: torch.Tensor, keep_alive: object = layer) -> torch.Tensor:
