@@ -21,7 +21,7 @@ from inference.kernels.linear_layers import quantize_rows
 from inference.kernels.linear_products import DTYPES
 from inference.quantizer import prepare_for_inference
 
-WEIGHTS = ("auto", "fp32", "fp16", "bf16", "int8", "int8_dynamic")
+WEIGHTS = ("auto", "fp32", "fp16", "bf16", "int8", "int8_dynamic", "int4")
 ROWS_AT_ONCE = 1 << 20  # numbers that are quantized at once
 
 

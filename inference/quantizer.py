@@ -1,6 +1,7 @@
 """Models for inference: the fastest kernels, and weights that are a quarter or half of the size.
 
     python -m inference.quantizer --model_path models/sft/sft_best.pth --output_path models/sft/sft_best_int8.pth
+    python -m inference.quantizer --model_path models/sft/sft_best.pth --weights int4
 
 `prepare_for_inference` makes a copy of a model whose linear layers are `InferenceLinear` and whose token embedding is
 an `InferenceEmbedding` (tied to the output layer, both read the same numbers). Kinds of weights:
@@ -9,6 +10,8 @@ an `InferenceEmbedding` (tied to the output layer, both read the same numbers). 
     fp16, bf16     half the size
     int8           a quarter; one scale for each output channel; activations keep full precision
     int8_dynamic   the same weights, and activations rounded to 8 bits, too: faster with many rows, less exact
+    int4           a seventh; a scale for each group of 32 weights, activations of 8 bits; rounded so that the errors of a
+                   row's weights make up for each other (error_aware_rounding.py)
 
 Norms, biases and scales stay in FP32; learned positions become FP16, so that the file is a quarter in all.
 """
@@ -48,7 +51,9 @@ from command_line import UserError, option, parse_config, run_main
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
 from inference.engine import Engine
-from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
+from inference.error_aware_rounding import rounded_layers
+from inference.kernels.int4_weights import GROUP
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, rounded
 from inference.kernels.linear_products import DTYPES, kind_of
 from inference.sampling import SamplingParams
 from seq2seq_model import Seq2SeqConfig, Transformer
@@ -59,7 +64,7 @@ from transformer_components import Positions
 
 HALF = ("fp16", "bf16")
 QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
-MAX_PERPLEXITY_RISE = 0.005
+MAX_PERPLEXITY_RISE = dict.fromkeys(QUANTIZED, 0.005) | {"int4": 0.03}  # more is warned of
 MIN_SPEEDUP = 1.05
 ModelClass = TypeVar("ModelClass", GPTModel, Transformer)
 
@@ -67,14 +72,19 @@ ModelClass = TypeVar("ModelClass", GPTModel, Transformer)
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def prepare_for_inference(model: ModelClass, weights: str = "fp32") -> ModelClass:
+def prepare_for_inference(
+    model: ModelClass, weights: str = "fp32", made: Mapping[str, tuple[torch.Tensor, ...]] | None = None
+) -> ModelClass:
     """A copy of a model for inference only, in eval mode; the model itself stays as it is.
 
     Args:
         weights: "fp32" shares all weights with the model and costs no memory; the others are explained above.
+        made: {name of a linear layer: its weights and scales of that kind}, as `error_aware_rounding.rounded_layers`
+            finds them; what is not there is rounded to the nearest.
 
     Raises:
-        UserError: the model is quantized already, or its weights are not finite numbers.
+        UserError: the model is quantized already, its weights are not finite numbers, or its rows do not consist of
+            groups of 32, as int4 needs.
     """
     if quantization_of(model):
         raise UserError("the model is quantized already; give the model in full precision")
@@ -89,16 +99,18 @@ def prepare_for_inference(model: ModelClass, weights: str = "fp32") -> ModelClas
         if isinstance(part, nn.Linear | InferenceLinear):
             _require_finite(part.weight, name, "is damaged; use another checkpoint")
             exact = name.endswith(".router")  # small, and a choice that tips changes all that follows
-            memo[id(part)] = InferenceLinear.from_linear(part, "fp32" if exact else weights)
-            _require_finite(memo[id(part)].weight, name, f"is too large for {weights}; use another kind of weights")
+            if weights == "int4" and not exact and part.in_features % GROUP:
+                raise UserError(f"{name} has rows of {part.in_features} numbers, no multiple of {GROUP}; take int8 weights")
+            kind = "fp32" if exact else weights
+            memo[id(part)] = InferenceLinear.from_linear(part, kind, (made or {}).get(name))
+            for numbers in (memo[id(part)].weight, memo[id(part)].scale):
+                _require_finite(numbers, name, f"is too large for {weights}; use another kind of weights")
     head = memo[id(model.lm_head)]
     for embedding in (part for part in model.modules() if type(part) is nn.Embedding):
         if embedding.weight is model.lm_head.weight:
             table = head.weight, head.scale
-        elif DTYPES[weights] == torch.int8:
-            table = quantize_rows(embedding.weight)
         else:
-            table = (embedding.weight.to(DTYPES[weights]),)
+            table = rounded(embedding.weight, weights)
         memo[id(embedding)] = InferenceEmbedding(*table)
     prepared = copy.deepcopy(model, memo).eval().requires_grad_(False)
     if weights != "fp32":
@@ -108,9 +120,9 @@ def prepare_for_inference(model: ModelClass, weights: str = "fp32") -> ModelClas
     return prepared
 
 
-def _require_finite(weight: torch.Tensor, name: str, verdict: str) -> None:
+def _require_finite(weight: torch.Tensor | None, name: str, verdict: str) -> None:
     # A sum is not finite if one number is not, and needs no memory
-    if weight.is_floating_point() and not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite():
+    if weight is not None and weight.is_floating_point() and not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite():
         raise UserError(f"a weight of {name} {verdict}")
 
 
@@ -181,7 +193,8 @@ def _mapped_model(content: dict[str, Any], path: str | Path, kind: str, device: 
         model = prepare_for_inference(GPTModel.from_config(config_of(content, path)), kind)
     load_weights(model, content["model"], path, assign=True)
     if model.config.tie_embeddings:
-        model.token_embedding = InferenceEmbedding(model.lm_head.weight, model.lm_head.scale)
+        head = model.lm_head
+        model.token_embedding = InferenceEmbedding(head.weight, head.scale, head.minimum)
     return model.to(device)
 
 
@@ -322,12 +335,19 @@ class QuantizerConfig(RecordOptions):
         "held-out text or conversations; default data/sft/sft_test.json, for pretraining data/pretrain/val",
     )
     text_tokens: int = option(16384, "held-out tokens that are scored", at_least=2)
+    calibration: str | None = option(
+        None,
+        "of int4, text or conversations to round by; default data/sft/sft_data.json, for pretraining data/pretrain/train",
+    )
+    calibration_tokens: int = option(4096, "tokens of it", at_least=32)
     num_threads: int = option(0, "CPU threads of the speed measurement; 0 means as many as torch takes", at_least=0)
 
     def validate(self) -> list[str]:
         complaints = super().validate()
         output = Path(self.output_path or "x_int8.pth")
         same = output.resolve() == Path(self.model_path).resolve()
+        if self.weights != "int4" and (unused := self.given & {"calibration", "calibration_tokens"}):
+            complaints.append(f"--{min(unused)} is for --weights int4 only, which alone is rounded by a text")
         return complaints + [f"--output_path {output} is the model itself; choose another name"] * same
 
 
@@ -341,7 +361,7 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint["stage"] == "translate":
         if checkpoint.get("quantization"):
             raise UserError(f"{source} is quantized already; give the checkpoint it was made from")
-        if unused := config.given & {"text", "text_tokens", "columns", "skip_bad_records"}:
+        if unused := config.given & {"text", "text_tokens", "columns", "skip_bad_records", "calibration", "calibration_tokens"}:
             named = " and ".join(f"--{name}" for name in sorted(unused))
             raise UserError(f"{named}: an encoder–decoder is not scored here; translate a test with both models")
         plain, quantized = (_translator(checkpoint, source, weights) for weights in ("fp32", kind))
@@ -352,16 +372,19 @@ def main(argv: list[str] | None = None) -> None:
         return
     plain, tokenizer, checkpoint = load_model(source)
     model = prepare_for_inference(plain)
-    text = config.text or ("data/pretrain/val" if checkpoint["stage"] == "pretrain" else "data/sft/sft_test.json")
-    account = Account(text, "conversations", skips_bad_records=config.skip_bad_records)
-    columns = parse_columns(config.columns)
-    try:
-        samples = held_out_samples(text, tokenizer, model.config.max_seq_len, config.text_tokens, account, columns)
-    except UserError:
-        if config.text:
-            raise
-        samples = []  # the sample data is not here
-    save_quantized_model(prepare_for_inference(plain, kind), output, checkpoint)
+    of_pretraining = checkpoint["stage"] == "pretrain"
+    text = config.text or ("data/pretrain/val" if of_pretraining else "data/sft/sft_test.json")
+    samples = _samples(text, bool(config.text), config.text_tokens, tokenizer, plain, config)
+    made = None
+    if kind == "int4":
+        source_text = config.calibration or ("data/pretrain/train" if of_pretraining else "data/sft/sft_data.json")
+        chosen = _samples(source_text, bool(config.calibration), config.calibration_tokens, tokenizer, plain, config)
+        if chosen:
+            print(f"rounding by {sum(len(ids) for ids, _ in chosen)} tokens of {source_text}")
+            made = rounded_layers(plain, [ids for ids, _ in chosen], show_progress=True)
+        else:
+            print(f"rounding to the nearest: there is no {source_text}; give a text like the model's with --calibration")
+    save_quantized_model(prepare_for_inference(plain, kind, made), output, checkpoint)
     quantized = load_quantized_model(output)
 
     print_change("weights", "MiB", weight_bytes(model) / 2**20, weight_bytes(quantized) / 2**20)
@@ -371,6 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         speed = max(speed, decode_speed(model, seconds=0.3))
         new_speed = max(new_speed, decode_speed(quantized, seconds=0.3))
     print_change("decoding", "tokens/s", speed, new_speed, note="batch 1, CPU")
+    max_rise = MAX_PERPLEXITY_RISE[kind]
     if samples:
         before, choices = perplexity_and_choices(model, samples)
         after, new_choices = perplexity_and_choices(quantized, samples)
@@ -379,18 +403,32 @@ def main(argv: list[str] | None = None) -> None:
             weights_only, _ = perplexity_and_choices(prepare_for_inference(plain, "int8"), samples)
             print(f"           of which {after / weights_only - 1:+.2%} for INT8 activations")
         print(f"greedy     the same likeliest token at {(choices == new_choices).float().mean():.1%} of the positions")
-        if after > before * (1 + MAX_PERPLEXITY_RISE):
-            print(f"warning: perplexity rises by more than {MAX_PERPLEXITY_RISE:.1%}; consider --weights fp16 or bf16")
+        if after > before * (1 + max_rise):
+            print(f"warning: perplexity rises by more than {max_rise:.1%}; consider {'int8' if kind == 'int4' else 'fp16'}")
     else:
         print(f"perplexity not measured: there is no {text}; give held-out text with --text")
     rise = after / before - 1 if samples else None
-    is_faster, is_as_good = new_speed >= MIN_SPEEDUP * speed, rise is None or rise <= MAX_PERPLEXITY_RISE
+    is_faster, is_as_good = new_speed >= MIN_SPEEDUP * speed, rise is None or rise <= max_rise
     if not is_faster:
         print(f"warning: {kind} brings a smaller file here and no speed; full precision decodes as fast")
     # For the service, which chooses between the two
     found = {"pays": is_faster and is_as_good, "speedup": new_speed / speed, "perplexity_rise": rise}
     atomic_save({**load_checkpoint(output), "quantizer": found}, output)
     print(f"{kind} model {output}")
+
+
+def _samples(
+    text: str, is_asked_for: bool, n_tokens: int, tokenizer: ByteLevelBPETokenizer, model: GPTModel, config: QuantizerConfig
+) -> list[tuple[list[int], list[int]]]:
+    """`held_out_samples` of a text; none if it is the usual one and not there."""
+    account = Account(text, "conversations", skips_bad_records=config.skip_bad_records)
+    try:
+        columns = parse_columns(config.columns)
+        return held_out_samples(text, tokenizer, model.config.max_seq_len, n_tokens, account, columns)
+    except UserError:
+        if is_asked_for:
+            raise
+        return []  # the sample data is not here
 
 
 def print_change(what: str, unit: str, before: float, after: float, note: str = "") -> None:
