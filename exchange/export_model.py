@@ -157,14 +157,15 @@ def export_gguf(model: Outgoing, folder: Path, precision: str) -> tuple[Path, li
         left = write_gguf(model, temporary / name, precision, begins)
         (temporary / "Modelfile").write_text(text, encoding="utf-8")
     if left:
-        notes.append(f"{left} matrices stay F16: their rows are no multiple of 32 numbers, as Q8_0 needs")
+        notes.append(f"{left} matrices stay F16: their rows are no multiple of 32 numbers, as {precision} needs")
     return folder / name, notes
 
 
 def main(argv: list[str] | None = None) -> None:
     """Export a model."""
     config = parse_config(ExportConfig, argv, description="Make of a checkpoint what other programs take.")
-    model, folder = open_checkpoint(config.model_path), Path(config.output_dir)
+    folder = Path(config.output_dir)
+    model = open_checkpoint(config.model_path, "int4" if config.gguf == "Q4_0" else "")
     if config.gguf:
         path, notes = export_gguf(model, folder, config.gguf)
         print(*notes, f"{path}: for llama.cpp and LM Studio", sep="\n")

@@ -20,6 +20,7 @@ from alignment.transformers_names import SWITCHES, architecture_of
 from command_line import UserError, replacing
 from exchange.gguf_tokenizer import read_tokenizer, write_tokenizer
 from exchange.outgoing import Outgoing
+from exchange.gguf_int4 import INT4_KINDS, int4_blocks, int4_from
 from exchange.sources import Source, check_tokenizer, expected_shapes, kind_of_all
 from gpt_model import GPTConfig
 from text.chat_template import DEFAULT_CHAT_TEMPLATE
@@ -64,7 +65,7 @@ ROPE = {
     "rope.scaling.yarn_attn_factor", "rope.scale_linear", *YARN.values(),
 }  # fmt: skip
 ROPE_FACTORS = "rope_freqs.weight"  # of Llama 3.1: by how much each wave is stretched
-PRECISIONS = ("F32", "F16", "Q8_0")
+PRECISIONS = ("F32", "F16", "Q8_0", "Q4_0")
 NUMBERS_AT_ONCE = 1 << 22
 KINDS = gguf.GGMLQuantizationType
 FLOATS = {KINDS.F32: torch.float32, KINDS.F16: torch.float16, KINDS.BF16: torch.bfloat16}
@@ -132,13 +133,13 @@ def open_gguf(path: Path, max_seq_len: int = 0, ignored: tuple[str, ...] = ()) -
     kinds = {t.tensor_type for t in tensors.values() if len(t.shape) > 1}
     quantized = sorted(kind.name for kind in kinds if kind not in FLOATS)
     if quantized:
-        notes.append(f"its {', '.join(quantized)} weights are unpacked; --weights int8 keeps them small")
+        notes.append(f"its {', '.join(quantized)} weights are unpacked; --weights int8 or int4 keeps them small")
     return Source(
         path=path,
         architecture=theirs,
         config=config,
         tokenizer=tokenizer,
-        weights=lambda: _weights(config, tensors, theirs, path),
+        weights=lambda kind: _weights(config, tensors, theirs, kind),
         shapes=shapes,
         kind=kind_of_all({FLOATS.get(kind, torch.float32) for kind in kinds}),
         has_template=tokenizer.chat_template != DEFAULT_CHAT_TEMPLATE,
@@ -282,19 +283,22 @@ def _checked_shapes(
 
 
 def _weights(
-    config: GPTConfig, tensors: dict[str, gguf.ReaderTensor], architecture: str, path: Path
-) -> Iterator[tuple[str, torch.Tensor]]:
+    config: GPTConfig, tensors: dict[str, gguf.ReaderTensor], architecture: str, kind: str
+) -> Iterator[tuple[str, torch.Tensor | tuple[torch.Tensor, ...]]]:
     expected = expected_shapes(config)
     for theirs, ours in _groups(config, architecture).items():
-        whole = read_tensor(tensors[theirs])
+        tensor = tensors[theirs]
+        is_int4 = kind == "int4" and tensor.tensor_type in INT4_KINDS
+        whole = int4_from(tensor.data, tensor.tensor_type) if is_int4 else (read_tensor(tensor),)
         if ours == ["position_embedding.weight"]:
-            whole = whole[: config.max_seq_len]
-        for name, part in zip(ours, whole.split([expected[name][0] for name in ours]), strict=True):
+            whole = (whole[0][: config.max_seq_len],)
+        sizes = [expected[name][0] for name in ours]
+        for name, *parts in zip(ours, *(each.split(sizes) for each in whole), strict=True):
             heads = {"query_proj": config.n_heads, "key_proj": config.n_kv_heads}.get(name.split(".")[-2])
             if architecture == "llama" and heads:
-                part = permuted(part, heads, back=True)
-            yield name, part
-        del whole
+                parts = [permuted(part, heads, back=True) for part in parts]
+            yield name, tuple(parts) if is_int4 else parts[0]
+        del whole, parts
 
 
 def read_tensor(tensor: gguf.ReaderTensor) -> torch.Tensor:
@@ -343,7 +347,7 @@ def write_gguf(model: Outgoing, path: Path, precision: str, adds_bos: bool) -> i
         adds_bos: see `write_tokenizer`.
 
     Returns:
-        How many matrices stay F16 because their rows are no multiple of 32 numbers, as Q8_0 needs.
+        How many matrices stay F16 because their rows are no multiple of 32 numbers, as Q8_0 and Q4_0 need.
 
     Raises:
         UserError: llama.cpp has no such model, or a number is too large for F16.
@@ -358,13 +362,18 @@ def write_gguf(model: Outgoing, path: Path, precision: str, adds_bos: bool) -> i
         groups, left = _groups(config, theirs), 0
         plan: list[tuple[list[str], KINDS]] = []
         for name, ours in groups.items():
-            shape = (sum(len(model.state[each]) for each in ours), *model.state[ours[0]].shape[1:])
+            first = model.state[ours[0]]
+            is_int4 = first.dtype == torch.uint8
+            shape = (sum(len(model.state[each]) for each in ours), *first.shape[1:-1], first.size(-1) * (1 + is_int4))
+            shape = shape if first.ndim > 1 else (sum(len(model.state[each]) for each in ours),)
             kind = KINDS.F32 if len(shape) == 1 or ours == ["position_embedding.weight"] else KINDS[precision]
-            if kind == KINDS.Q8_0 and shape[-1] % 32:
+            if is_int4 and f"{ours[0].removesuffix('weight')}minimum" in model.state:
+                kind = KINDS.Q4_1
+            if kind in (KINDS.Q8_0, KINDS.Q4_0) and shape[-1] % 32:
                 kind, left = KINDS.F16, left + 1
             block, size = gguf.GGML_QUANT_SIZES[kind]
             dtype = np.dtype({KINDS.F32: np.float32, KINDS.F16: np.float16}.get(kind, np.uint8))
-            raw = gguf.quants.quant_shape_to_byte_shape(shape, kind) if kind == KINDS.Q8_0 else shape
+            raw = gguf.quants.quant_shape_to_byte_shape(shape, kind) if kind not in FLOATS else shape
             writer.add_tensor_info(name, raw, dtype, math.prod(shape) // block * size, raw_dtype=kind)
             plan.append((ours, kind))
         scaling = config.rope_scaling or {}
@@ -385,6 +394,8 @@ def write_gguf(model: Outgoing, path: Path, precision: str, adds_bos: bool) -> i
 
 def _packed(model: Outgoing, ours: list[str], kind: KINDS, architecture: str) -> np.ndarray:
     parts = []
+    if model.state[ours[0]].dtype == torch.uint8:
+        return np.concatenate([_packed_int4(model, name, architecture) for name in ours])
     for name in ours:
         weight = model.state[name].float()
         heads = {"query_proj": model.config.n_heads, "key_proj": model.config.n_kv_heads}.get(name.split(".")[-2])
@@ -396,6 +407,14 @@ def _packed(model: Outgoing, ours: list[str], kind: KINDS, architecture: str) ->
     if kind == KINDS.F16 and not np.isfinite(packed).all():
         raise UserError(f"{ours[0]} has numbers that are too large for F16; take --gguf F32")
     return packed
+
+
+def _packed_int4(model: Outgoing, name: str, architecture: str) -> np.ndarray:
+    parts = [model.state.get(name.removesuffix("weight") + part) for part in ("weight", "scale", "minimum")]
+    heads = {"query_proj": model.config.n_heads, "key_proj": model.config.n_kv_heads}.get(name.split(".")[-2])
+    if architecture == "llama" and heads:
+        parts = [part if part is None else permuted(part, heads) for part in parts]
+    return int4_blocks(*parts)
 
 
 def _write_config(writer: gguf.GGUFWriter, config: GPTConfig, architecture: str, precision: str) -> None:

@@ -107,7 +107,7 @@ def open_folder(
         architecture=architecture,
         config=config,
         tokenizer=tokenizer,
-        weights=files.weights,
+        weights=lambda kind: files.weights(),
         shapes=shapes,
         kind=files.kind(),
         has_template=tokenizer.chat_template != DEFAULT_CHAT_TEMPLATE,

@@ -90,7 +90,7 @@ def import_model(config: ImportConfig) -> Path:
         tokenizer=source.tokenizer,
         stage="sft" if source.has_template else "pretrain",
         imported={"from": source.path.name, "architecture": source.architecture},
-        **({"quantization": kind} if kind.startswith("int8") else {}),
+        **({"quantization": kind} if kind.startswith("int") else {}),
     )
 
 

@@ -41,14 +41,17 @@ class Outgoing:
         return self.content["stage"] != "pretrain"
 
 
-def open_checkpoint(path: str | Path) -> Outgoing:
+def open_checkpoint(path: str | Path, quantized: str = "") -> Outgoing:
     """The model of a checkpoint.
+
+    Args:
+        quantized: the kind of quantized weights that can be exported as they are.
 
     Raises:
         UserError: no such checkpoint, or it cannot be exported.
     """
     content = load_checkpoint(path)
-    if content.get("quantization"):
+    if content.get("quantization") not in (None, quantized):
         raise UserError(f"{path} is quantized ({content['quantization']}); export the checkpoint it was made from")
     if content["stage"] == "reward":
         raise UserError(f"{path} is a reward model, which writes no text; export a pretrained, sft or aligned model")

@@ -17,7 +17,8 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import require_disk_space
 from command_line import UserError
 from gpt_model import GPTConfig, GPTModel
-from inference.kernels.linear_layers import quantize_rows
+from inference.kernels.int4_weights import GROUP
+from inference.kernels.linear_layers import rounded
 from inference.kernels.linear_products import DTYPES
 from inference.quantizer import prepare_for_inference
 
@@ -33,7 +34,8 @@ class Source:
         path: where it is.
         architecture: its name there, such as "LlamaForCausalLM".
         config, tokenizer: in our terms.
-        weights: gives (our name, tensor) of all weights, what is tied once, one tensor of the file after another.
+        weights: of a kind of `WEIGHTS` that is wanted, gives (our name, tensor) of all weights, what is tied once, one
+            tensor of the file after another; for "int4", what is INT4 there as it is, (packed, scales[, minima]).
         shapes: of all weights, by our names, as the file says.
         kind: of the matrices, a key of `DTYPES`: in which type nothing is lost and nothing wasted.
         has_template: whether a chat template came along.
@@ -44,7 +46,7 @@ class Source:
     architecture: str
     config: GPTConfig
     tokenizer: ByteLevelBPETokenizer
-    weights: Callable[[], Iterator[tuple[str, torch.Tensor]]]
+    weights: Callable[[str], Iterator[tuple[str, torch.Tensor | tuple[torch.Tensor, ...]]]]
     shapes: dict[str, tuple[int, ...]]
     kind: str
     has_template: bool
@@ -82,7 +84,8 @@ def bytes_in_memory(shapes: dict[str, tuple[int, ...]], kind: str) -> tuple[int,
     """How much the result takes, and the largest tensor in full precision."""
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     matrices = sum(torch.Size(shape).numel() for shape in shapes.values() if len(shape) > 1)
-    return matrices * DTYPES[kind].itemsize + 4 * (sum(sizes) - matrices), 4 * max(sizes)
+    bits = {"int4": 5}.get(kind, 8 * DTYPES[kind].itemsize)  # with scales and minima
+    return matrices * bits // 8 + 4 * (sum(sizes) - matrices), 4 * max(sizes)
 
 
 def require_room(source: Source, kind: str, folder: Path) -> None:
@@ -122,26 +125,37 @@ def take_in(source: Source, kind: str) -> dict[str, torch.Tensor]:
     """
     state: dict[str, torch.Tensor] = {}
     position = "position_embedding.weight"
-    for name, tensor in source.weights():
+    for name, tensor in source.weights(kind):
+        whole = name.removesuffix("weight")
+        if isinstance(tensor, tuple):
+            made = dict(zip((name, f"{whole}scale", f"{whole}minimum"), tensor, strict=False))
+            state |= {part: copied(numbers, numbers.dtype) for part, numbers in made.items()}
+            tensor = torch.cat([each.flatten() for each in tensor[1:]])
         if not tensor.sum(dtype=torch.float32).isfinite():  # it is not finite if one number is not
             raise UserError(f"{source.path} is damaged: its {name} holds NaN or infinity; fetch it again")
+        if name in state:
+            continue
         if tensor.ndim == 1 or name.endswith(".router.weight"):  # a choice that tips changes all that follows
             state[name] = copied(tensor, torch.float32)
-        elif DTYPES[kind] == torch.int8 and name != position:
-            state[name], state[name.removesuffix("weight") + "scale"] = quantized(tensor)
+        elif kind.startswith("int") and name != position:
+            if kind == "int4" and tensor.size(1) % GROUP:
+                raise UserError(f"{name} of {source.path} has rows of {tensor.size(1)} numbers, no multiple of {GROUP}; "
+                                "take --weights int8")  # fmt: skip
+            state[name], state[f"{whole}scale"] = quantized(tensor, kind)
         else:
-            state[name] = copied(tensor, torch.float16 if DTYPES[kind] == torch.int8 else DTYPES[kind])
+            state[name] = copied(tensor, torch.float16 if kind.startswith("int") else DTYPES[kind])
             if not state[name].sum(dtype=torch.float32).isfinite():
                 raise UserError(f"{name} of {source.path} is too large for {kind}; take --weights bf16 or fp32")
         del tensor
     if source.config.tie_embeddings:
-        for part in ("weight", "scale"):
+        for part in ("weight", "scale", "minimum"):
             if (name := f"token_embedding.{part}") in state:
                 state[f"lm_head.{part}"] = state[name]
     with torch.device("meta"):
         model = GPTModel.from_config(source.config)
-        names = (prepare_for_inference(model, kind) if kind.startswith("int8") else model).state_dict().keys()
-    return {name: state[name] for name in names}
+        names = (prepare_for_inference(model, kind) if kind.startswith("int") else model).state_dict().keys()
+    rest = [name for name in state if name not in names]  # minima
+    return {name: state[name] for name in (*names, *rest)}
 
 
 def copied(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -149,13 +163,8 @@ def copied(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
 
 
-def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rows`, some rows at a time."""
-    integers, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+def quantized(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rounded`, some rows at a time."""
     step = max(1, ROWS_AT_ONCE // weight.size(1))
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        integers[rows], scales[rows] = quantize_rows(weight[rows])
-    return integers, scales
-
-
+    made = [rounded(rows, kind) for rows in weight.split(step)]
+    return torch.cat([each for each, _ in made]), torch.cat([each for _, each in made])
