@@ -18,9 +18,9 @@ import torch
 
 from alignment.transformers_names import SWITCHES, architecture_of
 from command_line import UserError, replacing
+from exchange.gguf_int4 import INT4_KINDS, int4_blocks, int4_from
 from exchange.gguf_tokenizer import read_tokenizer, write_tokenizer
 from exchange.outgoing import Outgoing
-from exchange.gguf_int4 import INT4_KINDS, int4_blocks, int4_from
 from exchange.sources import Source, check_tokenizer, expected_shapes, kind_of_all
 from gpt_model import GPTConfig
 from text.chat_template import DEFAULT_CHAT_TEMPLATE

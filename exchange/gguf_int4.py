@@ -30,8 +30,8 @@ def int4_from(data: np.ndarray, kind: KINDS) -> tuple[torch.Tensor, ...]:
         factors = factors.astype(np.float32)
         scale = (factors[..., :1] * scale.reshape(*blocks.shape[:2], 8)).reshape(len(data), -1).astype(np.float16)
         minimum = (-factors[..., 1:] * minimum.reshape(*blocks.shape[:2], 8)).reshape(len(data), -1).astype(np.float16)
-        both, scales = blocks[..., 16:].reshape(len(data), -1, GROUP), (scale, minimum)  # of two groups, one in each half
-        numbers = np.stack((both & 15, both >> 4), axis=-2)  # (N, pairs of groups, 2, 32)
+        both, scales = blocks[..., 16:].reshape(len(data), -1, GROUP), (scale, minimum)
+        numbers = np.stack((both & 15, both >> 4), axis=-2)  # (N, pairs, 2, 32): a group in each half
     else:
         both, scales = blocks[..., 2 * halves :], tuple(factors[..., half] for half in range(halves))
         numbers = np.concatenate((both & 15, both >> 4), axis=-1)  # (N, groups, 32)

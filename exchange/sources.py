@@ -139,8 +139,8 @@ def take_in(source: Source, kind: str) -> dict[str, torch.Tensor]:
             state[name] = copied(tensor, torch.float32)
         elif kind.startswith("int") and name != position:
             if kind == "int4" and tensor.size(1) % GROUP:
-                raise UserError(f"{name} of {source.path} has rows of {tensor.size(1)} numbers, no multiple of {GROUP}; "
-                                "take --weights int8")  # fmt: skip
+                long = f"rows of {tensor.size(1)} numbers, no multiple of {GROUP}"
+                raise UserError(f"{name} of {source.path} has {long}; take --weights int8")
             state[name], state[f"{whole}scale"] = quantized(tensor, kind)
         else:
             state[name] = copied(tensor, torch.float16 if kind.startswith("int") else DTYPES[kind])

@@ -10,8 +10,8 @@ an `InferenceEmbedding` (tied to the output layer, both read the same numbers). 
     fp16, bf16     half the size
     int8           a quarter; one scale for each output channel; activations keep full precision
     int8_dynamic   the same weights, and activations rounded to 8 bits, too: faster with many rows, less exact
-    int4           a seventh; a scale for each group of 32 weights, activations of 8 bits; rounded so that the errors of a
-                   row's weights make up for each other (error_aware_rounding.py)
+    int4           a seventh; one scale for each 32 weights, activations of 8 bits; rounded so that the errors of a row
+                   make up for each other (error_aware_rounding.py)
 
 Norms, biases and scales stay in FP32; learned positions become FP16, so that the file is a quarter in all.
 """
@@ -100,7 +100,8 @@ def prepare_for_inference(
             _require_finite(part.weight, name, "is damaged; use another checkpoint")
             exact = name.endswith(".router")  # small, and a choice that tips changes all that follows
             if weights == "int4" and not exact and part.in_features % GROUP:
-                raise UserError(f"{name} has rows of {part.in_features} numbers, no multiple of {GROUP}; take int8 weights")
+                long = f"rows of {part.in_features} numbers, no multiple of {GROUP}"
+                raise UserError(f"{name} has {long}; take int8 weights")
             kind = "fp32" if exact else weights
             memo[id(part)] = InferenceLinear.from_linear(part, kind, (made or {}).get(name))
             for numbers in (memo[id(part)].weight, memo[id(part)].scale):
@@ -122,7 +123,9 @@ def prepare_for_inference(
 
 def _require_finite(weight: torch.Tensor | None, name: str, verdict: str) -> None:
     # A sum is not finite if one number is not, and needs no memory
-    if weight is not None and weight.is_floating_point() and not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite():
+    if weight is None or weight.is_meta or not weight.is_floating_point():
+        return
+    if not weight.sum(dtype=torch.float32).isfinite():
         raise UserError(f"a weight of {name} {verdict}")
 
 
@@ -337,7 +340,7 @@ class QuantizerConfig(RecordOptions):
     text_tokens: int = option(16384, "held-out tokens that are scored", at_least=2)
     calibration: str | None = option(
         None,
-        "of int4, text or conversations to round by; default data/sft/sft_data.json, for pretraining data/pretrain/train",
+        "of int4, what to round by; default data/sft/sft_data.json, for pretraining data/pretrain/train",
     )
     calibration_tokens: int = option(4096, "tokens of it", at_least=32)
     num_threads: int = option(0, "CPU threads of the speed measurement; 0 means as many as torch takes", at_least=0)
@@ -361,7 +364,8 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint["stage"] == "translate":
         if checkpoint.get("quantization"):
             raise UserError(f"{source} is quantized already; give the checkpoint it was made from")
-        if unused := config.given & {"text", "text_tokens", "columns", "skip_bad_records", "calibration", "calibration_tokens"}:
+        texts = {"text", "text_tokens", "calibration", "calibration_tokens", "columns", "skip_bad_records"}
+        if unused := config.given & texts:
             named = " and ".join(f"--{name}" for name in sorted(unused))
             raise UserError(f"{named}: an encoder–decoder is not scored here; translate a test with both models")
         plain, quantized = (_translator(checkpoint, source, weights) for weights in ("fp32", kind))
@@ -383,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"rounding by {sum(len(ids) for ids, _ in chosen)} tokens of {source_text}")
             made = rounded_layers(plain, [ids for ids, _ in chosen], show_progress=True)
         else:
-            print(f"rounding to the nearest: there is no {source_text}; give a text like the model's with --calibration")
+            print(f"rounding to the nearest: there is no {source_text}; give a text with --calibration")
     save_quantized_model(prepare_for_inference(plain, kind, made), output, checkpoint)
     quantized = load_quantized_model(output)
 
@@ -404,7 +408,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"           of which {after / weights_only - 1:+.2%} for INT8 activations")
         print(f"greedy     the same likeliest token at {(choices == new_choices).float().mean():.1%} of the positions")
         if after > before * (1 + max_rise):
-            print(f"warning: perplexity rises by more than {max_rise:.1%}; consider {'int8' if kind == 'int4' else 'fp16'}")
+            better = "int8" if kind == "int4" else "fp16 or bf16"
+            print(f"warning: perplexity rises by more than {max_rise:.1%}; consider --weights {better}")
     else:
         print(f"perplexity not measured: there is no {text}; give held-out text with --text")
     rise = after / before - 1 if samples else None
@@ -418,7 +423,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _samples(
-    text: str, is_asked_for: bool, n_tokens: int, tokenizer: ByteLevelBPETokenizer, model: GPTModel, config: QuantizerConfig
+    text: str,
+    is_asked_for: bool,
+    n_tokens: int,
+    tokenizer: ByteLevelBPETokenizer,
+    model: GPTModel,
+    config: QuantizerConfig,
 ) -> list[tuple[list[int], list[int]]]:
     """`held_out_samples` of a text; none if it is the usual one and not there."""
     account = Account(text, "conversations", skips_bad_records=config.skip_bad_records)

@@ -27,7 +27,7 @@ from inference.kernels.linear_products import (
     ways_to_multiply,
 )
 
-WEIGHT_ONLY = [name for name in DTYPES if name != "int8_dynamic"]
+WEIGHT_ONLY = [name for name in DTYPES if name not in ("int8_dynamic", "int4")]
 needs_native = pytest.mark.skipif(not native_knows("int8", 64), reason="no compiler")
 needs_integer_kernel = pytest.mark.skipif(not integer_kernel_limit(), reason="no exact integer kernel")
 

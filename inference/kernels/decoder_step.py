@@ -137,12 +137,14 @@ class DecoderStep:
             *(_native(layer, n_bytes) for layer in (model.lm_head, *tables)),
         )
         idle = sum(layer.feed_forward.num_idle_parameters() for layer in model.layers) if config.n_experts else 0
-        self.layer_weights = (sum(len(linear.weight) * n_inputs(linear.weight) for linear in _linears(model)) - idle) // config.n_layers
+        n_weights = sum(len(linear.weight) * n_inputs(linear.weight) for linear in _linears(model))
+        self.layer_weights = (n_weights - idle) // config.n_layers
         digit_bytes = native_library().linear_digit_bytes
         query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         widths = (config.d_model, config.d_model, query, key, key, query, config.d_ff, config.d_ff)
         self.token_bytes = [4 * width for width in widths]
-        self.token_bytes.append(max(digit_bytes(_native(linear, 0).type, n_inputs(linear.weight)) for linear in linears))
+        natives = [_native(linear, 0) for linear in linears]
+        self.token_bytes.append(max(digit_bytes(native.type, native.n_in) for native in natives))
         gathered = config.d_model if config.n_experts else 0
         self.token_bytes += [4 * config.n_experts, 4 * gathered, 4 * gathered, 8 * config.n_experts]
         self.room_for = 0
