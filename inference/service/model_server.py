@@ -47,7 +47,9 @@ class ServedModel:
 
     def __init__(self, path: str, settings: ServiceSettings) -> None:
         self.path, self.created, self.marks = path, int(time.time()), settings.template_marks
-        self.model, self.tokenizer, checkpoint = load_any(path, settings.torch_device)
+        self.model, self.tokenizer, checkpoint = load_any(
+            path, settings.torch_device, precision=settings.precision
+        )
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
         self.recommended = recommended_sampling(self.tokenizer)  # what requests leave out
