@@ -96,6 +96,22 @@ def peak_memory_bytes(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """What can still be allocated on a CUDA GPU: what it has left, and what PyTorch keeps in reserve."""
+    in_reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + in_reserve
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether a process can compute nothing more on its GPU: after an illegal access, a failed assertion in a kernel or
+    a failed driver call CUDA answers every call with an error; after one that has found no memory it goes on."""
+    words = str(error)
+    is_of_device = isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and ("CUDA error" in words or "CUDA driver error" in words)
+    )
+    return is_of_device and "out of memory" not in words and "ALLOC_FAILED" not in words
+
+
 def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """The cores that this process may use: of the machine's, those that it is bound to, or a container's share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -201,7 +201,7 @@ class Health:
 LOADING = Health("loading", "the model is still being loaded; try again in a moment")
 LOADED = Health("loaded")
 DRAINING = Health("draining", "the service is stopping; ask another one, or try again in a moment")
-FAILED = Health("failed", "the engine has stopped because of an internal error; the service will start anew")
+FAILED = Health("failed", "the engine or its GPU has failed and has stopped; the service will start anew")
 
 
 class Service:
