@@ -98,6 +98,14 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU; an accelerator is waited for once for all of them, and not once for each."""
+    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values()}:
+        synchronize(device)
+    return copies
+
+
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The machine's peak in FLOP/s: from the data sheet of a known GPU, measured for a CPU or an unknown GPU.
