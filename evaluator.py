@@ -49,7 +49,7 @@ from gpt_model import IGNORED_LABEL, GPTModel
 from inference.quantizer import load_any
 from inference.request import Generation, Prompt, encode_prompt
 from inference.text_generation import generate_texts, longest_prompt
-from machine import resolve_device
+from machine import PRECISIONS, resolve_device
 from progress import Progress
 from text.account import Account
 from text.conversation_data import RecordOptions, load_records, parse_columns, parse_preference
@@ -465,6 +465,9 @@ class EvaluationConfig(RecordOptions):
     )
     seed: int = option(42, "makes sampling and the intervals' bootstrap repeatable")
     device: str = option("auto", "auto, cpu or cuda")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
 
@@ -512,7 +515,8 @@ def main(argv: list[str] | None = None) -> None:
     records = {"account": account, "columns": parse_columns(config.columns)}
     sampling = {name: getattr(config, name) for name in ("max_gen_len", "temperature", "top_k", "seed")}
     # What results depend on: not how many are computed at once, nor where the files are
-    settings = ("max_samples", "max_gen_len", "temperature", "top_k", "seed", "stride", "columns", "skip_bad_records")
+    settings = ("max_samples", "max_gen_len", "temperature", "top_k", "seed", "stride", "columns", "skip_bad_records",
+                "precision")  # fmt: skip
     depends_on = {name: getattr(config, name) for name in settings} | {"device": str(device), "type": model_type}
     depends_on |= {"weights": weight_fingerprint(checkpoint), "data": _fingerprint_of(data_path)}
     kept = KeptWork(output_path.with_name(f"{output_path.stem}_unfinished.jsonl"), depends_on)
@@ -523,7 +527,7 @@ def main(argv: list[str] | None = None) -> None:
         report = evaluate_reward(*reward_model, data_path, **sizes, **records, seed=config.seed)
         table, summary, page = reward_table(report), reward_summary(report), reward_page
     else:
-        model, tokenizer, _ = load_any(model_path, device)
+        model, tokenizer, _ = load_any(model_path, device, precision=config.precision)
         evaluator = GPTEvaluator(model, tokenizer)
         if config.stride and config.stride > model.config.max_seq_len:
             raise UserError(f"--stride must be at most {model.config.max_seq_len}, the model's context")

@@ -110,7 +110,8 @@ def write_answers(
     settings = [SamplingParams(max_gen_len, temperature, stop_token_ids=ends, seed=seed) for seed in seeds]
     try:
         # A new engine each time: what it remembers of prompts belongs to the weights of this moment
-        written = Engine(policy, None, max_running=len(rows)).run(rows, settings)
+        longest = max(map(len, rows)) + max_gen_len
+        written = Engine(policy, None, max_running=len(rows), longest=longest).run(rows, settings)
     except RequestFailed as failure:
         raise UserError(
             f"the policy cannot write answers: {failure}; where training has made it so, lower --lr, and otherwise "

@@ -40,7 +40,7 @@ from evaluation.score_page import ScorePage, figures_of, write_page
 from evaluation.text_report import CALIBRATION_BINS, calibration_error, calibration_rows
 from gpt_model import GPTModel
 from inference.quantizer import load_any
-from machine import resolve_device
+from machine import PRECISIONS, resolve_device
 from progress import Progress
 from text.text_files import RECORD_ENDINGS, csv_lines, iter_records, resolve_files
 
@@ -337,6 +337,9 @@ class ChoiceConfig:
     batch_size: int = option(16, "texts that are computed together", at_least=1)
     seed: int = option(42, "of the bootstrap")
     device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
 
@@ -393,9 +396,9 @@ def main(argv: list[str] | None = None) -> None:
     if shots and not {choice.subject for choice in choices} & {shot.subject for shot in shots}:
         raise UserError(f"{config.shots_path} has questions of none of the subjects of {config.data_path}")
     checkpoint, device = load_checkpoint(model_path), resolve_device(config.device)
-    model, tokenizer, _ = load_any(model_path, device)
+    model, tokenizer, _ = load_any(model_path, device, precision=config.precision)
     depends_on = [weight_fingerprint(checkpoint), [asdict(each) for each in (*choices, *shots)], config.shots,
-                  config.description, config.chat, str(device)]  # fmt: skip
+                  config.description, config.chat, str(device), config.precision]  # fmt: skip
     kept = KeptWork(output_path.with_name(f"{output_path.stem}_unfinished.jsonl"), depends_on)
     if kept.found:
         print(f"going on with {kept.found} finished pieces of an interrupted evaluation", flush=True)

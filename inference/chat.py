@@ -33,7 +33,7 @@ from inference.kernels.native_code import cache_folder
 from inference.quantizer import load_any
 from inference.request import RequestFailed, encode_prompt, recommended_sampling
 from inference.sampling import SamplingParams
-from machine import resolve_device
+from machine import PRECISIONS, resolve_device
 from text.chat_template import Message
 
 COMMANDS = """\
@@ -58,6 +58,9 @@ class ChatConfig:
     max_tokens: int = option(0, "longest answer; 0 means to the end of the model's context", at_least=0)
     seed: int | None = option(None, "makes sampling repeatable", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
     def validate(self) -> list[str]:
@@ -90,7 +93,9 @@ class LocalModel:
 
     def __init__(self, config: ChatConfig) -> None:
         torch.set_num_threads(config.num_threads or torch.get_num_threads())
-        self.model, self.tokenizer, checkpoint = load_any(config.model_path, resolve_device(config.device))
+        self.model, self.tokenizer, checkpoint = load_any(
+            config.model_path, resolve_device(config.device), precision=config.precision
+        )
         if checkpoint["stage"] == "pretrain":
             raise UserError(f"{config.model_path} was only pretrained and cannot converse; give one after --mode sft")
         self.config, self.name = config, config.model_path

@@ -31,7 +31,7 @@ from inference.engine import Engine
 from inference.quantizer import load_any
 from inference.request import Prompt, RequestFailed, encode_prompt, recommended_sampling
 from inference.sampling import OVERFLOWS, SamplingParams
-from machine import resolve_device
+from machine import PRECISIONS, resolve_device
 from transformer_components import KVCache
 
 __all__ = ["KVCache", "generate_with_kv_cache"]
@@ -185,6 +185,9 @@ class GenerationConfig:
         "model", "of the key/value cache; int8 takes a quarter of the memory", choices=["model", "int8"]
     )
     device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
     @property
@@ -227,7 +230,9 @@ def main(argv: list[str] | None = None) -> None:
     """Print the model's answers as they are made, and at the end how fast that was."""
     config = parse_config(GenerationConfig, argv, description="Let a model answer questions or continue texts.")
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
-    model, tokenizer, checkpoint = load_any(config.model_path, resolve_device(config.device))
+    model, tokenizer, checkpoint = load_any(
+        config.model_path, resolve_device(config.device), precision=config.precision
+    )
     take_defaults(config, tokenizer)
     chat = checkpoint["stage"] != "pretrain" if config.chat is None else config.chat
     if config.num_beams > 1:

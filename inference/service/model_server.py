@@ -47,7 +47,9 @@ class ServedModel:
 
     def __init__(self, path: str, settings: ServiceSettings) -> None:
         self.path, self.created, self.marks = path, int(time.time()), settings.template_marks
-        self.model, self.tokenizer, checkpoint = load_any(path, settings.torch_device)
+        self.model, self.tokenizer, checkpoint = load_any(
+            path, settings.torch_device, precision=settings.precision
+        )
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
         self.recommended = recommended_sampling(self.tokenizer)  # what requests leave out
@@ -199,7 +201,7 @@ class Health:
 LOADING = Health("loading", "the model is still being loaded; try again in a moment")
 LOADED = Health("loaded")
 DRAINING = Health("draining", "the service is stopping; ask another one, or try again in a moment")
-FAILED = Health("failed", "the engine has stopped because of an internal error; the service will start anew")
+FAILED = Health("failed", "the engine or its GPU has failed and has stopped; the service will start anew")
 
 
 class Service:

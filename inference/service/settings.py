@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from command_line import UserError, option, parse_config, require_file
-from machine import resolve_device
+from machine import PRECISIONS, resolve_device
 
 MARK_POLICIES = ("escape", "refuse", "keep")
 
@@ -37,6 +37,9 @@ class ServiceSettings:
     port: int = option(8000, "the port to listen on; 0: any free one", at_least=0, at_most=65535)
     workers: int = option(1, "processes that serve, with the weights in memory once", at_least=1, at_most=256)
     device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0: all cores but one, left to the event loop", at_least=0, at_most=256)
     max_batch: int = option(8, "requests that are computed together", at_least=1, at_most=1024)
     max_queue: int = option(64, "requests that may wait; beyond that, clients are told to come back", at_least=1)
