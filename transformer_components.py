@@ -38,6 +38,10 @@ def attend(
             tokens, which is right only without a past (or for a single new token).
         dropout: the share of attention weights that are dropped.
     """
+    groups = query.size(1) // key.size(1)
+    is_grouped = groups > 1
+    if is_grouped and not takes_groups(query.device.type, query.dtype, mask is not None):
+        key, value, is_grouped = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), False
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -46,8 +50,20 @@ def attend(
         dropout_p=dropout,
         # SDPA aligns its causal mask upper-left: with a past, one new query would see the first key only
         is_causal=mask is None and query.size(2) > 1,
-        enable_gqa=query.size(1) != key.size(1),
+        enable_gqa=is_grouped,
     )
+
+
+def takes_groups(device_type: str, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether a fused kernel of SDPA takes fewer key/value heads than query heads.
+
+    On CUDA that is flash attention, which knows neither fp32 nor masks; the memory-efficient kernel, which knows both,
+    wants equal heads. Where none takes them, SDPA silently computes all T × S weights ("math"); with the heads repeated
+    it does not.
+    """
+    if device_type == "cuda":
+        return not masked and dtype in (torch.bfloat16, torch.float16)
+    return device_type == "cpu"
 
 
 class Cache(Protocol):

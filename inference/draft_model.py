@@ -18,7 +18,7 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from gpt_model import GPTModel
 from inference.cache_blocks import CachedSequence
-from inference.engine import Engine
+from inference.engine import Engine, default_cache_tokens
 from inference.quantizer import load_any
 from inference.request import Request
 from inference.sampling import TokenSampler, sample_batch
@@ -54,7 +54,9 @@ class DraftModel:
     """
 
     def __init__(self, model: GPTModel, max_running: int = 16, prefill_chunk: int = 256) -> None:
-        self.engine = Engine(model.eval(), None, max_running, reuse_prefixes=False)
+        # On a GPU, too, it takes no more than on a CPU: most of the memory is the large model's
+        cells = default_cache_tokens(model.config, model.dtype, torch.device("cpu"), max_running)
+        self.engine = Engine(model.eval(), None, max_running, cache_tokens=cells, reuse_prefixes=False)
         self.cache, self.context, self.prefill_chunk = self.engine.cache, model.config.max_seq_len, prefill_chunk
         # Of each request its cells, how long its context was when it was last looked at, and what was then drafted
         self.known: dict[Request, tuple[CachedSequence, int, list[int]]] = {}
@@ -139,15 +141,17 @@ class SpeculationOptions:
         both = self.speculate == "off" and self.draft_model
         return ["--speculate off and --draft_model do not go together; leave one out"] if both else []
 
-    def drafter(self, model: GPTModel, tokenizer: ByteLevelBPETokenizer, max_running: int) -> Drafter | None:
-        """What drafts for a model.
+    def drafter(
+        self, model: GPTModel, tokenizer: ByteLevelBPETokenizer, max_running: int, precision: str
+    ) -> Drafter | None:
+        """What drafts for a model in an engine of so many requests; a draft model is computed in this precision.
 
         Raises:
             UserError: the draft model cannot be used for it.
         """
         if self.draft_model is None:
             return PromptLookup() if self.speculate == "lookup" else None
-        draft, its_tokenizer, _ = load_any(self.draft_model, model.device)
+        draft, its_tokenizer, _ = load_any(self.draft_model, model.device, precision=precision)
         if its_tokenizer.fingerprint != tokenizer.fingerprint or draft.config.vocab_size != model.config.vocab_size:
             raise UserError(
                 f"--draft_model {self.draft_model} has another tokenizer than the model that it is to draft for; give"

@@ -36,7 +36,7 @@ import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
-from gpt_model import GPTModel
+from gpt_model import GPTConfig, GPTModel
 from inference.engine_statistics import EngineStatistics
 from inference.kernels.decoder_step import DecoderStep
 from inference.kernels.known_parts import refuse_other_forward
@@ -46,10 +46,14 @@ from inference.request import Generation, Prompt, QueueFull, Request, RequestFai
 from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, log_probs_of
 from inference.speculation import Drafter, Speculation, verify
 from inference.text_stream import TextStream
+from machine import free_gpu_bytes, is_device_lost
 
 logger = logging.getLogger(__name__)
 
-CACHE_BYTES = 1 << 30  # the cache of an engine that is told no size; on a CPU, only what is used is taken
+# The cache of an engine that is told no size has at most
+CACHE_BYTES = 1 << 30  # so many bytes; on a CPU, only what is used is taken
+GPU_SHARE = 0.8  # this share of a GPU's free memory, which is taken at once; the rest is for activations
+PREFILL_CHUNK, GPU_PREFILL_CHUNK = 256, 2048  # a GPU reads as many tokens in the time of some of the CPU's
 
 NOT_FINITE = "the model's output is not finite (NaN or infinity): its weights may be damaged"
 
@@ -64,12 +68,14 @@ class Engine:
         tokenizer: of the model; None serves token ids alone.
         max_running: requests that are computed together.
         max_waiting: requests that may wait beyond those that can start at once.
-        cache_tokens: cells of the key/value cache, at least the model's context; None: enough for `max_running` full
-            contexts, but at most 1 GiB.
-        prefill_chunk: at most this many tokens of prompts a step, so that a long prompt does not stall running answers.
+        cache_tokens: cells of the key/value cache, at least the model's context; None: enough for `max_running`
+            requests of `longest` tokens, but at most 1 GiB, on a GPU 80 % of its free memory.
+        prefill_chunk: at most this many tokens of prompts a step, so that a long prompt does not stall running answers;
+            None: 256, on a GPU 2,048.
         cache_dtype: of the cache: None for the model's own, torch.int8 for a quarter of the memory.
         reuse_prefixes: compute what prompts have in common at their beginning only once.
         drafter: proposes tokens, so that a pass may bring more than one of an answer; it is for this engine alone.
+        longest: of the requests, prompt and answer together, as far as it is known; None: the model's context.
 
     Raises:
         UserError: an impossible setting, or a model that computes its logits in another way than `GPTModel`.
@@ -82,11 +88,15 @@ class Engine:
         max_running: int = 16,
         max_waiting: int = 64,
         cache_tokens: int | None = None,
-        prefill_chunk: int = 256,
+        prefill_chunk: int | None = None,
         cache_dtype: torch.dtype | None = None,
         reuse_prefixes: bool = True,
         drafter: Drafter | None = None,
+        longest: int | None = None,
     ) -> None:
+        self.device = model.device
+        if prefill_chunk is None:
+            prefill_chunk = GPU_PREFILL_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK
         for name, value in (("max_running", max_running), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
@@ -98,11 +108,9 @@ class Engine:
         self.end_token_ids = () if tokenizer is None else tokenizer.end_token_ids
         self.max_running, self.max_waiting, self.prefill_chunk = max_running, max_waiting, prefill_chunk
         config, context = model.config, model.config.max_seq_len
-        self.device = model.device
         dtype = cache_dtype or model.dtype
         if cache_tokens is None:
-            token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
-            cache_tokens = max(context, min(max_running * context, CACHE_BYTES // token_bytes))
+            cache_tokens = default_cache_tokens(config, dtype, self.device, max_running, longest)
         if cache_tokens < context:
             raise UserError(f"cache_tokens is {cache_tokens}; one request may need the model's context, {context}")
         self.cache = PagedCache(config, cache_tokens, max_running, dtype, self.device, reuse_prefixes)
@@ -251,7 +259,8 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        """Whether the engine's thread has ended because of a mistake in it: nothing can be computed any more."""
+        """Whether nothing can be computed any more: the engine's thread has ended because of a mistake in it, or the
+        GPU has failed."""
         return self._broken or (self._thread is not None and not self._thread.is_alive())
 
     @property
@@ -312,7 +321,8 @@ class Engine:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """One forward pass for all who are there; nothing if nobody is. An exception fails those who took part."""
+        """One forward pass for all who are there; nothing if nobody is. An exception fails those who took part; where
+        the GPU has failed for good, it fails all and is raised."""
         with self._stepping:
             began, statistics = time.perf_counter(), self._statistics
             elsewhere, prefilled = statistics.seconds_elsewhere, statistics.tokens_prefilled
@@ -332,6 +342,10 @@ class Engine:
                     raise
                 logger.exception("a step of the engine failed")
                 statistics.failed_steps += 1
+                if is_device_lost(error):
+                    self._closed = self._broken = True
+                    self._fail_all(f"the GPU has failed: {error}")
+                    raise
                 failure = RequestFailed(f"the computation failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 for request, _ in spans:
@@ -641,3 +655,17 @@ class Engine:
         snapshot.running, snapshot.waiting = len(self.running), len(self.waiting)
         snapshot.cache_tokens_used = self.cache.n_used
         return snapshot
+
+
+def default_cache_tokens(
+    config: GPTConfig, dtype: torch.dtype, device: torch.device, max_running: int, longest: int | None = None
+) -> int:
+    """How many cells a cache needs, as far as there is memory for them; for a whole context in any case.
+
+    Args: those of `Engine`; the `dtype` is the cells'.
+    """
+    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+    n_bytes = CACHE_BYTES if device.type != "cuda" else int(GPU_SHARE * free_gpu_bytes(device))
+    longest = min(longest or config.max_seq_len, config.max_seq_len)
+    needed = max_running * (-(-longest // BLOCK_SIZE) + 1) * BLOCK_SIZE  # a block is kept free for each that runs
+    return max(config.max_seq_len, min(needed, n_bytes // token_bytes))

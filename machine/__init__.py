@@ -61,6 +61,20 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def inference_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type that a model is to have on a device before it is used; None: the one that it has.
+
+    A GPU reads half as many bytes a token in bf16 or fp16, which `auto` takes there. Elsewhere `auto` and `fp32` leave
+    weights as they are, since the kernels for CPUs compute in fp32 with weights of any kind.
+
+    Args:
+        precision: one of `PRECISIONS`.
+    """
+    if device.type != "cuda" and precision in ("auto", "fp32"):
+        return None
+    return resolve_precision(precision, device)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Compute matrix products in `dtype`; parameters and the loss stay in fp32."""
     if dtype == torch.float32:
@@ -82,6 +96,22 @@ def peak_memory_bytes(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """What can still be allocated on a CUDA GPU: what it has left, and what PyTorch keeps in reserve."""
+    in_reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + in_reserve
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether a process can compute nothing more on its GPU: after an illegal access, a failed assertion in a kernel or
+    a failed driver call CUDA answers every call with an error; after one that has found no memory it goes on."""
+    words = str(error)
+    is_of_device = isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and ("CUDA error" in words or "CUDA driver error" in words)
+    )
+    return is_of_device and "out of memory" not in words and "ALLOC_FAILED" not in words
+
+
 def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """The cores that this process may use: of the machine's, those that it is bound to, or a container's share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -96,6 +126,14 @@ def synchronize(device: torch.device) -> None:
     """Wait until an accelerator has computed what it was given; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU; an accelerator is waited for once for all of them, and not once for each."""
+    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values()}:
+        synchronize(device)
+    return copies
 
 
 @functools.cache

@@ -253,33 +253,45 @@ class Updater:
         self.scaler.scale(loss).backward()
 
     def step(self, lr: float, loss: float = 0.0) -> float:
-        """Update the parameters with the learning rate `lr` and clear the gradients.
-
-        The step is skipped if the gradients or the `loss` they come from are not finite.
+        """Update the parameters with the learning rate `lr` and clear the gradients; `clip_gradients`, then `apply`.
 
         Returns:
             the global norm of the gradients before clipping.
+        """
+        grad_norm = float(self.clip_gradients())
+        self.apply(lr, grad_norm, loss)
+        return grad_norm
+
+    def clip_gradients(self) -> torch.Tensor:
+        """Clip the gradients; returns their global norm before, a scalar on the device that nothing has waited for."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        return self.clip(self.parameters, self.max_grad_norm or math.inf)
+
+    def discard(self) -> None:
+        """Throw clipped gradients away."""
+        self.scaler.update()  # also after a skipped step: the scale that made fp16 overflow is halved
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def apply(self, lr: float, grad_norm: float, loss: float = 0.0) -> None:
+        """Update the parameters with clipped gradients and clear these; skip it if the norm or the `loss` that they
+        come from is not finite.
 
         Raises:
             UserError: `max_skipped` steps in a row were non-finite.
         """
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-        max_norm = self.max_grad_norm or math.inf
-        grad_norm = float(self.clip(self.parameters, max_norm))
         # Both numbers are those of the whole step, so that all ranks skip it or none does
         if math.isfinite(grad_norm + loss):
             self.skipped_in_a_row = 0
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("lr_scale", 1.0)
+                optimizer.step()  # and not the scaler's, which would read once more whether all is finite
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        self.scaler.update()  # also after a skipped step: the scale that made fp16 overflow is halved
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.discard()
         # fp16's scaler starts far too high by design and needs some skips to find its scale
         patience = self.max_skipped + (20 if self.scaler.is_enabled() else 0)
         if self.skipped_in_a_row >= patience:
@@ -287,7 +299,6 @@ class Updater:
                 f"loss or gradients were not finite {self.skipped_in_a_row} steps in a row; lower --lr, lengthen "
                 "--warmup_steps, or use --precision fp32, and continue with --resume auto"
             )
-        return grad_norm
 
     def state_dict(self) -> dict:
         """What exact resuming needs besides the optimisers' own state."""

@@ -194,7 +194,11 @@ class ParallelModel:
 
     def sum(self, value: float) -> float:
         """The sum over the data-parallel shares of a number that ranks working on the same samples agree on."""
-        return sum_over_ranks(value, self.device) / self.layout.model_ranks
+        return self.sums(value)[0]
+
+    def sums(self, *values: float) -> list[float]:
+        """The same of several numbers, in one exchange."""
+        return [total / self.layout.model_ranks for total in sum_over_ranks(*values)]
 
     def compile(self) -> None:
         """torch.compile: the whole model if every rank has all of it, otherwise layer by layer, between exchanges."""
@@ -210,7 +214,7 @@ class ParallelModel:
         Each gradient counts once, however it is cut or copied.
         """
         if self._mesh is None:
-            return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
         squares = torch.zeros((), device=self.device)
         groups = by_mesh([parameter for parameter in parameters if parameter.grad is not None])
         copy = self.module.lm_head.weight if self.pipeline and self.pipeline.has_copy_of_embedding else None

@@ -55,14 +55,18 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_ranks(value: float, device: torch.device) -> float:
-    """The sum of a number over all ranks, in double precision where the device has it."""
+def sum_over_ranks(*values: float) -> list[float]:
+    """The sums of numbers over all ranks, in double precision; between CPUs, so that no GPU is waited for."""
     if world_size() == 1:
-        return value
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.tensor(value, dtype=dtype, device=device)
-    dist.all_reduce(total)
-    return float(total)
+        return list(values)
+    return tensor_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
+
+
+def tensor_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, which takes its place where it is."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def gather_objects(value: object) -> list:
