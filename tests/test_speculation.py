@@ -5,13 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain_generation import CONTEXT, GREEDY, PROMPTS, prompt, tokens_of
+from plain_generation import CONTEXT, GREEDY, PROMPTS, alone, prompt, tokens_of
 
+from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import save_checkpoint
+from command_line import UserError, parse_config
 from gpt_model import ARCHITECTURES, GPTConfig, GPTModel
+from inference import kv_cache_infer
+from inference.chat import ChatConfig
+from inference.draft_model import DraftModel, SpeculationOptions
 from inference.engine import Engine
+from inference.kv_cache_infer import GenerationConfig
 from inference.quantizer import prepare_for_inference
 from inference.request import Request, RequestFailed
 from inference.sampling import SamplingParams, TokenSampler, sample_batch
+from inference.service.settings import ServiceSettings
 from inference.speculation import MOST, PROBE_EVERY, Acceptance, Cost, IndexedText, PromptLookup, Speculation, verify
 
 
@@ -368,3 +376,84 @@ def test_costs_are_a_line():
     for _ in range(200):
         acceptance.add(4, 2)
     assert acceptance.rate == pytest.approx(2 / 3, abs=0.02)
+
+
+# -- a small model drafts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [GREEDY, replace(GREEDY, temperature=0.8, top_k=9), SETTINGS["penalties"]])
+def test_a_model_drafts_for_itself(random_model, params):
+    """Its drafts are right but where it drafts nothing, sampled ones, too: both draw with the same random numbers."""
+    model = random_model(max_seq_len=CONTEXT)
+    settings = [replace(params, max_gen_len=20, seed=seed) for seed in range(len(PROMPTS))]
+    expected = tokens_of(Engine(model, None).run(PROMPTS, settings))
+    engine = speculating(model, DraftModel(model))
+    assert tokens_of(engine.run(PROMPTS, settings)) == expected
+    statistics = engine.statistics()
+    assert statistics.tokens_accepted == statistics.tokens_drafted > 100
+    assert engine.speculation.drafter.cache.n_used == 0 and engine.speculation.drafter.known == {}
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_tokens": CONTEXT}, {"max_running": 2}])
+def test_another_model_drafts(random_model, settings):
+    """One with a shorter context, little room and small steps, for answers that give way and slide."""
+    model, small = random_model(max_seq_len=CONTEXT), random_model("modern", n_layers=1, max_seq_len=64)
+    params = SamplingParams(70, temperature=0, ignore_eos=True, overflow="slide")
+    expected = tokens_of(Engine(model, None).run(PROMPTS, params))
+    drafter = DraftModel(small, max_running=3, prefill_chunk=16)
+    engine = speculating(model, drafter, **settings)
+    assert tokens_of(engine.run(PROMPTS, params)) == expected
+    assert engine.statistics().tokens_drafted > 0
+    assert drafter.cache.n_used == 0 and drafter.known == {}
+
+
+def test_a_draft_goes_on_from_what_was_right(random_model):
+    """Its cells are those of the answer: it proposes what the small model would write after the whole context."""
+    model, small = random_model(max_seq_len=CONTEXT), random_model("modern", max_seq_len=CONTEXT)
+    drafter = DraftModel(small)
+    engine = speculating(model, drafter)
+    request = engine.submit(PROMPTS[2], GREEDY)
+    while not request.finished:
+        context = request.context.copy()
+        engine.step()
+        if request.draft and not request.finished:
+            assert request.draft == alone(small, context, len(request.draft))
+    assert engine.statistics().drafts > 2
+
+
+def options_with(path, **changes):
+    return SpeculationOptions(**{"draft_model": str(path), **changes})
+
+
+def test_a_draft_model_must_have_the_same_tokenizer(random_model, tokenizer, tmp_path):
+    """One sentence for another tokenizer; --speculate off and a draft model do not go together."""
+    other = ByteLevelBPETokenizer(vocab_size=300)
+    other.train(["completely different words"] * 3)
+    model = random_model(vocab_size=len(tokenizer))
+    for name, its_own in (("same", tokenizer), ("other", other)):
+        small = random_model("modern", vocab_size=len(its_own), n_layers=1)
+        save_checkpoint(
+            tmp_path / name, model_state=small.state_dict(), config=small.config, tokenizer=its_own, stage="sft"
+        )
+    assert isinstance(options_with(tmp_path / "same").drafter(model, tokenizer, 2, "auto"), DraftModel)
+    with pytest.raises(UserError, match="other has another tokenizer than the model"):
+        options_with(tmp_path / "other").drafter(model, tokenizer, 2, "auto")
+    assert isinstance(SpeculationOptions().drafter(model, tokenizer, 2, "auto"), PromptLookup)
+    assert SpeculationOptions(speculate="off").drafter(model, tokenizer, 2, "auto") is None
+    for config in (GenerationConfig, ChatConfig, ServiceSettings):
+        with pytest.raises(UserError, match="--speculate off and --draft_model do not go together"):
+            parse_config(config, ["--speculate", "off", "--draft_model", "x"], description="")
+
+
+def test_the_command_line_says_how_many_were_right(random_model, tokenizer, tmp_path, capsys):
+    model = random_model(vocab_size=len(tokenizer), max_seq_len=CONTEXT)
+    path = str(tmp_path / "model.pth")
+    save_checkpoint(path, model_state=model.state_dict(), config=model.config, tokenizer=tokenizer, stage="pretrain")
+    given = f"--model_path {path} --prompt 法国 --temperature 0 --max_gen_len 100 --ignore_eos --num_threads 1".split()
+    texts = []
+    for more in (["--speculate", "off"], ["--draft_model", path]):
+        kv_cache_infer.main(given + more)
+        said = capsys.readouterr()
+        texts.append(said.out)
+        assert ("drafted tokens were right" in said.err) == ("--draft_model" in more)
+    assert texts[0] == texts[1]
