@@ -497,14 +497,19 @@ class Part(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm (arXiv:1910.07467) that stays on PyTorch's fused kernel under autocast.
+    """RMSNorm (arXiv:1910.07467) that stays on PyTorch's fused kernel under autocast, and in the type of its input.
 
-    There the input is bf16 and the weight fp32, and the kernel wants both of one type.
+    Queries and keys come in bf16 there and the weight is fp32; the kernel wants both of one type, and takes the mean
+    square in fp32 whatever that is. On CUDA, autocast would compute all of it in fp32, and queries and keys would come
+    out twice as large: `rms_norm` is on its list.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, size) → (…, size)."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        """(…, size) → (…, size), of the same type."""
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(kind: str, size: int, eps: float) -> nn.Module:

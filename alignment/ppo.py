@@ -61,7 +61,6 @@ from gpt_model import GPTConfig, GPTModel
 from lora import apply_lora
 from text.conversation_data import load_preferences
 from training import ranks
-from training.optimization import build_optimizers
 
 ANSWERS_TO_MEASURE = 64  # whose rewards give the SFT model's mean and spread: those of a few may be alike by chance
 # In standard deviations of the SFT model's rewards: advantages and returns that differ by less are alike, and dividing
@@ -224,11 +223,9 @@ class PPOLoop(RolloutLoop):
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """The policy's and the critic's, each with its own learning rate."""
-        config = self.config
-        policy = build_optimizers(self.model.policy, config.optimizer, config.lr, config.weight_decay)
-        critic = build_optimizers(self.model.critic, config.optimizer, config.lr, config.weight_decay)
+        policy, critic = self.optimizers_of(self.model.policy), self.optimizers_of(self.model.critic)
         for group in (group for optimizer in critic for group in optimizer.param_groups):
-            group["lr_scale"] = config.critic_lr_scale * group.get("lr_scale", 1.0)
+            group["lr_scale"] = self.config.critic_lr_scale * group.get("lr_scale", 1.0)
         return policy + critic
 
     def clip_each(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:

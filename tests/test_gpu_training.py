@@ -30,6 +30,7 @@ from inference.service.text_classifier import TextClassifier
 from pretrain_trainer import PretrainConfig
 from text.conversation_data import parse_preference, parse_unpaired
 from text.token_shards import tokenize_to_shards
+from training import optimization, parallel_model
 from training.training_loop import TrainingLoop
 from transformer_components import attend, takes_groups
 
@@ -154,6 +155,45 @@ def test_where_no_kernel_takes_groups_heads_are_repeated(monkeypatch):
     assert heads == [(4, 4, 4, False)]
 
 
+# -- autocast ----------------------------------------------------------------------------------------------------------
+
+
+def autocasts(operator, key="AutocastCUDA"):
+    """Whether autocast changes the types of an operator's arguments; PyTorch's lists are the same in every build."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", key)
+
+
+def test_the_lists_that_norms_rely_on_are_as_they_were():
+    """On CUDA both norms are computed in fp32 unless autocast is off; what is between them is not touched."""
+    assert autocasts("rms_norm") and autocasts("layer_norm") and autocasts("scaled_dot_product_attention")
+    assert autocasts("linear") and autocasts("nll_loss")
+    assert not any(map(autocasts, ("embedding", "silu", "gelu", "mul.Tensor", "add.Tensor")))
+    assert not autocasts("rms_norm", "AutocastCPU")
+
+
+def test_queries_and_keys_keep_their_type_in_a_norm_under_autocast(monkeypatch):
+    """Within it autocast is off, so that no list matters; the mean square is that of fp32, whatever the input."""
+    norm, usual, seen = transformer_components.RMSNorm(64, eps=1e-6), F.rms_norm, []
+    torch.nn.init.normal_(norm.weight, 1.0, 0.1)
+    x = torch.randn(4, 64) * 100
+
+    def watched(x, shape, weight, eps):
+        seen.append((torch.is_autocast_enabled("cpu"), x.dtype, weight.dtype))
+        return usual(x, shape, weight, eps)
+
+    monkeypatch.setattr(F, "rms_norm", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = norm(x.bfloat16())
+        assert norm(x).dtype == torch.float32, "the residual stream stays in fp32"
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(False, torch.bfloat16, torch.bfloat16), (True, torch.float32, torch.float32)]
+    assert result.dtype == torch.bfloat16
+    exact = usual(x.bfloat16().double(), (64,), norm.weight.double(), 1e-6)
+    assert torch.allclose(result.double(), exact, rtol=2**-6, atol=1e-3)
+    result.sum().backward()
+    assert norm.weight.grad.dtype == torch.float32
+
+
 # -- few shapes --------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +308,62 @@ def test_an_evaluation_waits_once(tmp_path, tokenizer, random_model, waits):
     assert waits.n == 1
 
 
+# -- several GPUs, large models ----------------------------------------------------------------------------------------
+
+
+def test_each_process_of_torchrun_takes_its_own_gpu_before_it_opens_one(monkeypatch):
+    """A context on the first GPU for each process would cost some hundred MiB there."""
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", str(device))))
+    monkeypatch.setattr(torch, "empty", lambda size, device: calls.append(("open", str(device))))
+    assert machine.resolve_device("auto") == machine.resolve_device("cuda") == torch.device("cuda:3")
+    assert calls == [("set", "cuda:3"), ("open", "cuda:3")] * 2
+    monkeypatch.delenv("LOCAL_RANK")
+    assert machine.resolve_device("cuda:1") == torch.device("cuda:1")
+    assert calls[4:] == [("open", "cuda:1")]
+
+
+def test_tied_weights_that_were_copied_off_a_gpu_are_written_once(tmp_path, tokenizer, random_model, monkeypatch):
+    """A copy of a state dict from a GPU has them twice."""
+    usual = parallel_model.get_model_state_dict
+
+    def copied(module, options=None):
+        return {name: value.clone() for name, value in usual(module, options=options).items()}
+
+    monkeypatch.setattr(parallel_model, "get_model_state_dict", copied)
+    loop = make_loop("distill", tmp_path, tokenizer, random_model, torch.device("cpu"))
+    state = loop.parallel_model.model_state()
+    assert state["student.lm_head.weight"].data_ptr() == state["student.token_embedding.weight"].data_ptr()
+    loop.save_model(tmp_path / "copied.pth")
+    monkeypatch.setattr(parallel_model, "get_model_state_dict", usual)
+    loop.save_model(tmp_path / "usual.pth")
+    sizes = [(tmp_path / name).stat().st_size for name in ("copied.pth", "usual.pth")]
+    assert abs(sizes[0] - sizes[1]) < 4096
+
+
+def test_muon_needs_no_more_memory_at_once_than_it_is_given(monkeypatch):
+    """Of 32 matrices of one shape, 4 are orthogonalised together; no tensor is larger than these."""
+    monkeypatch.setattr(optimization, "MUON_BYTES", 4 * 48 * 48 * 4)
+
+    class Largest(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            tensors = [result] if torch.is_tensor(result) else []
+            self.n = max([self.n, *(tensor.numel() for tensor in tensors)])
+            return result
+
+    weights = [torch.nn.Parameter(torch.randn(48, 48)) for _ in range(32)]
+    for weight in weights:
+        weight.grad = torch.randn(48, 48)
+    with Largest() as largest:
+        optimization.Muon(weights).step()
+    assert largest.n == 4 * 48 * 48
+
+
 # -- a GPU beside the CPU ----------------------------------------------------------------------------------------------
 
 
@@ -305,3 +401,14 @@ def test_on_a_gpu_log_probabilities_of_padded_rows_are_the_cpus(random_model):
     ours, _ = token_log_probs(model.cuda(), ids.cuda(), mask.cuda())
     model.cpu()
     assert torch.allclose(ours.cpu(), expected, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_autocast_leaves_queries_and_keys_in_bf16(random_model):
+    model, seen = random_model("modern"), []
+    for layer in model.layers:
+        layer.attention.query_norm.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        model.cuda().hidden_states(torch.randint(4, 64, (2, 8), device="cuda"))
+    model.cpu()
+    assert set(seen) == {torch.bfloat16}

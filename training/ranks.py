@@ -9,18 +9,14 @@ import torch
 import torch.distributed as dist
 
 
-def start(device: torch.device) -> torch.device:
-    """Join the process group if torchrun started this process; returns the device of this rank."""
+def start(device: torch.device) -> None:
+    """Join the process group if torchrun started this process; `device` is this rank's, see `resolve_device`."""
     if "RANK" not in os.environ or dist.is_initialized():
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        return
     # fsdp with tp gathers a tensor in two steps, which PyTorch finds worth a warning for each layer
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     # Beside NCCL, gloo carries what lives on the CPU: checkpoints on their way to rank 0, random states, signals
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
 
 
 def stop() -> None:

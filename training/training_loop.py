@@ -111,12 +111,12 @@ class TrainingLoop:
         self.lora = lora_settings(model)
         if self.lora:
             self.lora["base_fingerprint"] = weight_fingerprint(load_checkpoint(self.lora["base"]))
-        self.parallel_model = ParallelModel(model, config.parallel, device)
+        self.precision = resolve_precision(config.precision, device)
+        self.parallel_model = ParallelModel(model, config.parallel, device, self.precision)
         self.model = model = self.parallel_model.module  # what this rank optimises
         self.ranks, self.data_rank = self.parallel_model.layout.data_ranks, self.parallel_model.data_rank
         if self.data_rank:
             torch.manual_seed(config.seed + self.data_rank)  # dropout and sampled answers of its own
-        self.precision = resolve_precision(config.precision, device)
         if self.precision == torch.float16 and self.parallel_model.is_sharded:
             raise UserError(f"--precision fp16 works with --parallel ddp only, not {config.parallel}; use bf16 or fp32")
         self.optimizers = self.make_optimizers()
@@ -146,7 +146,12 @@ class TrainingLoop:
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimisers of all trainable parameters."""
-        return build_optimizers(self.model, self.config.optimizer, self.config.lr, self.config.weight_decay)
+        return self.optimizers_of(self.model)
+
+    def optimizers_of(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """The optimisers of the trainable parameters of a part of the model."""
+        config, copies = self.config, self.parallel_model.copies
+        return build_optimizers(model, config.optimizer, config.lr, config.weight_decay, ranks=copies)
 
     def global_batch(self) -> int:
         """Samples of one step over all accumulation steps and data-parallel ranks."""
