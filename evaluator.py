@@ -26,7 +26,7 @@ from alignment.reward_model import RewardModel, compare, load_reward_model, pref
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, weight_fingerprint
 from command_line import UserError, option, parse_config, run_main
-from data_loader import PreferenceDataset, pad_rows
+from data_loader import PreferenceDataset, length_multiple, lengthened, pad_rows
 from evaluation.answer_report import (
     Question,
     ReferenceScore,
@@ -196,8 +196,10 @@ class GPTEvaluator:
         """Every target of some windows."""
         rows, labels = zip(*windows, strict=True)
         # Padding stands on the right, where a causal model cannot see it: it needs no mask
-        inputs = pad_rows(rows, self.tokenizer.pad_token_id).to(self.model.device)  # (B, T)
-        targets = pad_rows(labels, IGNORED_LABEL).to(self.model.device)  # (B, T)
+        pad_token_id, device = self.tokenizer.pad_token_id, self.model.device
+        batch = {"input_ids": pad_rows(rows, pad_token_id), "labels": pad_rows(labels, IGNORED_LABEL)}
+        batch = lengthened(batch, length_multiple(device), pad_token_id, self.model.config.max_seq_len)
+        inputs, targets = batch["input_ids"].to(device), batch["labels"].to(device)  # (B, T), (B, T)
         scored = targets != IGNORED_LABEL  # (B, T)
         hidden, targets = self.model.hidden_states(inputs)[scored], targets[scored]  # (N, D), (N,)
         nats, hits, confidence = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)], [torch.empty(0)]

@@ -32,7 +32,7 @@ import torch
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, weight_fingerprint
 from command_line import UserError, option, parse_config, run_main
-from data_loader import pad_rows
+from data_loader import length_multiple, lengthened, pad_rows
 from evaluation.answer_report import check_writable, format_table, interval_table, write_json
 from evaluation.intervals import RESAMPLES, middle, wilson
 from evaluation.kept_work import KeptWork
@@ -216,7 +216,9 @@ def log_likelihoods(
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
         # Padding stands on the right, where a causal model cannot see it: it needs no mask
-        hidden = model.hidden_states(pad_rows([list(row[:-1]) for row in some], pad_token_id).to(model.device))
+        batch = {"input_ids": pad_rows([list(row[:-1]) for row in some], pad_token_id)}
+        batch = lengthened(batch, length_multiple(model.device), pad_token_id, model.config.max_seq_len)
+        hidden = model.hidden_states(batch["input_ids"].to(model.device))
         for row, states in zip(some, hidden, strict=True):
             end, length = len(row) - 1, min(-row[-1], len(row) - 1)
             log_probs = model.lm_head(states[end - length : end]).float().log_softmax(dim=-1)  # (length, V)

@@ -59,12 +59,12 @@ class Found:
 
     Attributes:
         finite: for each of its tokens, whether the hidden state is; empty where the logits say it.
-        sampled: the chosen tokens.
+        sampled: the chosen tokens, one of each of `Asked.samplers`.
         scored: how likely the tokens were that follow in prompts, a list for each of `Asked.scored`.
     """
 
     finite: list[bool]
-    sampled: SampledTokens
+    sampled: list[SampledTokens]
     scored: list[list[TokenLogProb]]
 
 
@@ -115,7 +115,7 @@ class GpuStep:
             if not adjusted and not reporting:
                 chosen, _ = self._played(arrays, choice)
                 ids, finite = download(chosen[:, :n])  # (n,) each
-                return Found([], SampledTokens(ids.astype(int).tolist(), (finite > 0).tolist(), [None] * n), [])
+                return Found([], one_each(ids, finite, [None] * n), [])
             logits, entered = self._played(arrays, None)
             hidden, logits, entered = logits[:0], logits[:n], {name: tensor[:n] for name, tensor in entered.items()}
         else:
@@ -126,6 +126,12 @@ class GpuStep:
             entered = upload(arrays, self.cache.device)
             hidden, logits = self._forward(entered)
         return self._chosen(asked, hidden, logits, entered, choice, adjusted, reporting)
+
+    @torch.inference_mode()
+    def forward(self, ids: Sequence[int], wanted: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (N, D) of the tokens of the step that the cache has begun; logits of those that are wanted."""
+        rows = {"ids": np.array(ids), "wanted": np.array(wanted, dtype=int)}
+        return self._forward(upload({**rows, **self.cache.groups()}, self.cache.device))
 
     def _forward(self, numbers: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (N, D) of a step's tokens, and the logits (W, V) fp32 of those that are wanted."""
@@ -189,7 +195,7 @@ class GpuStep:
             (log_probs[row],) = told(parts[-1][row : row + 1], [token_ids[row]], k)
         for row in adjusted:
             samplers[row].record(token_ids[row])
-        return Found((parts[0] > 0).tolist(), SampledTokens(token_ids, (finite > 0).tolist(), log_probs), scored)
+        return Found((parts[0] > 0).tolist(), one_each(ids, finite, log_probs), scored)
 
 
 class Recording:
@@ -229,6 +235,12 @@ class Recording:
                 self._output = self._compute(self.numbers)
         self._graph.replay()
         return self._output
+
+
+def one_each(ids: np.ndarray, finite: np.ndarray, log_probs: Sequence[TokenLogProb | None]) -> list[SampledTokens]:
+    """The token of each request, from ids and whether the scores were finite, (B,) each."""
+    rows = zip(ids.astype(int).tolist(), (finite > 0).tolist(), log_probs, strict=True)
+    return [SampledTokens([token_id], [is_finite], [log_prob]) for token_id, is_finite, log_prob in rows]
 
 
 def fused_attention(device: torch.device, head_dim: int) -> AbstractContextManager:

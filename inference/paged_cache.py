@@ -131,6 +131,14 @@ class PagedCache:
             sequence.blocks.append(block)
         return True
 
+    def stretch(self, sequence: CachedSequence, n_new: int, spare: int) -> int:
+        """Give a sequence cells for `n_new` more tokens as long as more than `spare` blocks stay free; how many of them
+        it can store then."""
+        while (n_cells := len(sequence.blocks) * BLOCK_SIZE - sequence.length) < n_new:
+            if len(self.pool.free) <= spare + 1 or not self.reserve(sequence, sequence.length + n_cells + 1):
+                return n_cells
+        return n_new
+
     def stored(self, sequence: CachedSequence, tokens: Sequence[int], n_new: int) -> None:
         """Count the tokens of a step that succeeded; `tokens` are all of the sequence's."""
         if self.reuse_prefixes:
@@ -151,10 +159,14 @@ class PagedCache:
 
     def scrub(self, sequence: CachedSequence) -> None:
         """Write zeros over what is not known to be good: NaN in a cell would leak through a mask."""
-        suspect = sequence.blocks[sequence.length // BLOCK_SIZE :]
-        for cells in (self.keys, self.values, self.key_scales, self.value_scales):
-            if cells is not None:
-                cells[:, :, suspect] = 0
+        n_full, n_good = divmod(sequence.length, BLOCK_SIZE)
+        for block in sequence.blocks[n_full:]:
+            self.keys[:, :, block, :, n_good:] = 0
+            self.values[:, :, block, n_good:] = 0
+            for scales in (self.key_scales, self.value_scales):
+                if scales is not None:
+                    scales[:, :, block, n_good:] = 0
+            n_good = 0
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

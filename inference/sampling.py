@@ -14,11 +14,12 @@ any batch, and after it was interrupted.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -180,6 +181,18 @@ class TokenSampler:
     def uniform(self) -> float:
         """The random number of the next step, in [0, 1); a greedy request needs none."""
         return self.random.random() if self.random else 0.0
+
+    def ahead(self) -> TokenSampler:
+        """A copy that draws with the same numbers without taking them from this one, holds to no form and reports
+        nothing: it guesses what this one will draw from other scores."""
+        twin = copy.copy(self)
+        twin.form, twin.params = None, replace(self.params, logprobs=None)
+        if self.random is not None:
+            twin.random = random.Random()
+            twin.random.setstate(self.random.getstate())
+        if self.counts is not None:
+            twin.counts = self.counts.clone()
+        return twin
 
     def adjust(self, scores: torch.Tensor) -> None:
         """Add bias and bans to one row of scores (V,), subtract penalties, and leave what the form allows; in place."""

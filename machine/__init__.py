@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,9 +25,18 @@ from cpu_level import cpu_level
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
-# Dense bf16 peak of common accelerators, TFLOP/s, from the makers' data sheets
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
-PEAK_TFLOPS |= {"RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 4070": 58, "RTX 3080": 59}
+# Dense bf16 peak (before Ampere fp16) with sums in fp32 of common GPUs, by `card_name`: TFLOP/s of NVIDIA's data sheets
+PEAK_TFLOPS: dict[str, float] = {
+    "B200": 2250, "H200": 989, "GH200": 989, "H100": 989, "H100 PCIE": 756, "H100 NVL": 835, "H800": 989, "H20": 148,
+    "A100": 312, "A100 PCIE": 312, "A800": 312, "A40": 150, "A30": 165, "A10": 125, "A10G": 70, "L40S": 362, "L40": 181,
+    "L4": 121, "T4": 65, "V100": 125, "V100 PCIE": 112,
+    "RTX 6000 ADA GENERATION": 364, "RTX A6000": 155, "RTX A5000": 111, "RTX A4000": 77,
+    "RTX 5090": 210, "RTX 5080": 113, "RTX 5070 TI": 88, "RTX 5070": 62,
+    "RTX 4090": 165, "RTX 4080 SUPER": 104, "RTX 4080": 97, "RTX 4070 TI SUPER": 88, "RTX 4070 TI": 80,
+    "RTX 4070 SUPER": 71, "RTX 4070": 58, "RTX 4060 TI": 44, "RTX 4060": 30,
+    "RTX 3090 TI": 80, "RTX 3090": 71, "RTX 3080 TI": 68, "RTX 3080": 59, "RTX 3070": 41, "RTX 3060 TI": 32,
+    "RTX 3060": 25,
+}  # fmt: skip
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -35,11 +45,16 @@ def resolve_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and (rank := os.environ.get("LOCAL_RANK")):
+            # torchrun: each process has its own GPU, chosen before anything opens a context on the first one
+            device = torch.device("cuda", int(rank))
+            torch.cuda.set_device(device)
         if device.type not in ("cpu", "cuda", "mps"):  # such as meta, which has no numbers
             raise RuntimeError(f"nothing is computed on {device.type}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {name!r} is not available here; use --device cpu or auto") from error
+        ranks = f" to each of {os.environ.get('LOCAL_WORLD_SIZE')} processes" if "LOCAL_RANK" in os.environ else ""
+        raise UserError(f"the device {name!r} is not available here{ranks}; use --device cpu or auto") from error
     return device
 
 
@@ -128,6 +143,22 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU; an accelerator is waited for once for all of them, and not once for each."""
+    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values()}:
+        synchronize(device)
+    return copies
+
+
+def card_name(device_name: str) -> str:
+    """The model of an NVIDIA GPU, in capitals, of the name that its driver gives it: without maker, series, memory and
+    form, unless the form makes it another model. Parts (MIG) and laptops' GPUs keep what tells them apart."""
+    others = r"NVIDIA|TESLA|GEFORCE|\d+GB|HBM\w+|SXM\d?"
+    words = re.split(r"[\s-]+", device_name.upper())
+    return " ".join(word for word in words if word and not re.fullmatch(others, word))
+
+
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The machine's peak in FLOP/s: from the data sheet of a known GPU, measured for a CPU or an unknown GPU.
@@ -135,10 +166,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     The random numbers are its own: the generators that dropout uses stand untouched, as exact resuming needs.
     """
     if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
-        for key, tflops in PEAK_TFLOPS.items():
-            if key in name:
-                return tflops * 1e12
+        name = card_name(torch.cuda.get_device_name(device))
+        if name in PEAK_TFLOPS:
+            return PEAK_TFLOPS[name] * 1e12
     size = 1024 if device.type == "cpu" else 4096
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from plain_generation import CONTEXT, GREEDY, PROMPTS, alone, prompt, tokens_of
+from test_speculation import knowing, speculating
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference import gpu_step
@@ -73,6 +74,15 @@ def test_small_weights_and_experts_give_the_cpus_tokens_too(random_model, weight
         assert tokens_of(Engine(small, None, gpu_step=True).run(PROMPTS, GREEDY)) == tokens_of(
             Engine(small, None).run(PROMPTS, GREEDY)
         )
+
+
+def test_drafts_are_verified(gpt2):
+    """A drafter that is often right changes no token."""
+    expected = tokens_of(Engine(gpt2, None).run(PROMPTS, DRAWN))
+    drafter = knowing(list(zip(PROMPTS, expected, strict=True)), mistake_every=3)
+    engine = speculating(gpt2, drafter, gpu_step=True)
+    assert tokens_of(engine.run(PROMPTS, DRAWN)) == expected
+    assert engine.statistics().tokens_accepted > 0
 
 
 def test_positions_that_depend_on_the_length(random_model):

@@ -68,7 +68,8 @@ def prepare_machine(config: TrainingConfig) -> torch.device:
         UserError: the device is not there, or `--output_dir` cannot be written to.
     """
     require_writable_folder(config.output_dir)
-    device = ranks.start(resolve_device(config.device))
+    device = resolve_device(config.device)
+    ranks.start(device)
     torch.set_num_threads(config.num_threads or max(1, usable_cores() // ranks.processes_on_this_machine()))
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
