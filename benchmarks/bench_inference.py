@@ -10,7 +10,6 @@ tables are followed by one line of JSON; `--write benchmarks/RESULTS.md` puts th
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import sys
@@ -28,7 +27,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.gpu_decoding import StaticDecoder  # noqa: E402
 from benchmarks.peers import (  # noqa: E402
     Generator,
     LlamaCpp,
@@ -142,8 +140,8 @@ class Contestant:
 class Report:
     """Collects tables, figures and goals; prints each table as soon as it is there."""
 
-    def __init__(self, facts: Result) -> None:
-        self.figures: Result = {"benchmark": "inference", **facts}
+    def __init__(self, facts: Result, benchmark: str = "inference") -> None:
+        self.figures: Result = {"benchmark": benchmark, **facts}
         self.setting = in_a_sentence(facts)
         self.tables: list[Table] = []
         self.goals: list[Result] = []
@@ -160,22 +158,21 @@ class Report:
         met = None if measured is None else measured >= at_least
         self.goals.append({"goal": name, "measured": measured and round(measured, 3), "at_least": at_least, "met": met})
 
-    def finish(self, page: str) -> None:
-        """The table of goals; all tables into a Markdown page, if one is named; the line of JSON."""
+    def finish(self, page: str, name: str = "inference", title: str = "Inference") -> None:
+        """The table of goals, if there are any; all tables into the section `name` of a Markdown page, if one is named;
+        the line of JSON."""
         words = {True: "yes", False: "no", None: "left out"}
         rows = [
             [goal["goal"], "" if goal["met"] is None else f"{goal['measured']:.2f}", f"{goal['at_least']:.2f}"]
             + [words[goal["met"]]]
             for goal in self.goals
         ]
-        self.add(
-            "goals",
-            Table("Goals", "Medians of the ratios within each round.", ["", "measured", "at least", "met"], rows),
-            self.goals,
-        )
+        if rows:
+            header = ["", "measured", "at least", "met"]
+            self.add("goals", Table("Goals", "Medians of the ratios within each round.", header, rows), self.goals)
         if page:
             tables = "\n\n".join(table.markdown() for table in self.tables)
-            write_section(Path(page), "inference", f"## Inference\n\n{self.setting}\n\n{tables}")
+            write_section(Path(page), name, f"## {title}\n\n{self.setting}\n\n{tables}")
         print(json.dumps(self.figures))
 
 
@@ -352,39 +349,6 @@ def measure_delays(report: Report, load: Load, counts: Sequence[int]) -> None:
     report.add("overhead", Table("A step of the engine", note, header, rows), costs)
 
 
-def measure_gpu(report: Report, model: GPTModel, quick: bool, n_tokens: int, rounds: int) -> None:
-    """Decoding on a GPU: steps started from Python, recorded as a CUDA graph, compiled and recorded."""
-    device = torch.device("cuda")
-    read, read_bytes = memory_reader(device, quick)
-    read()
-    bandwidth = rates(take_turns({READ: read}, 7), read_bytes)[READ]
-    figures: dict[str, Result] = {}
-    precisions = {
-        "FP32": copy.deepcopy(model),
-        "BF16": copy.deepcopy(model).bfloat16(),
-        "INT8": prepare_for_inference(model, "int8"),
-    }
-    for precision, candidate in precisions.items():
-        n_bytes = bytes_read(candidate)
-        candidate.to(device)
-        ways = {
-            "from Python": Ours(candidate),
-            "CUDA graph": StaticDecoder(candidate, n_tokens, recorded=True),
-            "compiled, CUDA graph": StaticDecoder(candidate, n_tokens, compiled=True, recorded=True),
-        }
-        actions = {name: lambda way=way: way.generate([FIRST_WORD], n_tokens) for name, way in ways.items()}
-        take_turns(actions, 1)  # warm up
-        for way, speed in rates(take_turns(actions, rounds), n_tokens).items():
-            share = n_bytes * speed / bandwidth
-            figures[f"{precision}, {way}"] = {"tokens_per_second": speed, "share_of_bandwidth": share}
-    rows = [
-        [name, f"{row['tokens_per_second']:.1f}", f"{row['share_of_bandwidth']:.0%}"] for name, row in figures.items()
-    ]
-    note = f"Batch 1, greedy, {n_tokens} tokens; the limit is reading at {bandwidth / 1e9:.0f} GB/s, measured as above."
-    title = f"Decoding on {torch.cuda.get_device_name()}"
-    report.add("gpu", Table(title, note, ["GPU, batch 1", "tokens/s", "of the limit"], rows), figures)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     config = parse_config(BenchmarkConfig, argv, description="Speed of generation, beside transformers and llama.cpp.")
@@ -407,8 +371,6 @@ def main(argv: list[str] | None = None) -> None:
     measure_streams(report, loads, n_streams, min(rounds, 3))
     load = Load(models["INT8"], tokenizer, texts, 4 if config.quick else 32)
     measure_delays(report, load, (1, 8) if config.quick else (1, 4, 16, 64))
-    if torch.cuda.is_available():
-        measure_gpu(report, model, config.quick, 16 if config.quick else 256, rounds)
     report.finish(config.write)
 
 
