@@ -8,9 +8,12 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+
+import gguf
 
 from alignment.transformers_names import architecture_of
 from byte_level_bpe import ByteLevelBPETokenizer
@@ -99,6 +102,12 @@ class ModelFiles:
                 f"{precision}.gguf", lambda path: write_gguf(self.outgoing, path, precision, adds_bos=False)
             )
         return self._once(f"{precision}.gguf", lambda path: quantize_gguf(self.gguf("F32"), path, precision))
+
+    def matrices(self, precision: str) -> str:
+        """How many matrices of a GGUF file have which type: quantizers keep some at more bits."""
+        tensors = gguf.GGUFReader(self.gguf(precision)).tensors
+        counts = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1)
+        return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
     def ctranslate2(self, quantization: str | None) -> Path:
         """A folder of CTranslate2; None quantizes nothing."""

@@ -9,6 +9,7 @@ as far as it has one; llama.cpp has what it was compiled for: LLAMA_CPP_LIB_PATH
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,9 +65,8 @@ class LlamaCpp(BatchGenerator):
 
     def __init__(self, files: ModelFiles, weights: str, setting: Setting) -> None:
         import llama_cpp as api
-        from llama_cpp._logger import set_verbose
 
-        set_verbose(False)
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)  # how it silences llama.cpp, too
         self.api, self.setting = api, setting
         path = files.gguf(weights)
         self.weight_bytes = size_of(path) - position_bytes(files.model)  # FP32 in each of its files
@@ -87,7 +87,7 @@ class LlamaCpp(BatchGenerator):
         api, setting = self.api, self.setting
         if n_sequences not in self.contexts:
             params = api.llama_context_default_params()
-            own = setting.context if n_sequences == 1 else setting.stream_context
+            own = setting.context if n_sequences == 1 else -(-setting.stream_context // 256) * 256  # of its own steps
             params.n_ctx, params.n_seq_max, params.n_batch = own * n_sequences, n_sequences, setting.tokens_at_once
             params.n_threads = params.n_threads_batch = setting.n_threads
             self.contexts[n_sequences] = api.llama_init_from_model(self.model, params)
@@ -185,7 +185,8 @@ class OpenVINO(BatchGenerator):
         scheduler.cache_size, scheduler.enable_prefix_caching = 1, False
         scheduler.max_num_batched_tokens = setting.tokens_at_once
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": setting.n_threads}
-        if level:  # it would take bfloat16 from a processor that has it
+        # It takes bfloat16 where the processor has it: not what a level has, and with FP16 files it ends the process
+        if level or weights == "F16":
             options["INFERENCE_PRECISION_HINT"] = "f32"
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(str(path), scheduler, "CPU", options)
         self.tensor, self.settings = openvino.Tensor, openvino_genai.GenerationConfig
@@ -215,11 +216,9 @@ class OnnxRuntime(BatchGenerator):
         if files.architecture == "gpt2":
             raise LeftOut("its builder of models knows no GPT-2")
         folder = files.onnx(weights)
-        model = files.model
-        # The embedding is an FP32 matrix of its own, of which a token reads a row
         self.weight_bytes = size_of(folder / "model.onnx.data")
-        if weights != "fp32":
-            self.weight_bytes -= 4 * model.token_embedding.weight.numel()
+        if weights == "int8":  # the embedding, of which a token reads a row, stays FP32; otherwise it is the head's
+            self.weight_bytes -= 4 * files.model.token_embedding.weight.numel()
         settings = onnxruntime_genai.Config(str(folder))
         session = {"session_options": {"intra_op_num_threads": setting.n_threads}}
         settings.overlay(json.dumps({"model": {"decoder": session}}))
