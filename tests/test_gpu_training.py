@@ -6,11 +6,13 @@ PyTorch's meta device stands in for a GPU: it computes shapes alone, and whoever
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import policy_loops
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,7 +60,7 @@ def make_loop(trainer, folder, tokenizer, random_model, device, **settings):
         return TrainingLoop(PretrainConfig(**usual), model, *rest, data, data, device)
     if trainer == "sft":
         data = GPTSFTDataset(chats, tokenizer, 48)
-        return TrainingLoop(SFTConfig(**usual), model, *rest, data, data, device)
+        return TrainingLoop(SFTConfig(**usual), model, *rest, data, data, device, data.lengths)
     if trainer == "reward":
         data = PreferenceDataset(pairs, tokenizer, 48)
         return RewardLoop(RewardConfig(**usual), RewardModel(model), *rest, data, data, device)
@@ -362,6 +364,39 @@ def test_muon_needs_no_more_memory_at_once_than_it_is_given(monkeypatch):
     with Largest() as largest:
         optimization.Muon(weights).step()
     assert largest.n == 4 * 48 * 48
+
+
+# -- compiled code -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", ["pretrain", "sft"])
+def test_a_run_is_compiled_once(trainer, tmp_path, tokenizer, random_model, monkeypatch):
+    """For all lengths, and neither for evaluations nor for the training that follows them; figures stay the same."""
+    torch._dynamo.reset()
+    counter, usual, results = CompileCounter(), torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **how: usual(*args, backend=counter, **how))
+    for compiled in (False, True):
+        loop = make_loop(trainer, tmp_path / str(compiled), tokenizer, random_model, torch.device("cpu"))
+        if compiled:
+            loop.parallel_model.compile(loop.order.lengths is not None)
+        log = SimpleNamespace(log=lambda *_: None, say=lambda *_: None)
+        results.append([])
+        for _ in range(2):
+            results[-1] += [loop.train_step()["loss"] for _ in range(2)]
+            loop._evaluate_and_keep_best(log)
+    assert counter.frame_count == 1, counter
+    assert results[1] == pytest.approx(results[0], abs=1e-5)
+
+
+def test_a_short_run_is_not_compiled(tmp_path, tokenizer, random_model, monkeypatch, capsys):
+    """On a GPU of 1 TFLOP/s this model trains at once, and on one of 1 kFLOP/s for days; a CPU's is never compiled."""
+    loop = make_loop("sft", tmp_path, tokenizer, random_model, torch.device("cpu"))
+    assert not loop._is_worth_compiling()
+    loop.device = torch.device("cuda")
+    for peak, worth in ((1e12, False), (1e3, True)):
+        monkeypatch.setattr("training.training_loop.peak_flops", lambda *_, peak=peak: peak)
+        assert loop._is_worth_compiling() == worth
+    assert capsys.readouterr().out == "not compiled: the run takes some 0 s; --compile true does it all the same\n"
 
 
 # -- a GPU beside the CPU ----------------------------------------------------------------------------------------------

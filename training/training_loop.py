@@ -41,6 +41,9 @@ from training.run_log import RunLog, training_flops_per_token
 from training.training_config import TrainingConfig
 from transformer_components import Positions, auxiliary_losses
 
+COMPILED_FROM = 300  # seconds that a run takes at least: to compile a model takes about one minute
+USUAL_MFU = 0.3  # the share of a GPU's peak that such estimates reckon with
+
 
 class TrainingData(Protocol):
     """What the loop needs of a data set."""
@@ -186,7 +189,7 @@ class TrainingLoop:
         if self.step == 0:
             with Progress("before the first step", unit="", shown=ranks.is_main()):
                 self.before_first_step()
-        if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
+        if config.compile == "true" or (config.compile == "auto" and self._is_worth_compiling()):
             self.compile()
         log = RunLog(
             self.folder,
@@ -365,10 +368,11 @@ class TrainingLoop:
 
     def _evaluate_and_keep_best(self, log: RunLog) -> None:
         """Evaluate, and keep the best model."""
-        metrics = self.evaluate()
-        self.latest = {**metrics, "step": self.step}
-        if self.score is not None:
-            metrics |= self.score(self.model, metrics)
+        with self.parallel_model.as_written():
+            metrics = self.evaluate()
+            self.latest = {**metrics, "step": self.step}
+            if self.score is not None:
+                metrics |= self.score(self.model, metrics)
         improved = not metrics or not self.best or self.is_better(metrics, self.best)
         if improved:
             self.best = {**metrics, "step": self.step}
@@ -563,7 +567,18 @@ class TrainingLoop:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(f"warning: torch.compile does not work here ({reason}); going on without", flush=True)
             return
-        self.parallel_model.compile()
+        self.parallel_model.compile(dynamic=self.order.lengths is not None)
+
+    def _is_worth_compiling(self) -> bool:
+        """Whether what is left to train takes so long on a GPU that making the code for it is won back."""
+        if self.device.type != "cuda":
+            return False
+        tokens = (self.max_steps - self.step) * self.config.batch_size * self.config.grad_accum_steps
+        flops = tokens * self.config.max_seq_len * self._flops_per_token()
+        seconds = flops / self.parallel_model.layout.model_ranks / (USUAL_MFU * peak_flops(self.device, self.precision))
+        if seconds < COMPILED_FROM and ranks.is_main():
+            print(f"not compiled: the run takes some {seconds:.0f} s; --compile true does it all the same", flush=True)
+        return seconds >= COMPILED_FROM
 
     def _flops_per_token(self) -> float:
         config = self.gpt_config
