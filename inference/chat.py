@@ -28,6 +28,7 @@ if not __package__:  # run as a file: modules are imported from the repository's
 import torch
 
 from command_line import UserError, option, parse_config, replacing, run_main
+from inference.draft_model import SpeculationOptions
 from inference.engine import Engine
 from inference.kernels.native_code import cache_folder
 from inference.quantizer import load_any
@@ -47,7 +48,7 @@ CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) no
 
 
 @dataclass
-class ChatConfig:
+class ChatConfig(SpeculationOptions):
     """The command line of the conversation."""
 
     model_path: str = option("models/sft/sft_best.pth", "the checkpoint, quantized or not")
@@ -64,9 +65,12 @@ class ChatConfig:
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
     def validate(self) -> list[str]:
+        complaints = self.speculation_complaints()
         if self.url and not self.url.startswith(("http://", "https://")):
-            return [f"--url must begin with http:// or https://, not {self.url!r}"]
-        return []
+            complaints.append(f"--url must begin with http:// or https://, not {self.url!r}")
+        if self.url and self.draft_model:
+            complaints.append("--url and --draft_model do not go together; the service has an option of its own")
+        return complaints
 
 
 class ContextFull(Exception):
@@ -100,7 +104,8 @@ class LocalModel:
             raise UserError(f"{config.model_path} was only pretrained and cannot converse; give one after --mode sft")
         self.config, self.name = config, config.model_path
         self.recommended = recommended_sampling(self.tokenizer, config.given)
-        self.engine = Engine(self.model, self.tokenizer, max_running=1)
+        drafter = config.drafter(self.model, self.tokenizer, 1, config.precision)
+        self.engine = Engine(self.model, self.tokenizer, max_running=1, drafter=drafter)
         self.engine.start()
 
     def answer(self, messages: list[Message]) -> Iterator[str]:

@@ -56,7 +56,13 @@ class ServedModel:
         with torch.device("meta"):  # counted from the configuration, as quantized weights are no parameters
             self.parameters = GPTModel.from_config(self.model.config).num_parameters()
         torch.set_num_threads(settings.num_threads)  # the engine's thread will have as many
-        self.engine = Engine(self.model, self.tokenizer, max_running=settings.max_batch, max_waiting=settings.max_queue)
+        self.engine = Engine(
+            self.model,
+            self.tokenizer,
+            max_running=settings.max_batch,
+            max_waiting=settings.max_queue,
+            drafter=settings.drafter(self.model, self.tokenizer, settings.max_batch, settings.precision),
+        )
         self.engine.start()
         try:  # a model that cannot generate fails here
             self.engine.submit([self.tokenizer.eos_token_id], SamplingParams(2, seed=0)).result()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from command_line import UserError, option, parse_config, require_file
+from inference.draft_model import SpeculationOptions
 from machine import PRECISIONS, resolve_device
 
 MARK_POLICIES = ("escape", "refuse", "keep")
@@ -28,7 +29,7 @@ name in capitals (MODEL_PATH, NUM_THREADS, …; several values are separated by 
 
 
 @dataclass
-class ServiceSettings:
+class ServiceSettings(SpeculationOptions):
     """How the service is run."""
 
     model_path: str | None = option(None, "the checkpoint; default: the best that training left under models/")
@@ -65,6 +66,9 @@ class ServiceSettings:
     log_format: str = option("text", "json: one object a line", choices=["text", "json"])
     metrics_folder: str | None = option(None, "where several workers leave their metrics for each other; set by them")
     log_texts: bool = option(False, "write prompts and answers into the log")
+
+    def validate(self) -> list[str]:
+        return self.speculation_complaints()
 
     def __post_init__(self) -> None:
         self.model_reason = "MODEL_PATH names it"  # why this model is served
