@@ -117,10 +117,17 @@ class GPTModel(Part):
 
         Args:
             attention_mask: (B, S), 1 for tokens and 0 for padding, over the cached and the new tokens. Positions count
-                only tokens, so padding on the left changes nothing.
+                only tokens, so padding on the left changes nothing. Without a cache, attention sees no mask: the tokens
+                are moved to the left, where causal attention never looks at the padding behind them, and flash kernels,
+                which know no masks, can compute it.
             cache: keys and values of what came before; the new tokens are added to it.
         """
         n_tokens, past = input_ids.size(1), 0 if cache is None else cache.length
+        fits = n_tokens <= self.config.max_seq_len and not self.position_embedding.depends_on_length
+        if attention_mask is not None and cache is None and fits:
+            place = places_on_the_left(attention_mask)  # (B, T)
+            hidden = self.hidden_states_at(input_ids.scatter(1, place, input_ids), None)  # (B, T, D)
+            return hidden.gather(1, place.unsqueeze(-1).expand_as(hidden))
         if past + n_tokens > self.config.max_seq_len and attention_mask is None:
             raise ValueError(f"{past + n_tokens} tokens do not fit into max_seq_len {self.config.max_seq_len}")
         mask = positions = None
@@ -252,6 +259,14 @@ def visible_keys(n_tokens: int, past: int, attention_mask: torch.Tensor | None, 
         # A padding token still sees itself: a softmax over nothing would be NaN and spread
         visible = visible & attention_mask.bool()[:, None, None, :] | (key == query)  # (B, 1, T, S)
     return visible
+
+
+def places_on_the_left(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Where each token goes if the tokens of a row are moved together on the left, in order, and its padding behind
+    them: (B, T) → (B, T) int64."""
+    is_token = attention_mask.bool()
+    n_tokens = is_token.sum(dim=1, keepdim=True)  # (B, 1)
+    return torch.where(is_token, is_token.cumsum(dim=1), n_tokens + (~is_token).cumsum(dim=1)) - 1
 
 
 def places_in_segments(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,12 +7,16 @@ rounding of the weights is the only error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from inference.kernels.fastest_way import ROW_BUCKETS, fastest_way
 from inference.kernels.linear_products import DTYPES, Product, kind_of, plain_linear, round_inputs, ways_to_multiply
+
+Conversion = Callable[[torch.Tensor], torch.Tensor]  # what `nn.Module.to` does with each tensor
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,9 +98,9 @@ class InferenceLinear(nn.Module):
         self._forget_products()  # other weights are coming
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, *args, **kwargs) -> nn.Module:
+    def _apply(self, fn: Conversion, recurse: bool = True) -> nn.Module:
         self._forget_products()  # the weights go to another device or type
-        return super()._apply(*args, **kwargs)
+        return _apply_except_scale(self, super()._apply, fn, recurse)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_products": [None] * len(self._products), "_prepared": {}}
@@ -110,17 +114,37 @@ class InferenceEmbedding(nn.Module):
 
     Args:
         weight, scale: the table; tied to the output layer, the very tensors of that layer.
+
+    Attributes:
+        output_dtype: of the rows that it gives; it follows the module's conversions (`model.to(torch.bfloat16)`).
     """
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         super().__init__()
         self.weight = _constant(weight)
         self.register_buffer("scale", scale)
+        self.output_dtype = torch.float32
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) int64 → (B, T, D) fp32."""
-        rows = F.embedding(input_ids, self.weight).float()
-        return rows if self.scale is None else rows * self.scale[input_ids].unsqueeze(-1)
+        """(B, T) int64 → (B, T, D) of `output_dtype`."""
+        rows = F.embedding(input_ids, self.weight)
+        rows = rows if self.scale is None else rows * self.scale[input_ids].unsqueeze(-1)
+        return rows.to(self.output_dtype)
+
+    def _apply(self, fn: Conversion, recurse: bool = True) -> nn.Module:
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
+        return _apply_except_scale(self, super()._apply, fn, recurse)
+
+
+def _apply_except_scale(
+    module: nn.Module, apply: Callable[..., nn.Module], fn: Conversion, recurse: bool
+) -> nn.Module:
+    """A module's `_apply` (`.to`, `.bfloat16()`, …) that leaves `scale` in fp32."""
+    exact = module.scale
+    apply(fn, recurse)
+    if exact is not None and module.scale.dtype != exact.dtype:
+        module.scale = exact.to(module.scale.device)
+    return module
 
 
 def _constant(tensor: torch.Tensor) -> nn.Parameter:
