@@ -44,6 +44,7 @@ TRAINERS = (*SUPERVISED, "ppo", "grpo")
 
 def make_loop(trainer, folder, tokenizer, random_model, device, **settings):
     """The loop of a trainer on a small model of the preset `modern` and texts of different lengths."""
+    torch.manual_seed(0)
     usual = {**COMMON, "output_dir": str(folder), "max_seq_len": 48, **settings}
     model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=48)
     chats = [[{"role": "user", "content": "x" * k}, {"role": "assistant", "content": "y" * k}] for k in range(1, 13)]
@@ -233,6 +234,19 @@ def test_longer_rows_change_no_figure(trainer, tmp_path, tokenizer, random_model
             results.append(loop.train_step())
     assert {length % 16 for length in lengths} == {0}
     assert results[1] == pytest.approx(results[0], rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("trainer", SUPERVISED)
+def test_batches_that_are_read_ahead_are_the_same(trainer, tmp_path, tokenizer, random_model):
+    """Also where a run goes on from another step than was foreseen."""
+    results = []
+    for ahead in (False, True):
+        loop = make_loop(trainer, tmp_path / str(ahead), tokenizer, random_model, torch.device("cpu"), lr=1e-3)
+        loop.reads_ahead = ahead
+        results.append([loop.train_step() for _ in range(2)])
+        loop.step = 5
+        results[-1].append(loop.train_step())
+    assert results[1] == results[0]
 
 
 # -- few moments of waiting --------------------------------------------------------------------------------------------
