@@ -104,9 +104,12 @@ class TrainingLoop:
         self.checkpoint_folder = self.folder / "checkpoints"
 
         model = model.to(device)
+        self.precision = resolve_precision(config.precision, device)
         for module in model.modules():
             if hasattr(module, "recompute_activations"):
                 module.recompute_activations = config.recompute_activations
+            if hasattr(module, "keeps_logits"):  # fp16 needs them: its scaler has no part in a loss in chunks
+                module.keeps_logits = device.type != "cuda" or self.precision == torch.float16
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         positions = [module for module in model.modules() if isinstance(module, Positions)]
@@ -115,7 +118,6 @@ class TrainingLoop:
         self.lora = lora_settings(model)
         if self.lora:
             self.lora["base_fingerprint"] = weight_fingerprint(load_checkpoint(self.lora["base"]))
-        self.precision = resolve_precision(config.precision, device)
         self.parallel_model = ParallelModel(model, config.parallel, device, self.precision)
         self.model = model = self.parallel_model.module  # what this rank optimises
         self.ranks, self.data_rank = self.parallel_model.layout.data_ranks, self.parallel_model.data_rank
