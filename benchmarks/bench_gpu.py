@@ -32,8 +32,10 @@ import byte_level_bpe  # noqa: E402
 import finetune  # noqa: E402
 import pretrain_trainer  # noqa: E402
 from alignment.transformers_names import in_transformers  # noqa: E402
-from benchmarks.bench_inference import BenchmarkConfig, Report, bytes_read, memory_reader, random_model  # noqa: E402
+from benchmarks.bench_inference import BenchmarkConfig, random_model  # noqa: E402
+from benchmarks.peers import bytes_read  # noqa: E402
 from benchmarks.tables import Table, about  # noqa: E402
+from benchmarks.turns import Report, memory_reader  # noqa: E402
 from command_line import UserError, option, parse_config, run_main  # noqa: E402
 from gpt_model import GPTModel  # noqa: E402
 from inference.engine import Engine  # noqa: E402
@@ -244,7 +246,8 @@ def measure_alignment(bench: Bench, folder: Path) -> None:
     pretrain_trainer.main([*size, "--max_steps", "1", "--output_dir", str(base), *on_sample_text(bench, folder)])
     short = ["--max_steps", "1", *(["--batch_size", "2"] if smoke else [])]
     sft = train("sft", *data, "--pretrained_model", str(base / "pretrain_best.pth"), *short)
-    policy = ["--sft_model", str(sft), "--max_steps", str(steps), *(["--max_gen_len", "8"] if smoke else [])]
+    small = ["--max_gen_len", "4", "--rollout_batch_size", "8", "--batch_size", "8"] if smoke else []
+    policy = ["--sft_model", str(sft), "--max_steps", str(steps), *small]
     reward = train("reward", *pairs, "--sft_model", str(sft), *short)
     runs = {"grpo": data, "ppo": [*pairs, "--reward_model", str(reward), "--sft_data", str(folder / "sft_data.json")]}
     for mode, options in runs.items():
@@ -265,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not config.smoke and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU here; --smoke shows on a CPU that everything works")
     device = resolve_device("auto" if torch.cuda.is_available() else "cpu")
-    facts = about("transformers")
+    facts = {"model": "GPT-2 with random weights", **about("transformers")}
     sizes = BenchmarkConfig()
     if config.smoke:
         sizes = BenchmarkConfig(vocab_size=600, d_model=32, n_layers=2, n_heads=2, max_seq_len=256)
