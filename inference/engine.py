@@ -32,6 +32,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
@@ -512,7 +513,8 @@ class Engine:
         # What reaches the logits is looked at there. The other tokens leave keys and values that would spoil what comes
         # after them. A sum is not finite if one of its numbers is not
         if len(ids) > len(complete):
-            rows_finite = [*hidden.sum(dim=-1).isfinite().tolist(), False]  # (N + 1,)
+            sums = hidden.float().sum(dim=-1).cpu().numpy()  # (N,); NumPy is quicker with a few numbers
+            rows_finite = [*np.isfinite(sums).tolist(), False]  # (N + 1,)
             n_finite = [
                 min(n_new, rows_finite.index(False, end - n_new) - (end - n_new))
                 for end, (_, n_new) in zip(ends, spans, strict=True)
