@@ -42,14 +42,17 @@ def attend(
     is_grouped = groups > 1
     if is_grouped and not takes_groups(query.device.type, query.dtype, mask is not None):
         key, value, is_grouped = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), False
+    # SDPA aligns its causal mask upper-left: with a past, one new query would see the first key only
+    is_causal = False
+    if mask is None and query.size(2) > 1:  # compiled code, to which sizes are symbols, needs a plain bool
+        is_causal = True
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
         dropout_p=dropout,
-        # SDPA aligns its causal mask upper-left: with a past, one new query would see the first key only
-        is_causal=mask is None and query.size(2) > 1,
+        is_causal=is_causal,
         enable_gqa=is_grouped,
     )
 

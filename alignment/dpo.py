@@ -211,13 +211,14 @@ class DPOLoop(TrainingLoop):
         """With the places of the labels, which a GPU would have to be waited for."""
         return with_places(super().prepared(batch))
 
-    def accumulate(self, batches: list[Batch], counts: list[int]) -> dict[str, torch.Tensor]:
-        """As `TrainingLoop.accumulate`; to each micro-batch comes as much of the instruction data."""
+    def batches_of(self, step: int) -> list[Batch]:
+        """As `TrainingLoop.batches_of`; to each micro-batch comes as much of the instruction data."""
+        batches = super().batches_of(step)
         if self.instructions is not None:
-            indices, size = self.instructions.order.batch(self.step), self.config.batch_size
+            indices, size = self.instructions.order.batch(step), self.config.batch_size
             for number, batch in enumerate(batches):
                 batch |= self.instructions.batch(indices[(number * self.ranks + self.data_rank) * size :][:size])
-        return super().accumulate(batches, counts)
+        return batches
 
 
 def without_dropout(model: nn.Module) -> None:

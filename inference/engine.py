@@ -39,6 +39,8 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
 from gpt_model import GPTConfig, GPTModel
 from inference.engine_statistics import EngineStatistics
+from inference.gpu_cache import GpuCache
+from inference.gpu_step import Asked, GpuStep
 from inference.kernels.decoder_step import DecoderStep
 from inference.kernels.known_parts import refuse_other_forward
 from inference.kernels.paged_attention import BLOCK_SIZE
@@ -77,6 +79,8 @@ class Engine:
         reuse_prefixes: compute what prompts have in common at their beginning only once.
         drafter: proposes tokens, so that a pass may bring more than one of an answer; it is for this engine alone.
         longest: of the requests, prompt and answer together, as far as it is known; None: the model's context.
+        gpu_step: whether to compute as on a GPU, see gpu_step.py; None: on a GPU.
+        cuda_graphs: whether a GPU's steps are recorded.
 
     Raises:
         UserError: an impossible setting, or a model that computes its logits in another way than `GPTModel`.
@@ -94,6 +98,8 @@ class Engine:
         reuse_prefixes: bool = True,
         drafter: Drafter | None = None,
         longest: int | None = None,
+        gpu_step: bool | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self.device = model.device
         if prefill_chunk is None:
@@ -114,7 +120,10 @@ class Engine:
             cache_tokens = default_cache_tokens(config, dtype, self.device, max_running, longest)
         if cache_tokens < context:
             raise UserError(f"cache_tokens is {cache_tokens}; one request may need the model's context, {context}")
-        self.cache = PagedCache(config, cache_tokens, max_running, dtype, self.device, reuse_prefixes)
+        gpu_step = self.device.type == "cuda" if gpu_step is None else gpu_step
+        kind = GpuCache if gpu_step else PagedCache
+        self.cache = kind(config, cache_tokens, max_running, dtype, self.device, reuse_prefixes)
+        self._gpu_step = GpuStep(model, self.cache, cuda_graphs) if gpu_step else None
         self.speculation = None if drafter is None else Speculation(drafter)
         self._decoder_step: DecoderStep | None = None
         self._has_new_requests = False
@@ -363,7 +372,10 @@ class Engine:
     def look_at_model(self) -> None:
         """Weights may have moved between two requests, and layers may have been replaced or gained adapters."""
         refuse_other_forward(self.model)
-        self._decoder_step = DecoderStep.of(self.model, self.cache.native, self._decoder_step)
+        if self._gpu_step is not None:
+            self._gpu_step.look_at_model()
+        else:
+            self._decoder_step = DecoderStep.of(self.model, self.cache.native, self._decoder_step)
         self._has_new_requests = False
 
     def _leave(self) -> None:
@@ -508,29 +520,36 @@ class Engine:
                 wanted += rows_of_draft
         self.cache.begin_step([(request.sequence, n_new) for request, n_new in spans])
         before_model = time.perf_counter()
-        hidden, logits = self.forward(ids, wanted)  # (N, D), (W, V)
-        n_finite = [n_new for _, n_new in spans]
+        requests = [spans[index][0] for index in complete]
+        samplers, drafts = [each.sampler for each in requests], [each.draft for each in requests]
+        judged = [
+            (rows, request.prompt_ids[positions.start + 1 : positions.stop + 1], request.params.prompt_logprobs)
+            for request, positions, rows in scored
+        ]
+        n_finite, rows_finite = [n_new for _, n_new in spans], []
         # What reaches the logits is looked at there. The other tokens leave keys and values that would spoil what comes
         # after them. A sum is not finite if one of its numbers is not
-        if len(ids) > len(complete):
-            sums = hidden.float().sum(dim=-1).cpu().numpy()  # (N,); NumPy is quicker with a few numbers
-            rows_finite = [*np.isfinite(sums).tolist(), False]  # (N + 1,)
+        if self._gpu_step is not None and not any(drafts):
+            found = self._gpu_step(Asked(ids, wanted, continued, samplers, judged))
+            rows_finite, sampled, log_probs = found.finite, found.sampled, found.scored
+            before_sampling = time.perf_counter()
+        else:
+            hidden, logits = self.forward(ids, wanted)  # (N, D), (W, V)
+            if len(ids) > len(complete):
+                sums = hidden.float().sum(dim=-1).cpu().numpy()  # (N,); NumPy is quicker with a few numbers
+                rows_finite = np.isfinite(sums).tolist()
+            before_sampling = time.perf_counter()
+            log_probs = [log_probs_of(logits[rows.start : rows.stop], followers, k) for rows, followers, k in judged]
+            of_answers = logits[continued] if scored else logits  # (R, V)
+            sampled = verify(of_answers, samplers, drafts) if samplers else []
+        if rows_finite:
+            rows_finite = [*rows_finite, False]  # (N + 1,)
             n_finite = [
                 min(n_new, rows_finite.index(False, end - n_new) - (end - n_new))
                 for end, (_, n_new) in zip(ends, spans, strict=True)
             ]
-        if self.device.type == "cuda":  # or the model's time would count as that of sampling
-            torch.cuda.synchronize(self.device)
-        before_sampling = time.perf_counter()
-        sampled: list[SampledTokens] = []
-        for request, positions, rows in scored:
-            followers = request.prompt_ids[positions.start + 1 : positions.stop + 1]
-            k = request.params.prompt_logprobs
-            request.prompt_log_probs += log_probs_of(logits[rows.start : rows.stop], followers, k)
-        if complete:
-            of_answers = logits[continued] if scored else logits  # (R, V)
-            requests = [spans[index][0] for index in complete]
-            sampled = verify(of_answers, [each.sampler for each in requests], [each.draft for each in requests])
+        for (request, _, _), found_log_probs in zip(scored, log_probs, strict=True):
+            request.prompt_log_probs += found_log_probs
         done = time.perf_counter()
         self._statistics.model_seconds += before_sampling - before_model
         self._statistics.sampling_seconds += done - before_sampling
@@ -547,6 +566,8 @@ class Engine:
         Returns:
             the final, normed hidden states (N, D); logits (len(last), V).
         """
+        if self._gpu_step is not None:
+            return self._gpu_step.forward(ids, last)
         if self._decoder_step is not None and self.cache.is_read_in_place:
             return self._decoder_step(ids, self.cache.slots, self.cache.positions, last)
         input_ids, positions = torch.tensor([ids], device=self.device), torch.tensor([self.cache.positions])  # (1, N)

@@ -169,6 +169,7 @@ class TokenSampler:
         self.greedy = params.temperature < GREEDY_BELOW
         self.penalizes = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         self.bias = {**params.logit_bias, **dict.fromkeys(params.banned_tokens, -math.inf)}
+        self._bias: tuple[torch.Tensor, torch.Tensor] | None = None  # its tokens and what they get
         self.form = None if params.form is None else params.form.begin(params.max_gen_len)
         self.prompt_ids = prompt_ids if self.penalizes else ()
         self.counts: torch.Tensor | None = None  # (2, V): whether prompt or answer has a token, how often the answer
@@ -202,8 +203,11 @@ class TokenSampler:
         """Add bias and bans to one row of scores (V,), subtract penalties, and leave what the form allows; in place."""
         params = self.params
         if self.bias:
-            ids = torch.tensor(list(self.bias), device=scores.device)
-            scores[ids] += torch.tensor(list(self.bias.values()), device=scores.device)
+            if self._bias is None:  # once, as sending it to a GPU takes a while
+                ids = torch.tensor(list(self.bias), device=scores.device)
+                self._bias = ids, torch.tensor(list(self.bias.values()), device=scores.device)
+            ids, added = self._bias
+            scores.index_add_(0, ids, added)
         if self.penalizes:
             if self.counts is None:
                 self.counts = scores.new_zeros(2, len(scores))
@@ -384,16 +388,22 @@ def truncate(
     return scores
 
 
-def nucleus_threshold(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """The lowest score in the nucleus of each row (B, 1): before it, the likelier tokens hold less than top_p (B,)."""
+def nucleus_threshold(scores: torch.Tensor, top_p: torch.Tensor, widths: Sequence[int] = ()) -> torch.Tensor:
+    """The lowest score in the nucleus of each row (B, 1): before it, the likelier tokens hold less than top_p (B,).
+
+    Args:
+        widths: among how many of the best tokens to look for its end, one number after the other until it is found;
+            the last one must be enough.
+    """
     vocab_size = scores.size(-1)
+    widths = widths or (min(NUCLEUS_CANDIDATES, vocab_size), vocab_size)
     # Sorting a whole vocabulary takes long, and nearly every nucleus ends among the first
-    for width in (min(NUCLEUS_CANDIDATES, vocab_size), vocab_size):
+    for width in widths:
         ordered = scores.topk(width).values  # (B, width), best first
         probabilities = (ordered - scores.logsumexp(dim=-1, keepdim=True)).exp()
         inside = probabilities.cumsum(dim=-1) - probabilities < top_p.unsqueeze(1)  # (B, width)
         inside[:, 0] = True  # something is left even of a row of NaN
-        if width == vocab_size or not inside[top_p < 1, -1].any():
+        if width == widths[-1] or not inside[top_p < 1, -1].any():
             break  # every nucleus ends among the candidates
     threshold = ordered.masked_fill(~inside, math.inf).amin(dim=-1, keepdim=True)  # (B, 1), the last score inside
     return threshold.masked_fill(top_p.unsqueeze(1) == 1, -math.inf)

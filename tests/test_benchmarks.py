@@ -10,7 +10,9 @@ import torch
 
 from benchmarks import bench_inference, bench_service, bench_speculation, real_data
 from benchmarks.gpu_decoding import StaticDecoder
-from benchmarks.peers import LlamaCpp, Ours, Transformers, check_logits, synthetic_tokenizer, write_gguf
+from benchmarks.model_files import LeftOut, ModelFiles
+from benchmarks.peer_programs import PROGRAMS, Setting
+from benchmarks.peers import Ours, Transformers, check_logits, synthetic_tokenizer
 from benchmarks.tables import Table, write_section
 from checkpoint import save_checkpoint
 from command_line import UserError
@@ -63,16 +65,43 @@ def test_transformers_gets_our_weights(random_model):
         assert theirs.generate(PROMPT, 12) == ours.generate(PROMPT, 12)
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("F32", 1e-3), ("Q8_0", 5e-2)])
-def test_llama_cpp_gets_our_weights(random_model, tmp_path, precision, limit):
-    pytest.importorskip("llama_cpp")
-    sizes = dict(vocab_size=300, d_model=64, max_seq_len=256)  # Q8_0 wants rows of a multiple of 32
-    model = random_model("gpt2", tie_embeddings=precision == "F32", **sizes)
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("program", [each for each in PROGRAMS if each.module != "transformers"], ids=lambda p: p.name)
+def test_a_peer_gets_our_weights(random_model, tmp_path, program, architecture):
+    """Every kind of weights that it is measured with, alone and in a batch; what it cannot do, it says."""
+    pytest.importorskip(program.module)
+    sizes = dict(vocab_size=600, d_model=256, max_seq_len=256)  # blocks of 256 weights
+    model = random_model(architecture, tie_embeddings=True, **sizes)
+    files = ModelFiles.of_weights(model, synthetic_tokenizer(600), tmp_path)
     expected = Ours(model).prefill(PROMPT)
-    theirs = LlamaCpp(write_gguf(model, tmp_path / "model.gguf", precision), context=256, n_threads=1)
-    assert check_logits("llama.cpp", theirs, expected, PROMPT, limit) <= limit
-    assert theirs.generate(PROMPT, 6)[0] == expected.argmax()
-    theirs.close()
+    for weights, bits in program.bits.items():
+        try:
+            theirs = program.open(files, weights, Setting(1, context=256, n_streams=2, stream_context=32))
+        except LeftOut as reason:
+            assert "GPT-2" in str(reason) or "pip install" in str(reason)
+            continue
+        check_logits(program.name, theirs, expected, PROMPT, bench_inference.LIMITS[bits])
+        alone, turned = theirs.generate(PROMPT, 6), theirs.generate(PROMPT[::-1], 6)
+        together = theirs.generate_all([PROMPT, PROMPT[::-1]], 6)
+        assert [tokens[0] for tokens in together] == [alone[0], turned[0]]
+        assert [len(tokens) for tokens in together] == [6, 6]
+        if hasattr(theirs, "close"):
+            theirs.close()
+
+
+def test_of_a_peer_that_shows_tokens_only_the_token_is_compared(random_model):
+    expected = Ours(random_model("gpt2")).prefill(PROMPT)
+
+    class Shows:
+        def __init__(self, rank):
+            self.token = int(np.argsort(-expected)[rank])
+
+        def prefill(self, prompt):
+            return self.token
+
+    assert check_logits("the best", Shows(0), expected, PROMPT, 0.01) is None
+    with pytest.raises(AssertionError, match="less likely than ours"):
+        check_logits("the worst", Shows(-1), expected, PROMPT, 0.01)
 
 
 def test_a_contestant_with_other_weights_is_refused(random_model):

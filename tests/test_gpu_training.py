@@ -6,14 +6,17 @@ PyTorch's meta device stands in for a GPU: it computes shapes alone, and whoever
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import policy_loops
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gpt_model
 import machine
 import transformer_components
 from alignment import rollouts
@@ -42,6 +45,7 @@ TRAINERS = (*SUPERVISED, "ppo", "grpo")
 
 def make_loop(trainer, folder, tokenizer, random_model, device, **settings):
     """The loop of a trainer on a small model of the preset `modern` and texts of different lengths."""
+    torch.manual_seed(0)
     usual = {**COMMON, "output_dir": str(folder), "max_seq_len": 48, **settings}
     model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=48)
     chats = [[{"role": "user", "content": "x" * k}, {"role": "assistant", "content": "y" * k}] for k in range(1, 13)]
@@ -58,7 +62,7 @@ def make_loop(trainer, folder, tokenizer, random_model, device, **settings):
         return TrainingLoop(PretrainConfig(**usual), model, *rest, data, data, device)
     if trainer == "sft":
         data = GPTSFTDataset(chats, tokenizer, 48)
-        return TrainingLoop(SFTConfig(**usual), model, *rest, data, data, device)
+        return TrainingLoop(SFTConfig(**usual), model, *rest, data, data, device, data.lengths)
     if trainer == "reward":
         data = PreferenceDataset(pairs, tokenizer, 48)
         return RewardLoop(RewardConfig(**usual), RewardModel(model), *rest, data, data, device)
@@ -233,6 +237,19 @@ def test_longer_rows_change_no_figure(trainer, tmp_path, tokenizer, random_model
     assert results[1] == pytest.approx(results[0], rel=2e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("trainer", SUPERVISED)
+def test_batches_that_are_read_ahead_are_the_same(trainer, tmp_path, tokenizer, random_model):
+    """Also where a run goes on from another step than was foreseen."""
+    results = []
+    for ahead in (False, True):
+        loop = make_loop(trainer, tmp_path / str(ahead), tokenizer, random_model, torch.device("cpu"), lr=1e-3)
+        loop.reads_ahead = ahead
+        results.append([loop.train_step() for _ in range(2)])
+        loop.step = 5
+        results[-1].append(loop.train_step())
+    assert results[1] == results[0]
+
+
 # -- few moments of waiting --------------------------------------------------------------------------------------------
 
 
@@ -256,6 +273,17 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.n = max(self.n, result.numel() if torch.is_tensor(result) else 0)
+        return result
+
+
 @pytest.fixture
 def waits(monkeypatch):
     """The counter, with what a meta device lacks: AdamW's fused kernel, and that it can be waited for."""
@@ -276,8 +304,8 @@ def test_a_step_waits_once(trainer, tmp_path, tokenizer, random_model, monkeypat
     monkeypatch.setattr(KTODataset, "ask_reference", lambda data, *_: tell_references(data))
     loop = make_loop(trainer, tmp_path, tokenizer, random_model, META, optimizer="muon")
     with waits:
-        figures = [loop.train_step() for _ in range(3)]
-    assert waits.n == 3
+        figures = [loop.train_step() for _ in range(2)]
+    assert waits.n == 2
     assert {"loss", "grad_norm", "lr", "tokens"} <= figures[0].keys()
 
 
@@ -346,22 +374,91 @@ def test_tied_weights_that_were_copied_off_a_gpu_are_written_once(tmp_path, toke
 def test_muon_needs_no_more_memory_at_once_than_it_is_given(monkeypatch):
     """Of 32 matrices of one shape, 4 are orthogonalised together; no tensor is larger than these."""
     monkeypatch.setattr(optimization, "MUON_BYTES", 4 * 48 * 48 * 4)
-
-    class Largest(TorchDispatchMode):
-        n = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            tensors = [result] if torch.is_tensor(result) else []
-            self.n = max([self.n, *(tensor.numel() for tensor in tensors)])
-            return result
-
     weights = [torch.nn.Parameter(torch.randn(48, 48)) for _ in range(32)]
     for weight in weights:
         weight.grad = torch.randn(48, 48)
     with Largest() as largest:
         optimization.Muon(weights).step()
     assert largest.n == 4 * 48 * 48
+
+
+# -- a loss without logits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logits_at_once", [1, 5 * 64, 1 << 27])
+def test_a_loss_in_chunks_is_the_plain_one(architecture, precision, logits_at_once, random_model, monkeypatch):
+    """Loss and gradients, of labels some of which are missing; the embedding that is the head gets both gradients."""
+    ids, results = torch.randint(4, 64, (3, 12)), []
+    labels = ids.masked_fill(torch.rand(3, 12) < 0.3, IGNORED_LABEL)
+    usual = gpt_model.loss_in_chunks
+    monkeypatch.setattr(gpt_model, "loss_in_chunks", lambda *args: usual(*args, logits_at_once))
+    for keeps_logits in (True, False):
+        model = random_model(architecture).train()
+        model.keeps_logits = keeps_logits
+        with machine.autocast(torch.device("cpu"), precision):
+            output = model(ids, labels=labels)
+        assert (output["logits"] is None) != keeps_logits
+        (3 * output["loss"]).backward()
+        results.append([output["loss"].detach(), *(parameter.grad for parameter in model.parameters())])
+        model.eval()
+        assert model(ids, labels=labels)["logits"] is not None
+    near = dict(atol=1e-5, rtol=1e-4) if precision == torch.float32 else dict(atol=0.03, rtol=0.03)
+    torch.testing.assert_close(results[1], results[0], **near)
+
+
+def test_a_loss_in_chunks_of_nothing_is_nothing(random_model):
+    model, ids = random_model("gpt2").train(), torch.randint(4, 64, (2, 5))
+    model.keeps_logits = False
+    loss = model(ids, labels=torch.full_like(ids, IGNORED_LABEL))["loss"]
+    loss.backward()
+    model.eval()
+    assert loss.item() == 0.0
+
+
+def test_no_logits_are_kept(random_model):
+    """Not even those of a single chunk, and what is made at once is no larger than one."""
+    model = random_model("gpt2", vocab_size=2000, d_model=8)
+    hidden, labels = torch.randn(8, 32, 8, requires_grad=True), torch.randint(4, 2000, (8, 32))
+    with Largest() as largest:
+        loss = gpt_model.loss_in_chunks(hidden, model.lm_head.weight, labels, 16 * 2000)
+    kept = sum(tensor.numel() for tensor in loss.grad_fn.next_functions[0][0].saved_tensors)
+    assert kept == hidden.numel() + model.lm_head.weight.numel()
+    assert largest.n == 16 * 2000
+
+
+# -- compiled code -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", ["pretrain", "sft"])
+def test_a_run_is_compiled_once(trainer, tmp_path, tokenizer, random_model, monkeypatch):
+    """For all lengths, and neither for evaluations nor for the training that follows them; figures stay the same."""
+    torch._dynamo.reset()
+    counter, usual, results = CompileCounter(), torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **how: usual(*args, backend=counter, **how))
+    for compiled in (False, True):
+        loop = make_loop(trainer, tmp_path / str(compiled), tokenizer, random_model, torch.device("cpu"))
+        if compiled:
+            loop.model.keeps_logits = False  # as on a GPU
+            loop.parallel_model.compile(loop.order.lengths is not None)
+        log = SimpleNamespace(log=lambda *_: None, say=lambda *_: None)
+        results.append([])
+        for _ in range(2):
+            results[-1] += [loop.train_step()["loss"] for _ in range(2)]
+            loop._evaluate_and_keep_best(log)
+    assert counter.frame_count == 1, counter
+    assert results[1] == pytest.approx(results[0], abs=1e-5)
+
+
+def test_a_short_run_is_not_compiled(tmp_path, tokenizer, random_model, monkeypatch, capsys):
+    """On a GPU of 1 TFLOP/s this model trains at once, and on one of 1 kFLOP/s for days; a CPU's is never compiled."""
+    loop = make_loop("sft", tmp_path, tokenizer, random_model, torch.device("cpu"))
+    assert not loop._is_worth_compiling()
+    loop.device = torch.device("cuda")
+    for peak, worth in ((1e12, False), (1e3, True)):
+        monkeypatch.setattr("training.training_loop.peak_flops", lambda *_, peak=peak: peak)
+        assert loop._is_worth_compiling() == worth
+    assert capsys.readouterr().out == "not compiled: the run takes some 0 s; --compile true does it all the same\n"
 
 
 # -- a GPU beside the CPU ----------------------------------------------------------------------------------------------

@@ -142,6 +142,7 @@ class ParallelModel:
     ) -> None:
         self.layout, self.device, self._precision = parse_layout(mode, world_size()), device, precision
         self.module, self.data_rank, self.pipeline, self.copies = model, 0, None, None
+        self._is_compiled = False
         self._call: Callable[..., dict[str, torch.Tensor]] = model
         self._mesh: DeviceMesh | None = None
         self._tied = getattr(getattr(model, "config", None), "tie_embeddings", False)
@@ -204,13 +205,23 @@ class ParallelModel:
         """The same of several numbers, in one exchange."""
         return [total / self.layout.model_ranks for total in sum_over_ranks(*values)]
 
-    def compile(self) -> None:
-        """torch.compile: the whole model if every rank has all of it, otherwise layer by layer, between exchanges."""
+    def compile(self, dynamic: bool) -> None:
+        """torch.compile: the whole model if every rank has all of it, otherwise layer by layer, between exchanges.
+
+        Args:
+            dynamic: whether batches are of different lengths; one piece of code is then to serve them all.
+        """
+        self._is_compiled, dynamic = True, dynamic or None  # None: once they turn out to be
         if self._mesh is None:
-            self._call.compile()
+            self._call.compile(dynamic=dynamic)
             return
         for layer in layers_of(self.module):
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = torch.compile(layer.forward, dynamic=dynamic)
+
+    def as_written(self) -> AbstractContextManager:
+        """The context of evaluations, in which a compiled model computes without its code: it was made for training,
+        and making another one takes longer than an evaluation."""
+        return torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
         """Scale the gradients of the whole model to a global norm of at most `max_norm`; returns the norm before.

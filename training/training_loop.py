@@ -14,6 +14,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,9 @@ from training.run_identity import Inputs, changed_settings, differing_inputs, fi
 from training.run_log import RunLog, training_flops_per_token
 from training.training_config import TrainingConfig
 from transformer_components import Positions, auxiliary_losses
+
+COMPILED_FROM = 300  # seconds that a run takes at least: to compile a model takes about one minute
+USUAL_MFU = 0.3  # the share of a GPU's peak that such estimates reckon with
 
 
 class TrainingData(Protocol):
@@ -100,9 +104,12 @@ class TrainingLoop:
         self.checkpoint_folder = self.folder / "checkpoints"
 
         model = model.to(device)
+        self.precision = resolve_precision(config.precision, device)
         for module in model.modules():
             if hasattr(module, "recompute_activations"):
                 module.recompute_activations = config.recompute_activations
+            if hasattr(module, "keeps_logits"):  # fp16 needs them: its scaler has no part in a loss in chunks
+                module.keeps_logits = device.type != "cuda" or self.precision == torch.float16
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         positions = [module for module in model.modules() if isinstance(module, Positions)]
@@ -111,7 +118,6 @@ class TrainingLoop:
         self.lora = lora_settings(model)
         if self.lora:
             self.lora["base_fingerprint"] = weight_fingerprint(load_checkpoint(self.lora["base"]))
-        self.precision = resolve_precision(config.precision, device)
         self.parallel_model = ParallelModel(model, config.parallel, device, self.precision)
         self.model = model = self.parallel_model.module  # what this rank optimises
         self.ranks, self.data_rank = self.parallel_model.layout.data_ranks, self.parallel_model.data_rank
@@ -130,6 +136,9 @@ class TrainingLoop:
             self.parallel_model.clip_gradients,
         )
         self.length_multiple = length_multiple(device)
+        self.reads_ahead = device.type == "cuda"
+        self._reader = ThreadPoolExecutor(1, "batches")  # its thread starts with the first task
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None  # a step, and its micro-batches
         self.order = BatchOrder(len(train_data), self.global_batch(), config.seed, lengths)
         self.max_steps = config.max_steps or max(1, math.ceil(config.epochs * self.order.steps_per_epoch))
         self.warmup_steps = config.warmup_steps if config.warmup_steps >= 0 else max(10, self.max_steps // 50)
@@ -186,7 +195,7 @@ class TrainingLoop:
         if self.step == 0:
             with Progress("before the first step", unit="", shown=ranks.is_main()):
                 self.before_first_step()
-        if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
+        if config.compile == "true" or (config.compile == "auto" and self._is_worth_compiling()):
             self.compile()
         log = RunLog(
             self.folder,
@@ -254,6 +263,7 @@ class TrainingLoop:
                         log.say(f"no improvement in {config.patience} evaluations, stopped at step {self.step}")
         finally:
             log.close()
+            self._reader.shutdown(wait=False, cancel_futures=True)
         if ranks.is_main():
             self.expert_use.plot(self.folder / "experts.png")
         return self.best
@@ -264,17 +274,35 @@ class TrainingLoop:
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns the global `loss`, `lr`, `grad_norm` and the number of `tokens` read."""
         self.parallel_model.train()
-        size, accumulation = self.config.batch_size, self.config.grad_accum_steps
-        indices = self.order.batch(self.step)
-        # Micro-batch k of all ranks is one stretch of the global batch, and this rank's share one piece of that
-        parts = [indices[(k * self.ranks + self.data_rank) * size :][:size] for k in range(accumulation)]
-        batches = [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
+        batches = self._take_batches()
         lr, sums = self.learning_rate(), self.accumulate(batches, [self.train_data.count(batch) for batch in batches])
         figures = self.means({**sums, "grad_norm": self.updater.clip_gradients()})
         self.updater.apply(lr, figures["grad_norm"], figures["loss"])
         self.step += 1
         tokens = sum(int(batch["input_ids"].ne(self.tokenizer.pad_token_id).sum()) for batch in batches)
         return {**figures, "lr": lr, "tokens": tokens * self.ranks}
+
+    def batches_of(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step, on the CPU."""
+        size, accumulation = self.config.batch_size, self.config.grad_accum_steps
+        indices = self.order.batch(step)
+        # Micro-batch k of all ranks is one stretch of the global batch, and this rank's share one piece of that
+        parts = [indices[(k * self.ranks + self.data_rank) * size :][:size] for k in range(accumulation)]
+        return [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
+
+    def _take_batches(self) -> list[Batch]:
+        """The micro-batches of the step to come. Beside a GPU a thread prepares those of the next one meanwhile."""
+        if not self.reads_ahead:
+            return self.batches_of(self.step)
+
+        def prepare(step: int) -> list[Batch]:
+            return [self._pinned(self.prepared(batch)) for batch in self.batches_of(step)]
+
+        step, batches = self._ahead or (self.step, self._reader.submit(prepare, self.step))
+        if step != self.step:  # another one than was foreseen
+            batches = self._reader.submit(prepare, self.step)
+        self._ahead = self.step + 1, self._reader.submit(prepare, self.step + 1)
+        return batches.result()
 
     def accumulate(self, batches: list[Batch], counts: list[int]) -> dict[str, torch.Tensor]:
         """Forward and backward passes of the micro-batches of one step on this rank.
@@ -365,10 +393,11 @@ class TrainingLoop:
 
     def _evaluate_and_keep_best(self, log: RunLog) -> None:
         """Evaluate, and keep the best model."""
-        metrics = self.evaluate()
-        self.latest = {**metrics, "step": self.step}
-        if self.score is not None:
-            metrics |= self.score(self.model, metrics)
+        with self.parallel_model.as_written():
+            metrics = self.evaluate()
+            self.latest = {**metrics, "step": self.step}
+            if self.score is not None:
+                metrics |= self.score(self.model, metrics)
         improved = not metrics or not self.best or self.is_better(metrics, self.best)
         if improved:
             self.best = {**metrics, "step": self.step}
@@ -563,7 +592,18 @@ class TrainingLoop:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(f"warning: torch.compile does not work here ({reason}); going on without", flush=True)
             return
-        self.parallel_model.compile()
+        self.parallel_model.compile(dynamic=self.order.lengths is not None)
+
+    def _is_worth_compiling(self) -> bool:
+        """Whether what is left to train takes so long on a GPU that making the code for it is won back."""
+        if self.device.type != "cuda":
+            return False
+        tokens = (self.max_steps - self.step) * self.config.batch_size * self.config.grad_accum_steps
+        flops = tokens * self.config.max_seq_len * self._flops_per_token()
+        seconds = flops / self.parallel_model.layout.model_ranks / (USUAL_MFU * peak_flops(self.device, self.precision))
+        if seconds < COMPILED_FROM and ranks.is_main():
+            print(f"not compiled: the run takes some {seconds:.0f} s; --compile true does it all the same", flush=True)
+        return seconds >= COMPILED_FROM
 
     def _flops_per_token(self) -> float:
         config = self.gpt_config
@@ -588,10 +628,12 @@ class TrainingLoop:
         return lengthened(batch, self.length_multiple, self.tokenizer.pad_token_id, self.config.max_seq_len)
 
     def _to_device(self, batch: Batch) -> Batch:
-        batch = self.prepared(batch)
-        if self.device.type == "cuda":  # from pinned memory, a copy need not wait for what the GPU still computes
-            batch = {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
+        batch = self._pinned(self.prepared(batch))
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def _pinned(self, batch: Batch) -> Batch:
+        """A batch in memory from which it is copied to a GPU while that still computes."""
+        return {key: value.pin_memory() for key, value in batch.items()} if self.device.type == "cuda" else batch
 
 
 def scalars(output: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
