@@ -70,7 +70,7 @@ def test_transformers_gets_our_weights(random_model):
 def test_a_peer_gets_our_weights(random_model, tmp_path, program, architecture):
     """Every kind of weights that it is measured with, alone and in a batch; what it cannot do, it says."""
     pytest.importorskip(program.module)
-    sizes = dict(vocab_size=600, d_model=256, max_seq_len=256)  # blocks of 256 weights
+    sizes = dict(vocab_size=600, d_model=256, d_ff=512, max_seq_len=256)  # blocks of 256 weights
     model = random_model(architecture, tie_embeddings=True, **sizes)
     files = ModelFiles.of_weights(model, synthetic_tokenizer(600), tmp_path)
     expected = Ours(model).prefill(PROMPT)
