@@ -190,6 +190,11 @@ class OpenVINO(BatchGenerator):
             options["INFERENCE_PRECISION_HINT"] = "f32"
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(str(path), scheduler, "CPU", options)
         self.tensor, self.settings = openvino.Tensor, openvino_genai.GenerationConfig
+        if level:
+            try:
+                self.generate([0], 1)
+            except RuntimeError as error:
+                raise LeftOut(f"with its oneDNN held to {level.name} it fails: {str(error).strip()}") from None
 
     def prefill(self, prompt: Prompt) -> int:
         return self.generate(prompt, 1)[0]
@@ -204,7 +209,7 @@ class OpenVINO(BatchGenerator):
         """What it chooses from."""
         if not level:
             return "all that it finds"
-        return f"oneDNN's part and precision held to {level.name}; its own kernels (attention) have no switch"
+        return f"partly held to {level.name}: its oneDNN and precision are, its own kernels have no switch"
 
 
 class OnnxRuntime(BatchGenerator):
