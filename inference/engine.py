@@ -32,6 +32,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
@@ -535,7 +536,8 @@ class Engine:
         else:
             hidden, logits = self.forward(ids, wanted)  # (N, D), (W, V)
             if len(ids) > len(complete):
-                rows_finite = hidden.sum(dim=-1).isfinite().tolist()  # (N,)
+                sums = hidden.float().sum(dim=-1).cpu().numpy()  # (N,); NumPy is quicker with a few numbers
+                rows_finite = np.isfinite(sums).tolist()
             before_sampling = time.perf_counter()
             log_probs = [log_probs_of(logits[rows.start : rows.stop], followers, k) for rows, followers, k in judged]
             of_answers = logits[continued] if scored else logits  # (R, V)

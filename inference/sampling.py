@@ -178,6 +178,11 @@ class TokenSampler:
             seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
             self.random = random.Random(f"{seed}/{index}")
 
+    @property
+    def is_stateless(self) -> bool:
+        """Whether each choice depends on its scores alone, and not on the choices before it."""
+        return self.greedy and not self.penalizes and self.form is None
+
     def uniform(self) -> float:
         """The random number of the next step, in [0, 1); a greedy request needs none."""
         return self.random.random() if self.random else 0.0

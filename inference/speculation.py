@@ -118,6 +118,17 @@ def verify(
         first_rows.append(n_rows)
         n_rows += 1 + len(draft)
     chosen = [SampledTokens([], [], []) for _ in samplers]
+    if all(sampler.is_stateless for sampler in samplers):  # one choice for all rows is quicker than one a token
+        sampled = sample_batch(logits, [s for s, draft in zip(samplers, drafts, strict=True) for _ in (0, *draft)])
+        for tokens, row, draft in zip(chosen, first_rows, drafts, strict=True):
+            for following in (*draft, None):
+                tokens.token_ids.append(sampled.token_ids[row])
+                tokens.finite.append(sampled.finite[row])
+                tokens.log_probs.append(sampled.log_probs[row])
+                if not sampled.finite[row] or sampled.token_ids[row] != following:
+                    break
+                row += 1
+        return chosen
     going = list(range(len(samplers)))  # the requests whose draft was right so far
     step = 0  # how many tokens these have
     while going:

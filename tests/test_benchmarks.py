@@ -12,11 +12,12 @@ import pytest
 import record_shapes
 import torch
 
-from benchmarks import bench_gpu, bench_inference, bench_service, real_data
+from benchmarks import bench_gpu, bench_inference, bench_service, bench_speculation, real_data
 from benchmarks.model_files import LeftOut, ModelFiles
 from benchmarks.peer_programs import PROGRAMS, Setting
 from benchmarks.peers import Ours, Transformers, check_logits, synthetic_tokenizer
 from benchmarks.tables import Table, write_section
+from checkpoint import save_checkpoint
 from command_line import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,18 @@ def test_a_quick_run_measures_everything_and_ends_with_one_line_of_json(capsys, 
     assert figures["decoding"]["ours INT8"]["tokens_per_second"] > 0
     assert all(goal["met"] == (goal["measured"] >= goal["at_least"]) for goal in figures["goals"] if goal["measured"])
     assert "ours INT8" in text and "| ours INT8 |" in page.read_text()
+
+
+def test_drafts_are_measured_beside_none(capsys, tmp_path, random_model, tokenizer):
+    model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=128)
+    path, page = str(tmp_path / "model.pth"), tmp_path / "RESULTS.md"
+    save_checkpoint(path, model_state=model.state_dict(), config=model.config, tokenizer=tokenizer, stage="sft")
+    options = f"--model_path {path} --draft_model {path} --shape false --write {page} --rounds 2 --num_threads 1"
+    bench_speculation.main(f"{options} --n_questions 2 --max_gen_len 12".split())
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["drafter"] for row in figures["answers"]] == ["none", "lookup", "draft model"] * 2
+    assert all(row["tokens_per_second"] > 0 for row in figures["answers"])
+    assert "| this one | int8 | lookup |" in page.read_text()
 
 
 def test_peers_that_are_not_installed_are_left_out(capsys, monkeypatch):

@@ -398,11 +398,11 @@ def test_a_model_drafts_for_itself(random_model, params):
 def test_another_model_drafts(random_model, settings):
     """One with a shorter context, little room and small steps, for answers that give way and slide."""
     model, small = random_model(max_seq_len=CONTEXT), random_model("modern", n_layers=1, max_seq_len=64)
-    params = SamplingParams(70, temperature=0, ignore_eos=True, overflow="slide")
-    expected = tokens_of(Engine(model, None).run(PROMPTS, params))
+    params = SamplingParams(45, temperature=0, ignore_eos=True, overflow="slide")
+    expected = tokens_of(Engine(model, None).run(PROMPTS[:5], params))
     drafter = DraftModel(small, max_running=3, prefill_chunk=16)
     engine = speculating(model, drafter, **settings)
-    assert tokens_of(engine.run(PROMPTS, params)) == expected
+    assert tokens_of(engine.run(PROMPTS[:5], params)) == expected
     assert engine.statistics().tokens_drafted > 0
     assert drafter.cache.n_used == 0 and drafter.known == {}
 
