@@ -529,6 +529,27 @@ class GPTPPODataset(RecordData):
         }
 
 
+def length_multiple(device: torch.device) -> int:
+    """To a multiple of how many tokens rows of different lengths are filled up, so that few shapes occur on a GPU: each
+    new one makes cuDNN's attention plan anew, which takes up to half a second, and compiled code be compiled anew."""
+    return 64 if device.type == "cuda" else 1
+
+
+def lengthened(batch: Batch, multiple: int, pad_token_id: int, max_len: int) -> Batch:
+    """A batch whose rows, (B, T) each, are filled up on the right to a multiple of so many tokens, or to `max_len`.
+
+    What a tensor is filled with follows from how its name ends; others, and rows that are longer, stay as they are.
+    """
+    fillers = {"input_ids": pad_token_id, "labels": IGNORED_LABEL, "attention_mask": 0, "segments": -1}
+    result = dict(batch)
+    for name, value in batch.items() if multiple > 1 else ():
+        filler = next((fillers[end] for end in fillers if name.endswith(end)), None)
+        if filler is not None:
+            longer = min(-(-value.size(-1) // multiple) * multiple, max_len)
+            result[name] = F.pad(value, (0, max(0, longer - value.size(-1))), value=filler)
+    return result
+
+
 def pad_rows(rows: Sequence[Sequence[int]], value: int, on_the_left: bool = False) -> torch.Tensor:
     """B rows of ids, labels or ones → (B, T) int64, T being the longest; `value` fills up the others."""
     longest = max(map(len, rows))

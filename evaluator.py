@@ -26,7 +26,7 @@ from alignment.reward_model import RewardModel, compare, load_reward_model, pref
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, weight_fingerprint
 from command_line import UserError, option, parse_config, run_main
-from data_loader import PreferenceDataset, pad_rows
+from data_loader import PreferenceDataset, length_multiple, lengthened, pad_rows
 from evaluation.answer_report import (
     Question,
     ReferenceScore,
@@ -49,7 +49,7 @@ from gpt_model import IGNORED_LABEL, GPTModel
 from inference.quantizer import load_any
 from inference.request import Generation, Prompt, encode_prompt
 from inference.text_generation import generate_texts, longest_prompt
-from machine import resolve_device
+from machine import PRECISIONS, resolve_device
 from progress import Progress
 from text.account import Account
 from text.conversation_data import RecordOptions, load_records, parse_columns, parse_preference
@@ -196,8 +196,10 @@ class GPTEvaluator:
         """Every target of some windows."""
         rows, labels = zip(*windows, strict=True)
         # Padding stands on the right, where a causal model cannot see it: it needs no mask
-        inputs = pad_rows(rows, self.tokenizer.pad_token_id).to(self.model.device)  # (B, T)
-        targets = pad_rows(labels, IGNORED_LABEL).to(self.model.device)  # (B, T)
+        pad_token_id, device = self.tokenizer.pad_token_id, self.model.device
+        batch = {"input_ids": pad_rows(rows, pad_token_id), "labels": pad_rows(labels, IGNORED_LABEL)}
+        batch = lengthened(batch, length_multiple(device), pad_token_id, self.model.config.max_seq_len)
+        inputs, targets = batch["input_ids"].to(device), batch["labels"].to(device)  # (B, T), (B, T)
         scored = targets != IGNORED_LABEL  # (B, T)
         hidden, targets = self.model.hidden_states(inputs)[scored], targets[scored]  # (N, D), (N,)
         nats, hits, confidence = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)], [torch.empty(0)]
@@ -463,6 +465,9 @@ class EvaluationConfig(RecordOptions):
     )
     seed: int = option(42, "makes sampling and the intervals' bootstrap repeatable")
     device: str = option("auto", "auto, cpu or cuda")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
 
@@ -510,7 +515,8 @@ def main(argv: list[str] | None = None) -> None:
     records = {"account": account, "columns": parse_columns(config.columns)}
     sampling = {name: getattr(config, name) for name in ("max_gen_len", "temperature", "top_k", "seed")}
     # What results depend on: not how many are computed at once, nor where the files are
-    settings = ("max_samples", "max_gen_len", "temperature", "top_k", "seed", "stride", "columns", "skip_bad_records")
+    settings = ("max_samples", "max_gen_len", "temperature", "top_k", "seed", "stride", "columns", "skip_bad_records",
+                "precision")  # fmt: skip
     depends_on = {name: getattr(config, name) for name in settings} | {"device": str(device), "type": model_type}
     depends_on |= {"weights": weight_fingerprint(checkpoint), "data": _fingerprint_of(data_path)}
     kept = KeptWork(output_path.with_name(f"{output_path.stem}_unfinished.jsonl"), depends_on)
@@ -521,7 +527,7 @@ def main(argv: list[str] | None = None) -> None:
         report = evaluate_reward(*reward_model, data_path, **sizes, **records, seed=config.seed)
         table, summary, page = reward_table(report), reward_summary(report), reward_page
     else:
-        model, tokenizer, _ = load_any(model_path, device)
+        model, tokenizer, _ = load_any(model_path, device, precision=config.precision)
         evaluator = GPTEvaluator(model, tokenizer)
         if config.stride and config.stride > model.config.max_seq_len:
             raise UserError(f"--stride must be at most {model.config.max_seq_len}, the model's context")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from byte_level_bpe import IGNORED_LABEL
@@ -57,6 +58,7 @@ class GPTModel(Part):
         config = GPTConfig(vocab_size, d_model, n_layers, n_heads, d_ff, max_seq_len, dropout, pad_token_id, **switches)
         self.config = config
         self.recompute_activations = False  # True trades time for memory in training
+        self.keeps_logits = True  # False saves the memory of all logits in training, which then returns none
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = make_positions(config)
         self.embedding_dropout = nn.Dropout(config.dropout)
@@ -117,10 +119,17 @@ class GPTModel(Part):
 
         Args:
             attention_mask: (B, S), 1 for tokens and 0 for padding, over the cached and the new tokens. Positions count
-                only tokens, so padding on the left changes nothing.
+                only tokens, so padding on the left changes nothing. Without a cache, attention sees no mask: the tokens
+                are moved to the left, where causal attention never looks at the padding behind them, and flash kernels,
+                which know no masks, can compute it.
             cache: keys and values of what came before; the new tokens are added to it.
         """
         n_tokens, past = input_ids.size(1), 0 if cache is None else cache.length
+        fits = n_tokens <= self.config.max_seq_len and not self.position_embedding.depends_on_length
+        if attention_mask is not None and cache is None and fits:
+            place = places_on_the_left(attention_mask)  # (B, T)
+            hidden = self.hidden_states_at(input_ids.scatter(1, place, input_ids), None)  # (B, T, D)
+            return hidden.gather(1, place.unsqueeze(-1).expand_as(hidden))
         if past + n_tokens > self.config.max_seq_len and attention_mask is None:
             raise ValueError(f"{past + n_tokens} tokens do not fit into max_seq_len {self.config.max_seq_len}")
         mask = positions = None
@@ -174,12 +183,15 @@ class GPTModel(Part):
 
         Returns:
             {"logits": (B, T, V), "loss": scalar in nats a token, or None without labels}; in eval mode, with labels,
-            also "token_accuracy", the share of them that the likeliest tokens are
+            also "token_accuracy", the share of them that the likeliest tokens are. In training, with labels, logits are
+            None if `keeps_logits` is false.
         """
         if segments is None:
             hidden = self.hidden_states(input_ids, attention_mask, cache)  # (B, T, D)
         else:
             hidden = self.hidden_states_at(input_ids, *places_in_segments(segments))  # (B, T, D)
+        if labels is not None and self.training and not self.keeps_logits and type(self.lm_head) is nn.Linear:
+            return {"logits": None, "loss": loss_in_chunks(hidden, self.lm_head.weight, labels)}
         logits = self.lm_head(hidden)  # (B, T, V)
         output = {"logits": logits, "loss": None if labels is None else next_token_loss(logits, labels)}
         if labels is not None and not self.training:
@@ -254,6 +266,14 @@ def visible_keys(n_tokens: int, past: int, attention_mask: torch.Tensor | None, 
     return visible
 
 
+def places_on_the_left(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Where each token goes if the tokens of a row are moved together on the left, in order, and its padding behind
+    them: (B, T) → (B, T) int64."""
+    is_token = attention_mask.bool()
+    n_tokens = is_token.sum(dim=1, keepdim=True)  # (B, 1)
+    return torch.where(is_token, is_token.cumsum(dim=1), n_tokens + (~is_token).cumsum(dim=1)) - 1
+
+
 def places_in_segments(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions (B, T) and visible keys (B, 1, T, T) of several texts in a row, each as if it were alone."""
     place = torch.arange(segments.size(1), device=segments.device)  # (T,)
@@ -269,10 +289,56 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Args:
         logits: (B, T, V); labels: (B, T) int64.
     """
-    # Shifting the labels and not the logits spares a copy of the largest tensor of the step
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()  # (B·T,)
+    targets = next_tokens(labels)  # (B·T,)
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
     return total / targets.ne(IGNORED_LABEL).sum().clamp(min=1)  # a batch without any target has loss 0, not NaN
+
+
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """What each position should predict: (B, T) labels → (B · T,), −100 at the end of each row.
+
+    Shifting the labels and not the logits spares a copy of the largest tensor of a step.
+    """
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
+
+
+def loss_in_chunks(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, logits_at_once: int = 1 << 27
+) -> torch.Tensor:
+    """`next_token_loss` of a head (V, D) after the states (B, T, D), of which at most so many logits exist at once: 2²⁷
+    are 512 MiB in fp32."""
+    targets, size = next_tokens(labels), max(1, logits_at_once // weight.size(0))
+    total = _LossOfChunks.apply(hidden.flatten(0, 1), weight, targets, size)
+    return total / targets.ne(IGNORED_LABEL).sum().clamp(min=1)
+
+
+class _LossOfChunks(torch.autograd.Function):
+    """The sum of the cross-entropies, with the gradients computed along with it: nothing is kept or computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, size: int) -> torch.Tensor:
+        """hidden (N, D), weight (V, D), targets (N,), of which `size` are taken at a time."""
+        total, of_hidden = hidden.new_zeros((), dtype=torch.float32), []
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # with LoRA it is frozen
+        for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = F.linear(states, weight)  # (n, V), under autocast in bf16
+            log_probs = logits.float().log_softmax(dim=-1)  # (n, V)
+            ignored, places = wanted.eq(IGNORED_LABEL).unsqueeze(1), wanted.clamp(min=0).unsqueeze(1)  # (n, 1), (n, 1)
+            total -= log_probs.gather(1, places).masked_fill(ignored, 0.0).sum()
+            errors = log_probs.exp_().scatter_add_(1, places, torch.full_like(places, -1.0, dtype=torch.float32))
+            errors = errors.masked_fill_(ignored, 0.0).to(logits.dtype)  # (n, V): p − 1 at the target, p elsewhere
+            of_hidden.append((errors @ weight).to(hidden.dtype))
+            if of_weight is not None:
+                of_weight += errors.mT @ states
+        ctx.save_for_backward(torch.cat(of_hidden), of_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients times that of the sum."""
+        of_hidden, of_weight = ctx.saved_tensors
+        return of_hidden * gradient, None if of_weight is None else of_weight * gradient, None, None
 
 
 def next_token_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -38,16 +38,35 @@ def attend(
             tokens, which is right only without a past (or for a single new token).
         dropout: the share of attention weights that are dropped.
     """
+    groups = query.size(1) // key.size(1)
+    is_grouped = groups > 1
+    if is_grouped and not takes_groups(query.device.type, query.dtype, mask is not None):
+        key, value, is_grouped = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), False
+    # SDPA aligns its causal mask upper-left: with a past, one new query would see the first key only
+    is_causal = False
+    if mask is None and query.size(2) > 1:  # compiled code, to which sizes are symbols, needs a plain bool
+        is_causal = True
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
         dropout_p=dropout,
-        # SDPA aligns its causal mask upper-left: with a past, one new query would see the first key only
-        is_causal=mask is None and query.size(2) > 1,
-        enable_gqa=query.size(1) != key.size(1),
+        is_causal=is_causal,
+        enable_gqa=is_grouped,
     )
+
+
+def takes_groups(device_type: str, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether a fused kernel of SDPA takes fewer key/value heads than query heads.
+
+    On CUDA that is flash attention, which knows neither fp32 nor masks; the memory-efficient kernel, which knows both,
+    wants equal heads. Where none takes them, SDPA silently computes all T × S weights ("math"); with the heads repeated
+    it does not.
+    """
+    if device_type == "cuda":
+        return not masked and dtype in (torch.bfloat16, torch.float16)
+    return device_type == "cpu"
 
 
 class Cache(Protocol):
@@ -481,14 +500,19 @@ class Part(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm (arXiv:1910.07467) that stays on PyTorch's fused kernel under autocast.
+    """RMSNorm (arXiv:1910.07467) that stays on PyTorch's fused kernel under autocast, and in the type of its input.
 
-    There the input is bf16 and the weight fp32, and the kernel wants both of one type.
+    Queries and keys come in bf16 there and the weight is fp32; the kernel wants both of one type, and takes the mean
+    square in fp32 whatever that is. On CUDA, autocast would compute all of it in fp32, and queries and keys would come
+    out twice as large: `rms_norm` is on its list.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, size) → (…, size)."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        """(…, size) → (…, size), of the same type."""
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(kind: str, size: int, eps: float) -> nn.Module:

@@ -167,8 +167,8 @@ class ClassifyLoop(TrainingLoop):
         with self.updater.autocast():
             for start in range(0, len(mine), size):
                 batch = self.val_data.collate([self.val_data[index] for index in mine[start : start + size]])
-                rows = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
-                logits.append(self.model.logits(*rows).cpu())
+                rows = self._to_device(batch)
+                logits.append(self.model.logits(rows["input_ids"], rows["attention_mask"]).cpu())
                 truth.append(batch["label"])
         parts = ranks.gather_objects((torch.cat(truth), torch.cat(logits)))
         truth, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -19,13 +19,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from alignment.log_probabilities import LOGITS_AT_ONCE
+from alignment.log_probabilities import LOGITS_AT_ONCE, labelled_places, with_places
 from alignment.stage import InstructionData, StageConfig, fit_context, load_parts, run, start_of
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_model
 from command_line import UserError, option, replacing
-from data_loader import GPTPretrainDataset, GPTSFTDataset
-from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
+from data_loader import Batch, GPTPretrainDataset, GPTSFTDataset
+from gpt_model import GPTConfig, GPTModel
 from inference.text_generation import generate_texts
 from text.account import Account
 from text.chat_template import Message
@@ -101,12 +101,17 @@ class DistillationModel(nn.Module):
         return self
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The loss as a mean over the positions that carry a label; elsewhere nothing is computed from logits.
 
         Args:
             input_ids, labels, attention_mask: (B, T), as `GPTModel.forward` takes them.
+            places: where the labels are, see `log_probabilities.with_places`; None: they are looked for.
 
         Returns:
             {"loss": (1 − α) CE + α T² KL, "cross_entropy": of the labels, "teacher_kl": KL(teacher ‖ student) at T,
@@ -114,14 +119,16 @@ class DistillationModel(nn.Module):
 
             Soft targets have gradients that are smaller by 1/T², hence T² (arXiv:1503.02531, section 2).
         """
-        predicted = labels[:, 1:].ne(IGNORED_LABEL)  # (B, T − 1)
-        targets = labels[:, 1:][predicted]  # (N,)
-        hidden = self.student.hidden_states(input_ids, attention_mask)[:, :-1][predicted]  # (N, D)
+        places = labelled_places(labels) if places is None else places  # (N,)
+        before = places + places // (labels.size(1) - 1)  # (N,): the tokens before those, among all B · T
+        targets = labels.flatten().index_select(0, before + 1)  # (N,)
+        hidden = self.student.hidden_states(input_ids, attention_mask).flatten(0, 1).index_select(0, before)  # (N, D)
         if self.teacher is None:
             theirs = hidden.new_empty(len(targets), 0)  # (N, 0)
         else:
             with torch.no_grad():
-                theirs = self.teacher.hidden_states(input_ids, attention_mask)[:, :-1][predicted]  # (N, D')
+                theirs = self.teacher.hidden_states(input_ids, attention_mask).flatten(0, 1)
+                theirs = theirs.index_select(0, before)  # (N, D')
         # The logits of both exist for a chunk at a time, and are computed once more in the backward pass
         size = max(1, LOGITS_AT_ONCE // self.student.config.vocab_size)
         parts = [
@@ -155,6 +162,10 @@ class DistillationLoop(TrainingLoop):
     """The training loop, whose best checkpoint is the student alone."""
 
     published = "student"
+
+    def prepared(self, batch: Batch) -> Batch:
+        """With the places of the labels, which a GPU would have to be waited for."""
+        return with_places(super().prepared(batch))
 
 
 def student_of(teacher: GPTConfig, config: DistillationConfig) -> GPTConfig:

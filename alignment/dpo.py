@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from alignment.log_probabilities import answer_log_probs
+from alignment.log_probabilities import answer_log_probs, with_places
 from alignment.stage import (
     InstructionsMixedIn,
     PreferenceData,
@@ -30,7 +30,15 @@ from alignment.stage import (
 )
 from byte_level_bpe import IGNORED_LABEL
 from command_line import option
-from data_loader import Batch, GPTSFTDataset, PreferenceDataset, pad_rows, pad_samples
+from data_loader import (
+    Batch,
+    GPTSFTDataset,
+    PreferenceDataset,
+    length_multiple,
+    lengthened,
+    pad_rows,
+    pad_samples,
+)
 from gpt_model import GPTModel
 from lora import LoRAOptions, lora_layers
 from progress import tracked
@@ -96,8 +104,10 @@ class DPOModel(nn.Module):
         pairs: torch.Tensor,
         weights: torch.Tensor,
         reference_log_probs: torch.Tensor,
+        places: torch.Tensor | None = None,
         sft_input_ids: torch.Tensor | None = None,
         sft_labels: torch.Tensor | None = None,
+        sft_places: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The loss, and figures by the names of TRL's, as weighted means over pairs.
 
@@ -106,8 +116,9 @@ class DPOModel(nn.Module):
             pairs: (P, 2), the rows of the better and of the worse answer; weights: (P,).
             reference_log_probs: (N,), of the answers.
             sft_input_ids, sft_labels: (B, T'), a batch of the instruction data, if it is mixed in.
+            places, sft_places: where the labels are, see `with_places`; None: they are looked for.
         """
-        log_probs, n_tokens = answer_log_probs(self.policy, input_ids, labels, attention_mask)  # (N,), (N,)
+        log_probs, n_tokens = answer_log_probs(self.policy, input_ids, labels, attention_mask, places)  # (N,), (N,)
         ratios = log_probs - reference_log_probs  # (N,): log π / π_ref
         if self.dpo.loss == "ipo":
             better, worse = (ratios / n_tokens)[pairs].unbind(1)  # (P,), (P,)
@@ -131,7 +142,7 @@ class DPOModel(nn.Module):
             losses = losses - self.dpo.rpo_alpha * (log_probs / n_tokens)[chosen]
         means = {name: (x * weights).sum() / weights.sum() for name, x in {"loss": losses, **figures}.items()}
         if sft_input_ids is not None:
-            log_probs, n_tokens = answer_log_probs(self.policy, sft_input_ids, sft_labels)  # (B,), (B,)
+            log_probs, n_tokens = answer_log_probs(self.policy, sft_input_ids, sft_labels, places=sft_places)
             means["loss/sft_avg"] = -(log_probs / n_tokens).mean()
             means["loss"] = means["loss"] + self.dpo.sft_coef * means["loss/sft_avg"]
         return means
@@ -149,7 +160,9 @@ class AnswersWithReference:
         starts = range(0, len(mine), batch_size)
         for start in tracked(starts, "asking the reference", "batch", shown=ranks.is_main()):
             rows = [answer for sample in mine[start : start + batch_size] for answer in sample["answers"]]
-            batch = {name: value.to(device) for name, value in pad_samples(rows, self.pad_token_id).items()}
+            batch = pad_samples(rows, self.pad_token_id)
+            batch = lengthened(batch, length_multiple(device), self.pad_token_id, reference.config.max_seq_len)
+            batch = {name: value.to(device) for name, value in with_places(batch).items()}
             log_probs += answer_log_probs(reference, **batch)[0].tolist()
         for rank, values in enumerate(ranks.gather_objects(log_probs)):
             following = iter(values)
@@ -194,13 +207,18 @@ class DPOLoop(TrainingLoop):
                 data.ask_reference(policy, device, config.batch_size)
         self.instructions = mix_in(self, sft_data)
 
-    def accumulate(self, batches: list[Batch], counts: list[int]) -> dict[str, float]:
-        """As `TrainingLoop.accumulate`; to each micro-batch comes as much of the instruction data."""
+    def prepared(self, batch: Batch) -> Batch:
+        """With the places of the labels, which a GPU would have to be waited for."""
+        return with_places(super().prepared(batch))
+
+    def batches_of(self, step: int) -> list[Batch]:
+        """As `TrainingLoop.batches_of`; to each micro-batch comes as much of the instruction data."""
+        batches = super().batches_of(step)
         if self.instructions is not None:
-            indices, size = self.instructions.order.batch(self.step), self.config.batch_size
+            indices, size = self.instructions.order.batch(step), self.config.batch_size
             for number, batch in enumerate(batches):
                 batch |= self.instructions.batch(indices[(number * self.ranks + self.data_rank) * size :][:size])
-        return super().accumulate(batches, counts)
+        return batches
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -99,6 +99,7 @@ class GroupPolicy(nn.Module):
         old_log_probs: torch.Tensor,
         advantages: torch.Tensor,
         reference_log_probs: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """GRPO's loss, a mean over tokens or answers (arXiv:2402.03300, equation 3).
 
@@ -108,9 +109,11 @@ class GroupPolicy(nn.Module):
             old_log_probs: (B, R), of the policy that wrote the answers.
             advantages: (B,).
             reference_log_probs: (B, R), or None if divergence costs nothing.
+            places: see `answer_token_log_probs`.
         """
         config, mask = self.grpo, answer_mask
         answers = {"input_ids": input_ids, "attention_mask": attention_mask, "answer_mask": answer_mask}
+        answers |= {} if places is None else {"places": places}
         log_probs, entropy = answer_token_log_probs(self.policy, answers, config.temperature, with_entropy=True)
 
         ratio = (log_probs - old_log_probs).exp()  # (B, R)
@@ -206,12 +209,12 @@ class GRPOLoop(RolloutLoop):
         path, name = parse_place(self.config.reward)
         return {**super().inputs(), "reward": [self.config.reward, f"{content_fingerprint([path])} {name}"]}
 
-    def judge(self, data: RecordDataset, answers: Batch) -> Batch:
+    def judge(self, data: RecordDataset, answers: Batch, on_device: Batch) -> Batch:
         """ "scores" (B,), "old_log_probs" and, if there is a reference, "reference_log_probs" and "kl" (B, R)."""
-        log_probs = self.log_probs(answers)  # (B, R)
+        log_probs = self.log_probs(on_device)  # (B, R)
         figures = {"old_log_probs": log_probs, "scores": self.scores(data, answers)}
         if self.needs_reference:
-            figures["reference_log_probs"] = self.reference_log_probs(answers)
+            figures["reference_log_probs"] = self.reference_log_probs(on_device)
             figures["kl"] = kl_terms(log_probs, figures["reference_log_probs"], "k3")
         return figures
 
@@ -221,10 +224,8 @@ class GRPOLoop(RolloutLoop):
         rows = zip(answers["input_ids"][:, -n_answer:], answers["answer_mask"], strict=True)
         responses = [self.tokenizer.decode(ids[wrote]) for ids, wrote in rows]
         prompts, records = ([values[index] for index in indices] for values in (data.questions, data.records))
-        # Python's numbers in full: in fp32, 16777217 would be as much as 16777216 (MPS has nothing wider)
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
         scores = call_reward(self.reward, prompts, responses, records)
-        return torch.tensor(scores, dtype=dtype, device=self.device)
+        return torch.tensor(scores, dtype=torch.float64)  # in fp32, 16777217 would be as much as 16777216
 
     def before_first_step(self) -> None:
         """Say what the SFT model earns."""

@@ -32,6 +32,7 @@ from data_loader import Batch, UnpairedDataset
 from gpt_model import GPTModel
 from lora import LoRAOptions
 from text.conversation_data import load_unpaired
+from training import ranks
 
 
 @dataclass
@@ -76,8 +77,10 @@ class KTOModel(nn.Module):
         labels: torch.Tensor,
         good: torch.Tensor,
         reference_log_probs: torch.Tensor,
+        places: torch.Tensor | None = None,
         sft_input_ids: torch.Tensor | None = None,
         sft_labels: torch.Tensor | None = None,
+        sft_places: torch.Tensor | None = None,
         **others: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """The loss and figures, all of them means over the B answers; see `of_each_kind`.
@@ -86,10 +89,11 @@ class KTOModel(nn.Module):
             input_ids, attention_mask, labels: (B, T); labels are −100 but for the answers.
             good: (B,) bool. reference_log_probs: (B,), of the answers.
             sft_input_ids, sft_labels: (B', T'), a batch of the instruction data, if it is mixed in.
+            places, sft_places: where the labels are, see `with_places`; None: they are looked for.
             others: answers to other questions, which the estimate of the divergence is made from.
         """
         config = self.kto
-        log_probs, _ = answer_log_probs(self.policy, input_ids, labels, attention_mask)  # (B,)
+        log_probs, _ = answer_log_probs(self.policy, input_ids, labels, attention_mask, places)  # (B,)
         log_ratios = log_probs - reference_log_probs  # (B,)
         weights = config.desirable_weight, config.undesirable_weight
         loss = kto_loss(log_ratios, good, self.kl, config.beta, weights).mean()
@@ -100,7 +104,7 @@ class KTOModel(nn.Module):
                 figures[f"rewards/{kind}"] = (config.beta * log_ratios * those).mean()
                 figures[f"logps/{kind}"] = (log_probs * those).mean()
         if sft_input_ids is not None:
-            log_probs, n_tokens = answer_log_probs(self.policy, sft_input_ids, sft_labels)  # (B',), (B',)
+            log_probs, n_tokens = answer_log_probs(self.policy, sft_input_ids, sft_labels, places=sft_places)
             figures["loss/sft_avg"] = -(log_probs / n_tokens).mean()
             loss = loss + config.sft_coef * figures["loss/sft_avg"]
         return {"loss": loss, **figures}
@@ -142,20 +146,24 @@ class KTOLoop(DPOLoop):
     @torch.no_grad()
     def estimate_kl(self, batches: Iterable[Batch]) -> None:
         """z = max(0, mean of log π(y'|x)/π_ref(y'|x)) over prompts x with others' answers y', those of all ranks."""
-        total, n_answers = 0.0, 0
+        total, n_answers = torch.zeros((), device=self.device), 0
         for batch in map(self._to_device, batches):
-            rows = {name: batch[f"other_{name}"] for name in ("input_ids", "labels", "attention_mask")}
+            rows = {name: batch[f"other_{name}"] for name in ("input_ids", "labels", "attention_mask", "places")}
             with self.updater.autocast():
                 log_probs, _ = answer_log_probs(self.model.policy, **rows)  # (B,)
-            total += float((log_probs - batch["other_reference_log_probs"]).sum())
+            total += (log_probs - batch["other_reference_log_probs"]).sum()
             n_answers += len(log_probs)
-        mean = self.parallel_model.sum(total) / self.parallel_model.sum(float(n_answers))
-        self.model.kl.fill_(max(0.0, mean))
+        mean = ranks.tensor_over_ranks(total) / self.parallel_model.sum(float(n_answers))
+        self.model.kl.copy_(mean.clamp(min=0))  # it never leaves the device
 
-    def accumulate(self, batches: list[Batch], counts: list[int]) -> dict[str, float]:
+    def accumulate(self, batches: list[Batch], counts: list[int]) -> dict[str, torch.Tensor]:
         """As `DPOLoop.accumulate`, after the estimate."""
         self.estimate_kl(batches)
-        return of_each_kind(super().accumulate(batches, counts))
+        return super().accumulate(batches, counts)
+
+    def means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        """See `of_each_kind`."""
+        return of_each_kind(super().means(sums))
 
     def evaluate(self) -> dict[str, float]:
         """As `TrainingLoop.evaluate`, with the divergence over all held-out prompts."""

@@ -61,7 +61,6 @@ from gpt_model import GPTConfig, GPTModel
 from lora import apply_lora
 from text.conversation_data import load_preferences
 from training import ranks
-from training.optimization import build_optimizers
 
 ANSWERS_TO_MEASURE = 64  # whose rewards give the SFT model's mean and spread: those of a few may be alike by chance
 # In standard deviations of the SFT model's rewards: advantages and returns that differ by less are alike, and dividing
@@ -116,6 +115,7 @@ class ActorCritic(nn.Module):
         old_values: torch.Tensor,
         advantages: torch.Tensor,
         returns: torch.Tensor,
+        places: torch.Tensor | None = None,
         sft_input_ids: torch.Tensor | None = None,
         sft_labels: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -126,10 +126,12 @@ class ActorCritic(nn.Module):
             answer_mask: (B, R) bool, the tokens that the policy wrote.
             old_log_probs, old_values: (B, R), of the networks that wrote the answers.
             advantages, returns: (B, R).
+            places: see `answer_token_log_probs`.
             sft_input_ids, sft_labels: (B', T'), a batch of the instruction data, if it is mixed in.
         """
         config, mask = self.ppo, answer_mask
         answers = {"input_ids": input_ids, "attention_mask": attention_mask, "answer_mask": answer_mask}
+        answers |= {} if places is None else {"places": places}
         log_probs, entropy = answer_token_log_probs(self.policy, answers, config.temperature, with_entropy=True)
         values = answer_values(self.critic, answers)  # (B, R)
 
@@ -221,11 +223,9 @@ class PPOLoop(RolloutLoop):
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """The policy's and the critic's, each with its own learning rate."""
-        config = self.config
-        policy = build_optimizers(self.model.policy, config.optimizer, config.lr, config.weight_decay)
-        critic = build_optimizers(self.model.critic, config.optimizer, config.lr, config.weight_decay)
+        policy, critic = self.optimizers_of(self.model.policy), self.optimizers_of(self.model.critic)
         for group in (group for optimizer in critic for group in optimizer.param_groups):
-            group["lr_scale"] = config.critic_lr_scale * group.get("lr_scale", 1.0)
+            group["lr_scale"] = self.config.critic_lr_scale * group.get("lr_scale", 1.0)
         return policy + critic
 
     def clip_each(self, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -238,22 +238,22 @@ class PPOLoop(RolloutLoop):
 
     # --------------------------------------------------------------------------------------------- rewards, advantages
 
-    def judge(self, data: GPTPPODataset, answers: Batch) -> Batch:
+    def judge(self, data: GPTPPODataset, answers: Batch, on_device: Batch) -> Batch:
         """What all four networks say of answers.
 
         Returns:
             "old_log_probs", "old_values", "kl": (B, R). "scores": (B,), in standard deviations of the SFT model's.
         """
-        rewards = self.reward_model.rewards(answers["input_ids"], answers["attention_mask"])  # (B,)
-        log_probs = self.log_probs(answers)  # (B, R)
+        rewards = self.reward_model.rewards(on_device["input_ids"], on_device["attention_mask"])  # (B,)
+        log_probs = self.log_probs(on_device)  # (B, R)
         return {
             "old_log_probs": log_probs,
-            "old_values": answer_values(self.model.critic, answers),
-            "kl": kl_terms(log_probs, self.reference_log_probs(answers), self.config.kl_estimator),
+            "old_values": answer_values(self.model.critic, on_device),
+            "kl": kl_terms(log_probs, self.reference_log_probs(on_device), self.config.kl_estimator),
             "scores": (rewards - self.model.reward_mean) / self.model.reward_std,
         }
 
-    def token_rewards(self, rollout: Batch) -> torch.Tensor:
+    def token_rewards(self, rollout: Batch, kl_coef: float) -> torch.Tensor:
         """−β · KL at every token and, at the last one, the score, less the penalty for a missing end: (B, R).
 
         arXiv:1909.08593, equation 2.
@@ -261,12 +261,15 @@ class PPOLoop(RolloutLoop):
         mask = rollout["answer_mask"]
         score = rollout["scores"] - self.config.missing_eos_penalty * ~rollout["ended"]  # (B,)
         last = mask.sum(dim=1, keepdim=True) - 1  # (B, 1): an answer has at least one token
-        return (-self.model.kl_coef * rollout["kl"] * mask).scatter_add(1, last, score.unsqueeze(1))
+        return (-kl_coef * rollout["kl"] * mask).scatter_add(1, last, score.unsqueeze(1))
 
-    def estimate_advantages(self, rollout: Batch) -> Batch:
-        """What `ActorCritic.forward` takes: a rollout with returns and, over the whole batch, whitened advantages."""
+    def estimate_advantages(self, rollout: Batch, rewards: torch.Tensor) -> Batch:
+        """What `ActorCritic.forward` takes: a rollout with returns and, over the whole batch, whitened advantages.
+
+        Args:
+            rewards: `token_rewards`, (B, R).
+        """
         config, mask, values = self.config, rollout["answer_mask"], rollout["old_values"]
-        rewards = self.token_rewards(rollout)  # (B, R)
         advantages = generalized_advantages(rewards, values, mask, config.gae_lambda, config.gamma)  # (B, R)
         mean, std = self.moments(advantages[mask])
         names = ("input_ids", "attention_mask", "answer_mask", "old_log_probs", "old_values")
@@ -295,7 +298,7 @@ class PPOLoop(RolloutLoop):
             rewards: of answers to this rank's held-out prompts.
         """
         level = self.mean(rewards)
-        missing = ANSWERS_TO_MEASURE - round(ranks.sum_over_ranks(float(len(rewards)), self.device))
+        missing = ANSWERS_TO_MEASURE - round(ranks.sum_over_ranks(float(len(rewards)))[0])
         if missing > 0:
             generator = torch.Generator().manual_seed(self.config.seed + 2 + ranks.rank())
             count = -(-missing // self.ranks)  # as many on every rank
@@ -318,13 +321,15 @@ class PPOLoop(RolloutLoop):
     def learn_from(self, rollout: Batch) -> dict[str, float]:
         """The passes of updates over the answers of one step; returns its figures."""
         config, mask = self.config, rollout["answer_mask"]
-        batch = self.estimate_advantages(rollout)
+        kl_coef = float(self.model.kl_coef)
+        rewards = self.token_rewards(rollout, kl_coef)  # (B, R)
+        batch = self.estimate_advantages(rollout, rewards)
         figures = self.figures_of(
             rollout,
-            rlhf_reward=self.token_rewards(rollout).sum(dim=1),  # what PPO maximises
-            non_score_reward=-self.model.kl_coef * rollout["kl"].sum(dim=1),
+            rlhf_reward=rewards.sum(dim=1),  # what PPO maximises
+            non_score_reward=-kl_coef * rollout["kl"].sum(dim=1),
         )
-        figures["objective/kl_coef"] = float(self.model.kl_coef)
+        figures["objective/kl_coef"] = kl_coef
         _, unexplained = self.moments((batch["returns"] - batch["old_values"])[mask])
         _, spread = self.moments(batch["returns"][mask])
         if spread > LEAST_SPREAD:  # of returns that are all alike there is nothing to explain
@@ -333,7 +338,7 @@ class PPOLoop(RolloutLoop):
         self.model.policy_weight = float(self.step >= config.critic_warmup_steps)
         figures |= self.update(batch, config.ppo_epochs)
         if config.kl_target and self.model.policy_weight:
-            adapted = adapted_kl_coef(float(self.model.kl_coef), figures["objective/kl"], config.kl_target)
+            adapted = adapted_kl_coef(kl_coef, figures["objective/kl"], config.kl_target)
             self.model.kl_coef.fill_(adapted)
         self.step += 1
         return {**figures, "tokens": int(rollout["attention_mask"].sum()) * self.ranks}

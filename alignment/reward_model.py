@@ -20,7 +20,7 @@ from alignment.stage import PreferenceData, StageConfig, load_parts, open_stage,
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, restore_model, tokenizer_of
 from command_line import UserError, option
-from data_loader import PreferenceDataset
+from data_loader import PreferenceDataset, length_multiple, lengthened
 from gpt_model import GPTConfig, GPTModel
 from lora import LoRAOptions
 from text.conversation_data import load_preferences
@@ -109,6 +109,7 @@ def compare(
     model.eval()
     for start in range(0, len(indices), batch_size):
         batch = data.collate([data[index] for index in indices[start : start + batch_size]])
+        batch = lengthened(batch, length_multiple(device), data.pad_token_id, model.config.max_seq_len)
         output = model(**{name: value.to(device) for name, value in batch.items()})
         margins.append(output["margins"].float().cpu())
         weights.append(batch["weights"])

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from alignment.log_probabilities import token_log_probs
+from alignment.log_probabilities import places_of, token_log_probs
 from alignment.stage import SFTStart, StageConfig, room_advice
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option, replacing
@@ -24,6 +25,7 @@ from inference.engine import Engine
 from inference.request import RequestFailed
 from inference.sampling import SamplingParams
 from lora import LoRAOptions, adapters_disabled, lora_layers
+from machine import to_host
 from training import ranks
 from training.run_log import read_metrics
 from training.training_loop import TrainingLoop
@@ -90,7 +92,7 @@ def write_answers(
     """Let the policy answer, from its whole distribution: probabilities are later taken of just that one.
 
     Args:
-        prompts: {"input_ids", "attention_mask"}, (B, P), padded on the left.
+        prompts: {"input_ids", "attention_mask"}, (B, P), padded on the left; on the CPU, as what is returned.
         end_token_ids: the tokens that end an answer.
         generator: on the CPU; where the seed of each answer comes from. None: torch's own.
 
@@ -108,23 +110,22 @@ def write_answers(
     settings = [SamplingParams(max_gen_len, temperature, stop_token_ids=ends, seed=seed) for seed in seeds]
     try:
         # A new engine each time: what it remembers of prompts belongs to the weights of this moment
-        written = Engine(policy, None, max_running=len(rows)).run(rows, settings)
+        longest = max(map(len, rows)) + max_gen_len
+        written = Engine(policy, None, max_running=len(rows), longest=longest).run(rows, settings)
     except RequestFailed as failure:
         raise UserError(
             f"the policy cannot write answers: {failure}; where training has made it so, lower --lr, and otherwise "
             "start from another checkpoint"
         ) from failure
-    device, pad = prompts["input_ids"].device, torch.nn.utils.rnn.pad_sequence
+    pad = torch.nn.utils.rnn.pad_sequence
     answers = [torch.tensor(generation.token_ids) for generation in written]
-    answer_mask = pad([torch.ones_like(ids, dtype=torch.bool) for ids in answers], batch_first=True).to(
-        device
-    )  # (B, R)
-    answer_ids = pad(answers, batch_first=True, padding_value=policy.config.pad_token_id).to(device)  # (B, R)
+    answer_mask = pad([torch.ones_like(ids, dtype=torch.bool) for ids in answers], batch_first=True)  # (B, R)
+    answer_ids = pad(answers, batch_first=True, padding_value=policy.config.pad_token_id)  # (B, R)
     return {
         "input_ids": torch.cat((prompts["input_ids"], answer_ids), dim=1),
         "attention_mask": torch.cat((prompts["attention_mask"], answer_mask.long()), dim=1),
         "answer_mask": answer_mask,
-        "ended": torch.tensor([generation.ended for generation in written], device=device),
+        "ended": torch.tensor([generation.ended for generation in written]),
     }
 
 
@@ -207,9 +208,10 @@ class RolloutLoop(TrainingLoop):
         """Let the policy answer prompts, and score the answers.
 
         Returns:
-            see `write_answers`, and what `judge` adds; a row for each index.
+            see `write_answers`, and what `judge` adds; a row for each index. All of it is on the CPU: it is little, and
+            what is reckoned with it are many small steps that a GPU would have to be called for one by one.
         """
-        prompts = self._to_device(data.collate([data[index] for index in indices]))
+        prompts = data.collate([data[index] for index in indices])
         answers = write_answers(
             self.model.policy,
             prompts,
@@ -218,16 +220,32 @@ class RolloutLoop(TrainingLoop):
             temperature=self.config.temperature,
             generator=generator,
         )
-        answers["indices"] = torch.tensor(indices, device=self.device)
+        answers["indices"] = torch.tensor(indices)
         parts = []
-        for rows in torch.arange(len(indices), device=self.device).split(self.config.batch_size):
+        for rows in torch.arange(len(indices)).split(self.config.batch_size):
             part = select(answers, rows)
             with self.updater.autocast():
-                parts.append({**part, **self.judge(data, part)})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                parts.append(self.judge(data, part, self._to_device(part)))
+        return answers | to_host({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    def judge(self, data: GPTPPODataset, answers: Batch) -> Batch:
-        """ "scores" (B,), "old_log_probs" and "kl" (B, R), and whatever else the loss needs."""
+    def prepared(self, batch: Batch) -> Batch:
+        """With rows of few different lengths, and the places of the answers' tokens among all that have room.
+
+        Rows are filled up on the left: prompts are, and answers are what stands at the end.
+        """
+        length = batch["input_ids"].size(1)
+        missing = min(-length % self.length_multiple, self.config.max_seq_len - length)
+        fillers = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0}
+        longer = {name: F.pad(batch[name], (missing, 0), value=filler) for name, filler in fillers.items()}
+        mixed_in = super().prepared({name: value for name, value in batch.items() if name.startswith("sft_")})
+        return {**batch, **longer, **mixed_in, "places": places_of(batch["answer_mask"])}
+
+    def judge(self, data: GPTPPODataset, answers: Batch, on_device: Batch) -> Batch:
+        """ "scores" (B,), "old_log_probs" and "kl" (B, R), and whatever else the loss needs.
+
+        Args:
+            answers, on_device: see `write_answers`; the second with "places", where the networks are.
+        """
         raise NotImplementedError
 
     def log_probs(self, answers: Batch) -> torch.Tensor:
@@ -257,7 +275,7 @@ class RolloutLoop(TrainingLoop):
     def mean(self, x: torch.Tensor) -> float:
         """The mean over the values of all ranks, in double precision."""
         x = x.detach().cpu().double()
-        total, n = (ranks.sum_over_ranks(value, self.device) for value in (float(x.sum()), float(x.numel())))
+        total, n = ranks.sum_over_ranks(float(x.sum()), float(x.numel()))
         return total / n
 
     def moments(self, x: torch.Tensor) -> tuple[float, float]:
@@ -285,13 +303,15 @@ class RolloutLoop(TrainingLoop):
         shuffled = (rows for _ in range(n_epochs) for rows in torch.randperm(n_answers).split(size))
         results, grad_norms = [], []
         for rows in shuffled:
-            batches = [self.minibatch(rollout, part.to(self.device)) for part in rows.split(config.batch_size)]
-            results.append(self.accumulate(batches, [self.count(batch) for batch in batches]))
+            batches = [self.minibatch(rollout, part) for part in rows.split(config.batch_size)]
+            sums = self.accumulate(batches, [self.count(batch) for batch in batches])
+            results.append(self.means({**sums, "grad_norm": self.updater.clip_gradients()}))
+            grad_norm = results[-1].pop("grad_norm")
             if grad_norms and 0 < config.target_kl < results[-1]["policy/approxkl_avg"]:
-                for optimizer in self.optimizers:
-                    optimizer.zero_grad(set_to_none=True)
+                self.updater.discard()
                 break
-            grad_norms.append(self.updater.step(lr, results[-1]["loss"]))
+            self.updater.apply(lr, grad_norm, results[-1]["loss"])
+            grad_norms.append(grad_norm)
         means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         return {**means, "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr, "policy/updates": len(grad_norms)}
 
@@ -362,7 +382,8 @@ def answer_token_log_probs(
     """Log-probabilities of answer tokens and the entropies there, (B, R) each; 0 behind the end of an answer.
 
     Args:
-        answers: {"input_ids" (B, T), "attention_mask" (B, T), "answer_mask" (B, R)}.
+        answers: {"input_ids" (B, T), "attention_mask" (B, T), "answer_mask" (B, R)}; with "places", where in the mask
+            the tokens are, no GPU has to be waited for.
     """
     first = answers["input_ids"].size(1) - answers["answer_mask"].size(1)
     return token_log_probs(
@@ -370,6 +391,7 @@ def answer_token_log_probs(
         answers["input_ids"],
         answers["attention_mask"],
         first=first,
+        places=answers.get("places"),
         temperature=temperature,
         with_entropy=with_entropy,
     )

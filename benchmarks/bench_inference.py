@@ -1,22 +1,22 @@
-"""How fast a model generates: this project beside `transformers` and llama.cpp, on the same weights, in the same run.
+"""How fast a model generates: this project beside other programs, on the same weights, in the same run.
 
-    python benchmarks/bench_inference.py                          # a GPT-2 of 124 million parameters; minutes
+    python benchmarks/bench_inference.py                          # a GPT-2 of 124 million parameters; half an hour
+    python benchmarks/bench_inference.py --model SmolLM2-135M-Instruct.Q4_1.gguf
     python benchmarks/bench_inference.py --preset tiny --quick    # does everything work? half a minute
+    CPU_LEVEL=avx2 python benchmarks/bench_inference.py           # as on a processor with nothing wider than AVX2
 
-Weights are random: speed does not depend on them. Contestants take turns, so that a drift of the machine hits all of
-them, and medians count. A peer that is not installed is left out. A row with a goal says whether it was reached. The
-tables are followed by one line of JSON; `--write benchmarks/RESULTS.md` puts them into that page, too.
+Without `--model`, weights are random: speed does not depend on them. Contestants take turns, so that a drift of the
+machine hits all of them, and medians count. A peer that is not installed, or fails, is left out, and the table of peers
+says why. A row with a goal says whether it was reached. The tables are followed by one line of JSON;
+`--write benchmarks/RESULTS.md` puts them into that page, too.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -28,32 +28,31 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.gpu_decoding import StaticDecoder  # noqa: E402
-from benchmarks.peers import (  # noqa: E402
-    Generator,
-    LlamaCpp,
-    Ours,
-    Transformers,
-    check_logits,
-    synthetic_tokenizer,
-    write_gguf,
-)
+from benchmarks.model_files import ModelFiles  # noqa: E402
+from benchmarks.peer_programs import PROGRAMS, Setting  # noqa: E402
+from benchmarks.peers import BatchGenerator, Generator, Ours, check_logits, synthetic_tokenizer  # noqa: E402
 from benchmarks.serving import Load  # noqa: E402
-from benchmarks.tables import Table, about, in_a_sentence, write_section  # noqa: E402
+from benchmarks.tables import Table, about  # noqa: E402
+from benchmarks.turns import READ, Report, memory_reader, rates, speedup, take_turns  # noqa: E402
 from command_line import option, parse_config, run_main  # noqa: E402
+from cpu_level import cpu_level  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
-from inference.quantizer import prepare_for_inference, weight_bytes  # noqa: E402
+from inference.kernels.linear_products import DTYPES  # noqa: E402
+from inference.quantizer import prepare_for_inference  # noqa: E402
 
-Result = dict[str, Any]
 FIRST_WORD = 257  # ids from here on are letters; before them stand the end of a text, padding and single bytes
-READ = "memory read"  # an action among those that are timed
-EXACT, INTEGER = 1e-3, 5e-2  # how far logits may be off with floating-point and with INT8 weights
-OURS = {  # name: kind of weights, how far its logits may be off
-    "FP32": ("fp32", EXACT),
-    "FP16": ("fp16", EXACT),
-    "INT8": ("int8", INTEGER),
-    "INT8 dynamic": ("int8_dynamic", INTEGER),  # activations rounded as well, as llama.cpp does with Q8_0
+EXACT = 1e-3  # how far logits may be off with weights in floating point
+# By the weights' bits, of peers, whose caches may be FP16, and of our integers; trained weights lose most
+LIMITS = {32: 5e-3, 16: 5e-2, 8: 0.15, 4: 0.6}
+OURS = {  # name: kind of weights, their bits, how far its logits may be off
+    "FP32": ("fp32", 32, EXACT),
+    "FP16": ("fp16", 16, EXACT),
+    "INT8": ("int8", 8, LIMITS[8]),
+    "INT8 dynamic": ("int8_dynamic", 8, LIMITS[8]),  # activations rounded as well, as llama.cpp does with Q8_0
+    "INT4": ("int4", 4, LIMITS[4]),
 }
+OURS = {name: kind for name, kind in OURS.items() if kind[0] in DTYPES}
+PREFILLS = {"prefill": 256, "prefill_long": 1024}  # tokens
 
 
 @dataclass
@@ -68,7 +67,8 @@ class BenchmarkConfig:
     d_model: int = option(768, "width")
     n_layers: int = option(12, "layers")
     n_heads: int = option(12, "heads")
-    max_seq_len: int = option(1024, "context", at_least=256)
+    max_seq_len: int = option(1280, "context: more than the longest prompt, of 1,024 tokens", at_least=256)
+    model: str = option("", "a checkpoint, GGUF file or Hugging Face folder; empty: random weights")
     num_threads: int = option(0, "CPU threads of every contestant; 0 means as many as torch takes", at_least=0)
     rounds: int = option(9, "how often the contestants take turns", at_least=1)
     quick: bool = option(False, "one round of few tokens: shows that everything works, gives no figures to quote")
@@ -92,151 +92,100 @@ def random_model(config: BenchmarkConfig) -> GPTModel:
     return model
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """How long an action takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-Times = dict[str, list[float]]  # of each action in seconds, a number for each round
-
-
-def take_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """How long each action takes, in turn, once in each round."""
-    of_rounds = [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
-    return {name: [of_round[name] for of_round in of_rounds] for name in actions}
-
-
-def rates(times: Times, n_items: int) -> dict[str, float]:
-    """Items a second of each action, by its median time."""
-    return {name: n_items / statistics.median(durations) for name, durations in times.items()}
-
-
-def speedup(times: Times, ours: str, theirs: str) -> float | None:
-    """How many times as fast; None if one of them was left out.
-
-    The median of the ratios within each round: a machine that slows down for a while slows both.
-    """
-    if ours not in times or theirs not in times:
-        return None
-    return statistics.median(their / our for our, their in zip(times[ours], times[theirs], strict=True))
-
-
-def memory_reader(device: torch.device, quick: bool) -> tuple[Callable[[], float], int]:
-    """An action that reads memory with all threads, the sum of an FP32 tensor far larger than any cache; and how many
-    bytes it reads."""
-    numbers = torch.ones((1 << 24 if quick else 1 << 28) * (4 if device.type == "cuda" else 1), device=device)
-    return lambda: numbers.sum().item(), numbers.nbytes
-
-
 @dataclass
 class Contestant:
-    """A generator with what is known about it: bytes of weights that a token reads, and its logits' relative error."""
+    """A generator, the bits of its large matrices, and its logits' relative error, if they are to be seen; whether it
+    keeps to CPU_LEVEL, as far as there is a way."""
 
     generator: Generator
-    weight_bytes: int
-    error: float
+    bits: int
+    error: float | None
+    held: bool = True
 
 
-class Report:
-    """Collects tables, figures and goals; prints each table as soon as it is there."""
-
-    def __init__(self, facts: Result) -> None:
-        self.figures: Result = {"benchmark": "inference", **facts}
-        self.setting = in_a_sentence(facts)
-        self.tables: list[Table] = []
-        self.goals: list[Result] = []
-        print(self.setting, flush=True)
-
-    def add(self, name: str, table: Table, figures: object) -> None:
-        """A table and the figures in it."""
-        self.figures[name] = figures
-        self.tables.append(table)
-        print(table.plain(), flush=True)
-
-    def goal(self, name: str, measured: float | None, at_least: float) -> None:
-        """What was to be reached; `measured` is None where the peer is missing."""
-        met = None if measured is None else measured >= at_least
-        self.goals.append({"goal": name, "measured": measured and round(measured, 3), "at_least": at_least, "met": met})
-
-    def finish(self, page: str) -> None:
-        """The table of goals; all tables into a Markdown page, if one is named; the line of JSON."""
-        words = {True: "yes", False: "no", None: "left out"}
-        rows = [
-            [goal["goal"], "" if goal["met"] is None else f"{goal['measured']:.2f}", f"{goal['at_least']:.2f}"]
-            + [words[goal["met"]]]
-            for goal in self.goals
-        ]
-        self.add(
-            "goals",
-            Table("Goals", "Medians of the ratios within each round.", ["", "measured", "at least", "met"], rows),
-            self.goals,
-        )
-        if page:
-            tables = "\n\n".join(table.markdown() for table in self.tables)
-            write_section(Path(page), "inference", f"## Inference\n\n{self.setting}\n\n{tables}")
-        print(json.dumps(self.figures))
+Contestants = dict[str, Contestant]
 
 
-def bytes_read(model: GPTModel) -> int:
-    """Bytes of weights that a token reads: all but the position table, of which it reads a row."""
-    return weight_bytes(model) - model.position_embedding.weight.nbytes
-
-
-def contestants(
-    model: GPTModel, config: BenchmarkConfig, prompt: Sequence[int], folder: Path, cleanup: ExitStack
-) -> dict[str, Contestant]:
-    """Everything that can be measured here, each with the weights of `model`; logits are checked after `prompt`."""
-    found: dict[str, Contestant] = {}
-    with torch.inference_mode():
-        expected = model(torch.tensor([prompt]))["logits"][0, -1].numpy()  # (V,), by PyTorch alone
-
-    def enter(name: str, generator: Generator, n_bytes: int, limit: float) -> None:
-        found[name] = Contestant(generator, n_bytes, check_logits(name, generator, expected, prompt, limit))
-
-    for name, (weights, limit) in OURS.items():
-        prepared = prepare_for_inference(model, weights)
-        enter(f"ours {name}", Ours(prepared), bytes_read(prepared), limit)
-    if find_spec("transformers"):
-        enter("transformers FP32", Transformers(model), bytes_read(model), EXACT)
-    if find_spec("llama_cpp"):
-        for precision, limit in (("F32", EXACT), ("Q8_0", INTEGER)):
-            path = write_gguf(model, folder / f"{precision}.gguf", precision)
-            llama = LlamaCpp(path, config.max_seq_len, torch.get_num_threads())
-            cleanup.enter_context(closing(llama))
-            n_bytes = path.stat().st_size - model.position_embedding.weight.nbytes  # it stays FP32
-            enter(f"llama.cpp {precision}", llama, n_bytes, limit)
+def our_contestants(model: GPTModel, prompt: Sequence[int]) -> Contestants:
+    """This project with each kind of weights; logits are checked after `prompt`."""
+    expected, found = logits_of(model, prompt), {}
+    for name, (weights, bits, limit) in OURS.items():
+        ours = Ours(prepare_for_inference(model, weights))
+        found[f"ours {name}"] = Contestant(ours, bits, check_logits(name, ours, expected, prompt, limit))
     return found
 
 
-def measure_decoding(report: Report, found: Mapping[str, Contestant], n_tokens: int, rounds: int, quick: bool) -> None:
+@torch.inference_mode()
+def logits_of(model: GPTModel, prompt: Sequence[int]) -> Any:
+    """Those of the token after a prompt, (V,), by PyTorch alone."""
+    return model(torch.tensor([prompt]))["logits"][0, -1].numpy()
+
+
+def peer_contestants(
+    report: Report, files: ModelFiles, setting: Setting, prompt: Sequence[int], cleanup: ExitStack
+) -> Contestants:
+    """Every peer that works here, with the weights of `files`; a table of all says why another does not."""
+    found: Contestants = {}
+    expected = logits_of(files.model, prompt)
+    rows, figures = [], {}
+    for program in PROGRAMS:
+        if not find_spec(program.module):
+            figures[program.name] = {"left_out": f"not installed: pip install {program.packages}"}
+            continue
+        figures[program.name] = {"instructions": program.instructions()}
+        for weights, bits in program.bits.items():
+            name = f"{program.name} {weights}"
+            try:
+                generator = program.open(files, weights, setting)
+                if hasattr(generator, "close"):
+                    cleanup.enter_context(closing(generator))
+                error = check_logits(name, generator, expected, prompt, LIMITS[bits])
+                held = not figures[program.name]["instructions"].startswith("not held")
+                found[name] = Contestant(generator, bits, error, held)
+                if weights.startswith("Q4"):
+                    figures[name] = {"matrices": files.matrices(weights)}
+            except Exception as error:  # whatever another program stumbles over is no reason to measure none
+                reason = str(error).strip() or type(error).__name__
+                figures[name] = {"left_out": reason.splitlines()[-1][:200]}
+    for name, figure in figures.items():
+        rows.append([name, *(figure.get(column, "") for column in ("instructions", "matrices", "left_out"))])
+    at = f", CPU_LEVEL={level.name}" if (level := cpu_level()) else ""
+    note = (
+        f"All with {setting.n_threads} threads{at}; kinds of weights have rows if there is more to say. What is not "
+        "held to CPU_LEVEL is measured, and is no measure for goals."
+    )
+    report.add("peers", Table("Peers", note, ["peer", "instructions", "matrices", "left out, because"], rows), figures)
+    return found
+
+
+def fastest(speeds: Mapping[str, float], found: Contestants, bits: int | None = None) -> str:
+    """The name of the fastest peer that keeps to CPU_LEVEL, of those whose weights have so many bits, or empty."""
+    names = [name for name in speeds if name in found and found[name].held and not name.startswith("ours")]
+    return max((name for name in names if bits in (None, found[name].bits)), key=speeds.get, default="")
+
+
+def measure_decoding(report: Report, found: Contestants, n_tokens: int, rounds: int, quick: bool) -> None:
     """Tokens a second of one stream."""
     actions = {name: lambda c=c: c.generator.generate([FIRST_WORD], n_tokens) for name, c in found.items()}
     read, n_bytes = memory_reader(torch.device("cpu"), quick)
     take_turns({name: lambda c=c: c.generator.generate([FIRST_WORD], 4) for name, c in found.items()}, 1)  # warm up
     times = take_turns({**actions, READ: read}, rounds)
-    goals = [
-        ("decoding FP32 ÷ transformers FP32", speedup(times, "ours FP32", "transformers FP32"), 2.2),
-        ("decoding FP32 ÷ llama.cpp F32", speedup(times, "ours FP32", "llama.cpp F32"), 1.0),
-        ("decoding INT8 ÷ transformers FP32", speedup(times, "ours INT8", "transformers FP32"), 6.0),
-        ("decoding INT8 ÷ llama.cpp Q8_0", speedup(times, "ours INT8", "llama.cpp Q8_0"), 1.1),
-    ]
+    measured = dict(found)
     base, uncached = "transformers FP32", "transformers FP32, no cache"
     if base in found:
         found[base].generator.use_cache = False
-        times[uncached] = [seconds(actions[base])] * rounds  # it is slow enough to be timed once
+        times[uncached] = take_turns({base: actions[base]}, 1)[base] * rounds  # it is slow enough to be timed once
         found[base].generator.use_cache = True
-        found = {**found, uncached: found[base]}
+        measured[uncached] = found[base]
     speeds, bandwidth = rates(times, n_tokens), n_bytes / statistics.median(times[READ])
     figures = {
         name: {
             "tokens_per_second": speeds[name],
-            "weight_bytes": contestant.weight_bytes,
-            "share_of_bandwidth": contestant.weight_bytes * n_tokens / n_bytes * speedup(times, name, READ),
+            "weight_bytes": contestant.generator.weight_bytes,
+            "share_of_bandwidth": contestant.generator.weight_bytes * n_tokens / n_bytes * speedup(times, name, READ),
             "logits_error": contestant.error,
         }
-        for name, contestant in found.items()
+        for name, contestant in measured.items()
     }
     rows = [
         [
@@ -245,34 +194,82 @@ def measure_decoding(report: Report, found: Mapping[str, Contestant], n_tokens: 
             f"{speedup(times, name, base):.2f}" if base in found else "",
             f"{row['weight_bytes'] / 1e6:.0f}",
             f"{row['share_of_bandwidth']:.0%}",
-            f"{row['logits_error']:.2%}",
+            "not shown" if row["logits_error"] is None else f"{row['logits_error']:.2%}",
         ]
         for name, row in figures.items()
     ]
     note = (
         f"Greedy, {n_tokens} tokens after a prompt of one. Of the limit: bytes of weights a token reads × tokens/s ÷ "
         f"the speed at which the same threads, in the same round, sum an FP32 tensor ({bandwidth / 1e9:.1f} GB/s). "
-        "Logits' error: relative to our FP32 model's."
+        "Logits' error: relative to our FP32 model's; where a program does not show them, its token was compared."
     )
     header = ["decoding, batch 1", "tokens/s", "× transformers", "MB a token", "of the limit", "logits' error"]
     report.add("decoding", Table("Decoding, batch 1", note, header, rows), figures)
     report.figures["bandwidth"] = bandwidth
-    for goal in [*goals, ("decoding INT8, share of the bandwidth", figures["ours INT8"]["share_of_bandwidth"], 0.6)]:
-        report.goal(*goal)
+    report.goal("decoding FP32 ÷ transformers FP32", speedup(times, "ours FP32", base), 2.2)
+    report.goal("decoding FP32 ÷ llama.cpp F32", speedup(times, "ours FP32", "llama.cpp F32"), 1.0)
+    report.goal("decoding INT8 ÷ transformers FP32", speedup(times, "ours INT8", base), 6.0)
+    report.goal("decoding INT8, share of the bandwidth", figures["ours INT8"]["share_of_bandwidth"], 0.6)
+    for name, bits in (("INT8", 8), ("INT4", 4)):
+        peer = fastest(speeds, found, bits)
+        report.goal(
+            f"decoding {name} ÷ the fastest peer at {bits} bits ({peer or 'none'})",
+            speedup(times, f"ours {name}", peer),
+            1.1,
+        )
+    report.goal("decoding INT4 ÷ INT8", speedup(times, "ours INT4", "ours INT8"), 1.5)
 
 
-def measure_prefill(report: Report, found: Mapping[str, Contestant], prompt: Sequence[int], rounds: int) -> None:
+def measure_prefill(
+    report: Report, name: str, found: Contestants, prompt: Sequence[int], rounds: int, quick: bool
+) -> None:
     """Tokens a second of reading a prompt."""
-    times = take_turns({name: lambda c=c: c.generator.prefill(prompt) for name, c in found.items()}, rounds)
-    speeds = rates(times, len(prompt))
+    read, n_bytes = memory_reader(torch.device("cpu"), quick)
+    actions = {name: lambda c=c: c.generator.prefill(prompt) for name, c in found.items()}
+    take_turns(actions, 1)  # warm up
+    times = take_turns({**actions, READ: read}, rounds)
+    bandwidth = rates(times, n_bytes).pop(READ)
+    speeds = {name: speed for name, speed in rates(times, len(prompt)).items() if name != READ}
     rows = [[name, f"{speed:.0f}", f"{len(prompt) / speed * 1e3:.0f}"] for name, speed in speeds.items()]
-    note = f"{len(prompt)} random tokens into an empty cache, logits of the last one."
-    report.add("prefill", Table("Prefill", note, ["prefill", "tokens/s", "ms"], rows), speeds)
-    ours, theirs = (
-        max((name for name in speeds if name.startswith(side)), key=speeds.get, default="")
-        for side in ("ours", "llama.cpp")
+    title = f"Prefill, {len(prompt)} tokens"
+    note = (
+        f"{len(prompt)} random tokens into an empty cache, logits of the last one; memory, in the same rounds, was "
+        f"read at {bandwidth / 1e9:.1f} GB/s."
     )
-    report.goal("prefill, our best ÷ llama.cpp's best", speedup(times, ours, theirs), 1.0)
+    report.add(name, Table(title, note, ["prefill", "tokens/s", "ms"], rows), speeds)
+    ours = max((name for name in speeds if name.startswith("ours")), key=speeds.get)
+    peer = fastest(speeds, found)
+    goal = f"prefill of {len(prompt)}, our best ({ours.removeprefix('ours ')}) ÷ the fastest peer ({peer or 'none'})"
+    report.goal(goal, speedup(times, ours, peer), 1.1)
+
+
+def measure_batches(report: Report, found: Contestants, loads: Mapping[str, Load], rounds: int, quick: bool) -> None:
+    """Tokens a second of many streams at once, beside the peers that compute them in one pass."""
+    load = next(iter(loads.values()))
+    n_streams, n_tokens = len(load.prompts), load.n_tokens
+    actions = {}
+    for precision, ours in loads.items():
+        engine = ours.engine(n_streams)
+        actions[f"ours {precision}"] = lambda ours=ours, engine=engine: ours.at_once(engine)
+    for name, contestant in found.items():
+        if isinstance(contestant.generator, BatchGenerator):
+            actions[name] = lambda peer=contestant.generator: load.through(peer.generate_all)
+    take_turns(actions, 1)  # warm up
+    read, n_bytes = memory_reader(torch.device("cpu"), quick)
+    times = take_turns({**actions, READ: read}, rounds)
+    bandwidth = rates(times, n_bytes).pop(READ)
+    speeds = {name: speed for name, speed in rates(times, n_streams * n_tokens).items() if name != READ}
+    note = (
+        f"{n_streams} prompts of {len(load.prompts[0])} tokens at once, {n_tokens} new ones each; memory, in the same "
+        f"rounds, was read at {bandwidth / 1e9:.1f} GB/s."
+    )
+    rows = [[name, f"{speed:.1f}"] for name, speed in speeds.items()]
+    title = f"{n_streams} streams, beside the peers that batch"
+    report.add("batches", Table(title, note, [f"{n_streams} streams", "tokens/s"], rows), speeds)
+    peer = fastest(speeds, found)
+    for precision in ("INT8", "INT4"):
+        gain = speedup(times, f"ours {precision}", peer)
+        report.goal(f"{n_streams} streams, {precision} ÷ the fastest peer that batches ({peer or 'none'})", gain, 1.3)
 
 
 @torch.inference_mode()
@@ -352,63 +349,44 @@ def measure_delays(report: Report, load: Load, counts: Sequence[int]) -> None:
     report.add("overhead", Table("A step of the engine", note, header, rows), costs)
 
 
-def measure_gpu(report: Report, model: GPTModel, quick: bool, n_tokens: int, rounds: int) -> None:
-    """Decoding on a GPU: steps started from Python, recorded as a CUDA graph, compiled and recorded."""
-    device = torch.device("cuda")
-    read, read_bytes = memory_reader(device, quick)
-    read()
-    bandwidth = rates(take_turns({READ: read}, 7), read_bytes)[READ]
-    figures: dict[str, Result] = {}
-    precisions = {
-        "FP32": copy.deepcopy(model),
-        "BF16": copy.deepcopy(model).bfloat16(),
-        "INT8": prepare_for_inference(model, "int8"),
-    }
-    for precision, candidate in precisions.items():
-        n_bytes = bytes_read(candidate)
-        candidate.to(device)
-        ways = {
-            "from Python": Ours(candidate),
-            "CUDA graph": StaticDecoder(candidate, n_tokens, recorded=True),
-            "compiled, CUDA graph": StaticDecoder(candidate, n_tokens, compiled=True, recorded=True),
-        }
-        actions = {name: lambda way=way: way.generate([FIRST_WORD], n_tokens) for name, way in ways.items()}
-        take_turns(actions, 1)  # warm up
-        for way, speed in rates(take_turns(actions, rounds), n_tokens).items():
-            share = n_bytes * speed / bandwidth
-            figures[f"{precision}, {way}"] = {"tokens_per_second": speed, "share_of_bandwidth": share}
-    rows = [
-        [name, f"{row['tokens_per_second']:.1f}", f"{row['share_of_bandwidth']:.0%}"] for name, row in figures.items()
-    ]
-    note = f"Batch 1, greedy, {n_tokens} tokens; the limit is reading at {bandwidth / 1e9:.0f} GB/s, measured as above."
-    title = f"Decoding on {torch.cuda.get_device_name()}"
-    report.add("gpu", Table(title, note, ["GPU, batch 1", "tokens/s", "of the limit"], rows), figures)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    config = parse_config(BenchmarkConfig, argv, description="Speed of generation, beside transformers and llama.cpp.")
+    config = parse_config(BenchmarkConfig, argv, description="Speed of generation, beside other programs.")
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
-    rounds = 1 if config.quick else config.rounds
-    report = Report(about("transformers", "llama-cpp-python", "gguf"))
-    model = random_model(config)
-    prompt = torch.randint(FIRST_WORD, config.vocab_size, (256,)).tolist()
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
-        found = contestants(model, config, prompt[:64], Path(folder), cleanup)
-        measure_decoding(report, found, 16 if config.quick else 64, rounds, config.quick)
-        measure_prefill(report, found, prompt[: 64 if config.quick else 256], rounds)
+    quick, rounds = config.quick, 1 if config.quick else config.rounds
+    n_streams, prompt_tokens, new_tokens = (4, 32, 4) if quick else (16, 32, 64)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as cleanup:
+        folder = Path(name)
+        if config.model:
+            files = ModelFiles.of(config.model, folder, config.max_seq_len)
+        else:
+            files = ModelFiles.of_weights(random_model(config), synthetic_tokenizer(config.vocab_size), folder)
+        packages = [program.packages.split()[0] for program in PROGRAMS]
+        report = Report({"model": Path(config.model).name or "random weights", **about(*packages, "gguf")})
+        model, context = files.model, files.model.config.max_seq_len
+        words = range(FIRST_WORD, len(files.tokenizer))
+        texts = torch.randint(words.start, words.stop, (8 if quick else 64, prompt_tokens)).tolist()
+        prompt = torch.randint(words.start, words.stop, (max(PREFILLS.values()),)).tolist()
+        found = our_contestants(model, prompt[:64])
+        setting = Setting(torch.get_num_threads(), context, n_streams, prompt_tokens + new_tokens)
+        found |= peer_contestants(report, files, setting, prompt[:64], cleanup)
         models = {name: found[f"ours {name}"].generator.model for name in OURS}
-    measure_cache(report, models["FP32"], *((64, 4) if config.quick else (512, 16)), min(rounds, 3))
-    tokenizer, n_streams = synthetic_tokenizer(config.vocab_size), 4 if config.quick else 16
-    texts = torch.randint(FIRST_WORD, config.vocab_size, (8 if config.quick else 64, 32)).tolist()
-    loads = {
-        name: Load(models[name], tokenizer, texts[:n_streams], 4 if config.quick else 64) for name in ("FP32", "INT8")
-    }
+        loads = {
+            name: Load(models[name], files.tokenizer, texts[:n_streams], new_tokens)
+            for name in ("FP32", "INT8", "INT4")
+            if name in models
+        }
+        measure_decoding(report, found, 16 if quick else 64, rounds, quick)
+        for name, length in (("prefill", 64), ("prefill_long", 256)) if quick else PREFILLS.items():
+            if length < context:
+                measure_prefill(report, name, found, prompt[:length], rounds, quick)
+            else:
+                report.goal(f"prefill of {length}, which the context of {context} does not hold", None, 1.1)
+        measure_batches(report, found, loads, rounds, quick)
+    measure_cache(report, models["FP32"], *((64, 4) if quick else (min(512, context), 16)), min(rounds, 3))
     measure_streams(report, loads, n_streams, min(rounds, 3))
-    load = Load(models["INT8"], tokenizer, texts, 4 if config.quick else 32)
-    measure_delays(report, load, (1, 8) if config.quick else (1, 4, 16, 64))
-    if torch.cuda.is_available():
-        measure_gpu(report, model, config.quick, 16 if config.quick else 256, rounds)
+    load = Load(models["INT8"], files.tokenizer, texts, 4 if quick else 32)
+    measure_delays(report, load, (1, 8) if quick else (1, 4, 16, 64))
     report.finish(config.write)
 
 

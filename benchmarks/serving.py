@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,8 +42,15 @@ class Load:
         """Each request when the one before has its answer."""
         self._check([engine.run([prompt], self.params)[0] for prompt in self.prompts])
 
+    def through(self, generate_all: Callable[[Prompts, int], Prompts]) -> None:
+        """All requests together, through another program's (prompts, n_tokens) → tokens."""
+        self._check_lengths(generate_all(self.prompts, self.n_tokens))
+
     def _check(self, generations: Sequence[Any]) -> None:
-        lengths = {len(generation.token_ids) for generation in generations}
+        self._check_lengths([generation.token_ids for generation in generations])
+
+    def _check_lengths(self, answers: Prompts) -> None:
+        lengths = {len(answer) for answer in answers}
         assert lengths == {self.n_tokens}, f"requests for {self.n_tokens} tokens got {sorted(lengths)}"
 
     def delays(self, n_streams: int) -> dict[str, float]:

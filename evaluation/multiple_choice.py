@@ -32,7 +32,7 @@ import torch
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, weight_fingerprint
 from command_line import UserError, option, parse_config, run_main
-from data_loader import pad_rows
+from data_loader import length_multiple, lengthened, pad_rows
 from evaluation.answer_report import check_writable, format_table, interval_table, write_json
 from evaluation.intervals import RESAMPLES, middle, wilson
 from evaluation.kept_work import KeptWork
@@ -40,7 +40,7 @@ from evaluation.score_page import ScorePage, figures_of, write_page
 from evaluation.text_report import CALIBRATION_BINS, calibration_error, calibration_rows
 from gpt_model import GPTModel
 from inference.quantizer import load_any
-from machine import resolve_device
+from machine import PRECISIONS, resolve_device
 from progress import Progress
 from text.text_files import RECORD_ENDINGS, csv_lines, iter_records, resolve_files
 
@@ -216,7 +216,9 @@ def log_likelihoods(
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
         # Padding stands on the right, where a causal model cannot see it: it needs no mask
-        hidden = model.hidden_states(pad_rows([list(row[:-1]) for row in some], pad_token_id).to(model.device))
+        batch = {"input_ids": pad_rows([list(row[:-1]) for row in some], pad_token_id)}
+        batch = lengthened(batch, length_multiple(model.device), pad_token_id, model.config.max_seq_len)
+        hidden = model.hidden_states(batch["input_ids"].to(model.device))
         for row, states in zip(some, hidden, strict=True):
             end, length = len(row) - 1, min(-row[-1], len(row) - 1)
             log_probs = model.lm_head(states[end - length : end]).float().log_softmax(dim=-1)  # (length, V)
@@ -335,6 +337,9 @@ class ChoiceConfig:
     batch_size: int = option(16, "texts that are computed together", at_least=1)
     seed: int = option(42, "of the bootstrap")
     device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
 
@@ -391,9 +396,9 @@ def main(argv: list[str] | None = None) -> None:
     if shots and not {choice.subject for choice in choices} & {shot.subject for shot in shots}:
         raise UserError(f"{config.shots_path} has questions of none of the subjects of {config.data_path}")
     checkpoint, device = load_checkpoint(model_path), resolve_device(config.device)
-    model, tokenizer, _ = load_any(model_path, device)
+    model, tokenizer, _ = load_any(model_path, device, precision=config.precision)
     depends_on = [weight_fingerprint(checkpoint), [asdict(each) for each in (*choices, *shots)], config.shots,
-                  config.description, config.chat, str(device)]  # fmt: skip
+                  config.description, config.chat, str(device), config.precision]  # fmt: skip
     kept = KeptWork(output_path.with_name(f"{output_path.stem}_unfinished.jsonl"), depends_on)
     if kept.found:
         print(f"going on with {kept.found} finished pieces of an interrupted evaluation", flush=True)

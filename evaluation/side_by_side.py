@@ -40,7 +40,7 @@ from evaluation.kept_work import KeptWork
 from evaluation.score_page import ScorePage, figures_of, write_page
 from inference.quantizer import load_any
 from inference.text_generation import generate_texts
-from machine import resolve_device
+from machine import PRECISIONS, resolve_device
 from text.account import Account
 from text.conversation_data import RecordOptions, parse_columns
 
@@ -197,14 +197,22 @@ class SideBySideConfig(RecordOptions):
     batch_size: int = option(64, "answers that are computed together", at_least=1)
     seed: int = option(42, "makes sampling and the bootstrap repeatable")
     device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
 
 def answers_of(
-    path: Path, questions: Sequence[Question], settings: dict[str, Any], device: torch.device, kept: KeptWork
+    path: Path,
+    questions: Sequence[Question],
+    settings: dict[str, Any],
+    device: torch.device,
+    kept: KeptWork,
+    precision: str = "auto",
 ) -> list[str]:
     """The answers of a checkpoint's model; only the pieces that are not kept already are computed."""
-    model, tokenizer, _ = load_any(path, device)
+    model, tokenizer, _ = load_any(path, device, precision=precision)
 
     def answer(start: int) -> list[str]:
         prompts = [question.prompt for question in questions[start : start + PIECE]]
@@ -237,11 +245,11 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: getattr(config, name) for name in names}
     prompts = [question.prompt for question in questions]
     weights = [weight_fingerprint(checkpoint) for checkpoint in checkpoints]
-    depends_on = [weights, prompts, {**settings, "batch_size": 0}, str(device)]
+    depends_on = [weights, prompts, {**settings, "batch_size": 0}, str(device), config.precision]
     kept = KeptWork(output_path.with_name(f"{output_path.stem}_unfinished.jsonl"), depends_on)
     if kept.found:
         print(f"going on with {kept.found} finished pieces of an interrupted comparison", flush=True)
-    ours, theirs = (answers_of(path, questions, settings, device, kept) for path in paths)
+    ours, theirs = (answers_of(path, questions, settings, device, kept, config.precision) for path in paths)
     rows = []
     judged = judge(questions, ours, theirs)
     for question, our, their, margins in zip(questions, ours, theirs, judged, strict=True):

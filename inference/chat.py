@@ -28,12 +28,13 @@ if not __package__:  # run as a file: modules are imported from the repository's
 import torch
 
 from command_line import UserError, option, parse_config, replacing, run_main
+from inference.draft_model import SpeculationOptions
 from inference.engine import Engine
 from inference.kernels.native_code import cache_folder
 from inference.quantizer import load_any
 from inference.request import RequestFailed, encode_prompt, recommended_sampling
 from inference.sampling import SamplingParams
-from machine import resolve_device
+from machine import PRECISIONS, resolve_device
 from text.chat_template import Message
 
 COMMANDS = """\
@@ -47,7 +48,7 @@ CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) no
 
 
 @dataclass
-class ChatConfig:
+class ChatConfig(SpeculationOptions):
     """The command line of the conversation."""
 
     model_path: str = option("models/sft/sft_best.pth", "the checkpoint, quantized or not")
@@ -58,12 +59,18 @@ class ChatConfig:
     max_tokens: int = option(0, "longest answer; 0 means to the end of the model's context", at_least=0)
     seed: int | None = option(None, "makes sampling repeatable", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
     def validate(self) -> list[str]:
+        complaints = self.speculation_complaints()
         if self.url and not self.url.startswith(("http://", "https://")):
-            return [f"--url must begin with http:// or https://, not {self.url!r}"]
-        return []
+            complaints.append(f"--url must begin with http:// or https://, not {self.url!r}")
+        if self.url and self.draft_model:
+            complaints.append("--url and --draft_model do not go together; the service has an option of its own")
+        return complaints
 
 
 class ContextFull(Exception):
@@ -90,12 +97,15 @@ class LocalModel:
 
     def __init__(self, config: ChatConfig) -> None:
         torch.set_num_threads(config.num_threads or torch.get_num_threads())
-        self.model, self.tokenizer, checkpoint = load_any(config.model_path, resolve_device(config.device))
+        self.model, self.tokenizer, checkpoint = load_any(
+            config.model_path, resolve_device(config.device), precision=config.precision
+        )
         if checkpoint["stage"] == "pretrain":
             raise UserError(f"{config.model_path} was only pretrained and cannot converse; give one after --mode sft")
         self.config, self.name = config, config.model_path
         self.recommended = recommended_sampling(self.tokenizer, config.given)
-        self.engine = Engine(self.model, self.tokenizer, max_running=1)
+        drafter = config.drafter(self.model, self.tokenizer, 1, config.precision)
+        self.engine = Engine(self.model, self.tokenizer, max_running=1, drafter=drafter)
         self.engine.start()
 
     def answer(self, messages: list[Message]) -> Iterator[str]:

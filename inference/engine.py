@@ -13,11 +13,13 @@ steps. In a step, in this order:
     leave     cancelled requests and those past their deadline
     admit     from the line, first come first served, while there are a slot and memory
     plan      which tokens come next; where memory is short, the youngest request goes back to the head of the line
+    draft     what may come after them, where there is a drafter and it pays (speculation.py)
     compute   forward pass, and one batched choice of tokens, each request with its own settings
     deliver   tokens, text and ends to those who wait for them
 
-A request's tokens depend on its prompt, parameters and seed, and not on the requests beside it, on preemption, or on
-what was found in the cache; except that sums in another order differ in their last digits, which may turn a tie.
+A request's tokens depend on its prompt, parameters and seed, and not on the requests beside it, on preemption, on what
+was found in the cache, or on what was drafted; except that sums in another order differ in their last digits, which may
+turn a tie.
 """
 
 from __future__ import annotations
@@ -30,25 +32,35 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
-from gpt_model import GPTModel
+from gpt_model import GPTConfig, GPTModel
 from inference.engine_statistics import EngineStatistics
+from inference.gpu_cache import GpuCache
+from inference.gpu_step import Asked, GpuStep
 from inference.kernels.decoder_step import DecoderStep
 from inference.kernels.known_parts import refuse_other_forward
 from inference.kernels.paged_attention import BLOCK_SIZE
 from inference.paged_cache import PagedCache
 from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, checked_ids
-from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, log_probs_of, sample_batch
+from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, log_probs_of
+from inference.speculation import Drafter, Speculation, verify
 from inference.text_stream import TextStream
+from machine import free_gpu_bytes, is_device_lost
 
 logger = logging.getLogger(__name__)
 
-CACHE_BYTES = 1 << 30  # the cache of an engine that is told no size; on a CPU, only what is used is taken
+# The cache of an engine that is told no size has at most
+CACHE_BYTES = 1 << 30  # so many bytes; on a CPU, only what is used is taken
+GPU_SHARE = 0.8  # this share of a GPU's free memory, which is taken at once; the rest is for activations
+PREFILL_CHUNK, GPU_PREFILL_CHUNK = 256, 2048  # a GPU reads as many tokens in the time of some of the CPU's
 
-Span = tuple[Request, int]  # a running request and how many of its tokens come next
+NOT_FINITE = "the model's output is not finite (NaN or infinity): its weights may be damaged"
+
+Span = tuple[Request, int]  # a running request and how many tokens come next: of its context, then its whole draft
 
 
 class Engine:
@@ -59,11 +71,16 @@ class Engine:
         tokenizer: of the model; None serves token ids alone.
         max_running: requests that are computed together.
         max_waiting: requests that may wait beyond those that can start at once.
-        cache_tokens: cells of the key/value cache, at least the model's context; None: enough for `max_running` full
-            contexts, but at most 1 GiB.
-        prefill_chunk: at most this many tokens of prompts a step, so that a long prompt does not stall running answers.
+        cache_tokens: cells of the key/value cache, at least the model's context; None: enough for `max_running`
+            requests of `longest` tokens, but at most 1 GiB, on a GPU 80 % of its free memory.
+        prefill_chunk: at most this many tokens of prompts a step, so that a long prompt does not stall running answers;
+            None: 256, on a GPU 2,048.
         cache_dtype: of the cache: None for the model's own, torch.int8 for a quarter of the memory.
         reuse_prefixes: compute what prompts have in common at their beginning only once.
+        drafter: proposes tokens, so that a pass may bring more than one of an answer; it is for this engine alone.
+        longest: of the requests, prompt and answer together, as far as it is known; None: the model's context.
+        gpu_step: whether to compute as on a GPU, see gpu_step.py; None: on a GPU.
+        cuda_graphs: whether a GPU's steps are recorded.
 
     Raises:
         UserError: an impossible setting, or a model that computes its logits in another way than `GPTModel`.
@@ -76,29 +93,38 @@ class Engine:
         max_running: int = 16,
         max_waiting: int = 64,
         cache_tokens: int | None = None,
-        prefill_chunk: int = 256,
+        prefill_chunk: int | None = None,
         cache_dtype: torch.dtype | None = None,
         reuse_prefixes: bool = True,
+        drafter: Drafter | None = None,
+        longest: int | None = None,
+        gpu_step: bool | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
+        self.device = model.device
+        if prefill_chunk is None:
+            prefill_chunk = GPU_PREFILL_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK
         for name, value in (("max_running", max_running), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
         refuse_other_forward(model)
         if model.position_embedding.depends_on_length:
             # One request at a time, its prompt in one piece: what is computed with others would depend on these
-            max_running, prefill_chunk, reuse_prefixes = 1, model.config.max_seq_len, False
+            max_running, prefill_chunk, reuse_prefixes, drafter = 1, model.config.max_seq_len, False, None
         self.model, self.tokenizer = model, tokenizer
         self.end_token_ids = () if tokenizer is None else tokenizer.end_token_ids
         self.max_running, self.max_waiting, self.prefill_chunk = max_running, max_waiting, prefill_chunk
         config, context = model.config, model.config.max_seq_len
-        self.device = model.device
         dtype = cache_dtype or model.dtype
         if cache_tokens is None:
-            token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
-            cache_tokens = max(context, min(max_running * context, CACHE_BYTES // token_bytes))
+            cache_tokens = default_cache_tokens(config, dtype, self.device, max_running, longest)
         if cache_tokens < context:
             raise UserError(f"cache_tokens is {cache_tokens}; one request may need the model's context, {context}")
-        self.cache = PagedCache(config, cache_tokens, max_running, dtype, self.device, reuse_prefixes)
+        gpu_step = self.device.type == "cuda" if gpu_step is None else gpu_step
+        kind = GpuCache if gpu_step else PagedCache
+        self.cache = kind(config, cache_tokens, max_running, dtype, self.device, reuse_prefixes)
+        self._gpu_step = GpuStep(model, self.cache, cuda_graphs) if gpu_step else None
+        self.speculation = None if drafter is None else Speculation(drafter)
         self._decoder_step: DecoderStep | None = None
         self._has_new_requests = False
         self.running: list[Request] = []  # oldest first
@@ -243,7 +269,8 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        """Whether the engine's thread has ended because of a mistake in it: nothing can be computed any more."""
+        """Whether nothing can be computed any more: the engine's thread has ended because of a mistake in it, or the
+        GPU has failed."""
         return self._broken or (self._thread is not None and not self._thread.is_alive())
 
     @property
@@ -304,10 +331,12 @@ class Engine:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """One forward pass for all who are there; nothing if nobody is. An exception fails those who took part."""
+        """One forward pass for all who are there; nothing if nobody is. An exception fails those who took part; where
+        the GPU has failed for good, it fails all and is raised."""
         with self._stepping:
             began, statistics = time.perf_counter(), self._statistics
-            elsewhere = statistics.model_seconds + statistics.sampling_seconds
+            elsewhere, prefilled = statistics.seconds_elsewhere, statistics.tokens_prefilled
+            by_token = statistics.sampling_seconds + statistics.drafting_seconds
             with self._changed:
                 self._leave()
                 self._admit()
@@ -315,12 +344,18 @@ class Engine:
             try:
                 spans = self._plan()
                 if spans:
+                    if self.speculation is not None:
+                        spans = self._draft(spans)
                     self._deliver(spans, *self._compute(spans))
             except Exception as error:
                 if not spans:  # a mistake in this file, which the next step would make again
                     raise
                 logger.exception("a step of the engine failed")
                 statistics.failed_steps += 1
+                if is_device_lost(error):
+                    self._closed = self._broken = True
+                    self._fail_all(f"the GPU has failed: {error}")
+                    raise
                 failure = RequestFailed(f"the computation failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 for request, _ in spans:
@@ -328,13 +363,19 @@ class Engine:
                         self._fail(request, failure)
             if spans:
                 statistics.steps += 1
-                elsewhere = statistics.model_seconds + statistics.sampling_seconds - elsewhere
-                statistics.overhead_seconds += time.perf_counter() - began - elsewhere
+                seconds = time.perf_counter() - began
+                statistics.overhead_seconds += seconds - (statistics.seconds_elsewhere - elsewhere)
+                if self.speculation is not None and statistics.tokens_prefilled == prefilled:
+                    seconds -= statistics.sampling_seconds + statistics.drafting_seconds - by_token
+                    self.speculation.passes.add(sum(n_new for _, n_new in spans), seconds)
 
-    def _look_at_model(self) -> None:
+    def look_at_model(self) -> None:
         """Weights may have moved between two requests, and layers may have been replaced or gained adapters."""
         refuse_other_forward(self.model)
-        self._decoder_step = DecoderStep.of(self.model, self.cache.native, self._decoder_step)
+        if self._gpu_step is not None:
+            self._gpu_step.look_at_model()
+        else:
+            self._decoder_step = DecoderStep.of(self.model, self.cache.native, self._decoder_step)
         self._has_new_requests = False
 
     def _leave(self) -> None:
@@ -414,16 +455,51 @@ class Engine:
             self.running.remove(request)
             self.cache.close(request.sequence)
             request.sequence = None
+            if self.speculation is not None:
+                self.speculation.drop(request)
+
+    def _draft(self, spans: list[Span]) -> list[Span]:
+        """The spans, with what the drafter proposes to come after the next token of answers.
+
+        Drafts take no memory that others will need: no request gives way for one, and a block is left for each.
+        """
+        began, speculation = time.perf_counter(), self.speculation
+        wanted = []
+        for request, _ in spans:
+            request.draft = []
+            left = min(
+                request.params.max_gen_len - len(request.token_ids),
+                self.model.config.max_seq_len - len(request.context),
+            )
+            is_next = request.sequence.length + 1 == len(request.context)
+            if is_next and left > 1:  # the pass brings one token more than are drafted
+                wanted.append((request, left - 1))
+        lengths = speculation.lengths(wanted, sum(n_new for _, n_new in spans), len(spans))
+        wanted = [
+            (request, min(length, self.cache.stretch(request.sequence, 1 + length, len(self.running)) - 1))
+            for (request, _), length in zip(wanted, lengths, strict=True)
+            if length
+        ]
+        for (request, _), draft in zip(wanted, speculation.drafter.propose(wanted), strict=True):
+            ends = request.params.stop_token_ids, () if request.params.ignore_eos else self.end_token_ids
+            end = next((at for at, token_id in enumerate(draft) if any(token_id in each for each in ends)), len(draft))
+            request.draft = draft[:end]  # nothing comes after an end
+        seconds = time.perf_counter() - began
+        if n_drafted := sum(len(request.draft) for request, _ in wanted):
+            speculation.drafts.add(n_drafted, seconds)
+        self._statistics.drafting_seconds += seconds
+        return sorted(((request, n_new + len(request.draft)) for request, n_new in spans), key=lambda span: span[1])
 
     @torch.inference_mode()
-    def _compute(self, spans: list[Span]) -> tuple[list[bool], list[int], SampledTokens]:
-        """The forward pass of all spans, and the next token of those whose context is then complete.
+    def _compute(self, spans: list[Span]) -> tuple[list[int], list[int], list[SampledTokens]]:
+        """The forward pass of all spans, and the next tokens of those whose context is then complete.
 
         Returns:
-            whether each span's hidden states are finite; the indices of the spans that are continued; their tokens.
+            how many hidden states of each span are finite before one is not; the indices of the spans that are
+            continued; their tokens.
         """
         if self._has_new_requests:
-            self._look_at_model()
+            self.look_at_model()
         ids, ends, complete = [], [], []  # N tokens in one row; where each span ends in it; which spans are continued
         wanted: list[int] = []  # those of the tokens whose logits are needed
         continued: list[int] = []  # which of these are continued; the others belong to prompts that are scored
@@ -431,41 +507,54 @@ class Engine:
         for index, (request, n_new) in enumerate(spans):
             start = request.sequence.length
             row = len(ids) - start  # of position 0
-            ids += request.context[start : start + n_new]
+            ids += request.context[start : start + n_new] + request.draft
             ends.append(len(ids))
             unscored = request.unscored
             if positions := range(max(start, unscored.start), min(start + n_new, unscored.stop)):
                 scored.append((request, positions, range(len(wanted), len(wanted) + len(positions))))
                 wanted += range(row + positions.start, row + positions.stop)
-            if start + n_new == len(request.context):
+            if start + n_new == len(request.context) + len(request.draft):
                 complete.append(index)
-                continued.append(len(wanted))
-                wanted.append(len(ids) - 1)
+                rows_of_draft = range(len(ids) - 1 - len(request.draft), len(ids))
+                continued += range(len(wanted), len(wanted) + len(rows_of_draft))
+                wanted += rows_of_draft
         self.cache.begin_step([(request.sequence, n_new) for request, n_new in spans])
         before_model = time.perf_counter()
-        hidden, logits = self.forward(ids, wanted)  # (N, D), (W, V)
-        finite = [True] * len(spans)
+        requests = [spans[index][0] for index in complete]
+        samplers, drafts = [each.sampler for each in requests], [each.draft for each in requests]
+        judged = [
+            (rows, request.prompt_ids[positions.start + 1 : positions.stop + 1], request.params.prompt_logprobs)
+            for request, positions, rows in scored
+        ]
+        n_finite, rows_finite = [n_new for _, n_new in spans], []
         # What reaches the logits is looked at there. The other tokens leave keys and values that would spoil what comes
         # after them. A sum is not finite if one of its numbers is not
-        if len(ids) > len(complete):
-            rows_finite = hidden.sum(dim=-1).isfinite().tolist()  # (N,)
-            finite = [all(rows_finite[end - n_new : end]) for end, (_, n_new) in zip(ends, spans, strict=True)]
-        if self.device.type == "cuda":  # or the model's time would count as that of sampling
-            torch.cuda.synchronize(self.device)
-        before_sampling = time.perf_counter()
-        sampled = SampledTokens([], [], [])
-        for request, positions, rows in scored:
-            followers = request.prompt_ids[positions.start + 1 : positions.stop + 1]
-            k = request.params.prompt_logprobs
-            request.prompt_log_probs += log_probs_of(logits[rows.start : rows.stop], followers, k)
-        if complete:
-            of_answers = logits[continued] if scored else logits  # (B, V)
-            sampled = sample_batch(of_answers, [spans[index][0].sampler for index in complete])
+        if self._gpu_step is not None and not any(drafts):
+            found = self._gpu_step(Asked(ids, wanted, continued, samplers, judged))
+            rows_finite, sampled, log_probs = found.finite, found.sampled, found.scored
+            before_sampling = time.perf_counter()
+        else:
+            hidden, logits = self.forward(ids, wanted)  # (N, D), (W, V)
+            if len(ids) > len(complete):
+                sums = hidden.float().sum(dim=-1).cpu().numpy()  # (N,); NumPy is quicker with a few numbers
+                rows_finite = np.isfinite(sums).tolist()
+            before_sampling = time.perf_counter()
+            log_probs = [log_probs_of(logits[rows.start : rows.stop], followers, k) for rows, followers, k in judged]
+            of_answers = logits[continued] if scored else logits  # (R, V)
+            sampled = verify(of_answers, samplers, drafts) if samplers else []
+        if rows_finite:
+            rows_finite = [*rows_finite, False]  # (N + 1,)
+            n_finite = [
+                min(n_new, rows_finite.index(False, end - n_new) - (end - n_new))
+                for end, (_, n_new) in zip(ends, spans, strict=True)
+            ]
+        for (request, _, _), found_log_probs in zip(scored, log_probs, strict=True):
+            request.prompt_log_probs += found_log_probs
         done = time.perf_counter()
         self._statistics.model_seconds += before_sampling - before_model
         self._statistics.sampling_seconds += done - before_sampling
-        self._statistics.tokens_prefilled += sum(n_new for _, n_new in spans if n_new > 1)
-        return finite, complete, sampled
+        self._statistics.tokens_prefilled += sum(n_new for request, n_new in spans if n_new > 1 and not request.draft)
+        return n_finite, complete, sampled
 
     def forward(self, ids: list[int], last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The forward pass of the tokens of the cache's present step.
@@ -477,6 +566,8 @@ class Engine:
         Returns:
             the final, normed hidden states (N, D); logits (len(last), V).
         """
+        if self._gpu_step is not None:
+            return self._gpu_step.forward(ids, last)
         if self._decoder_step is not None and self.cache.is_read_in_place:
             return self._decoder_step(ids, self.cache.slots, self.cache.positions, last)
         input_ids, positions = torch.tensor([ids], device=self.device), torch.tensor([self.cache.positions])  # (1, N)
@@ -485,19 +576,42 @@ class Engine:
         rows = hidden if len(last) == len(ids) else hidden[torch.tensor(last, dtype=torch.int64)]
         return hidden, self.model.lm_head(rows)  # (N, D), (B, V)
 
-    def _deliver(self, spans: list[Span], finite: list[bool], complete: list[int], sampled: SampledTokens) -> None:
-        for row, index in enumerate(complete):
-            finite[index] = finite[index] and sampled.finite[row]
-        for (request, n_new), is_finite in zip(spans, finite, strict=True):
-            if is_finite:
-                self.cache.stored(request.sequence, request.context, n_new)
+    def _deliver(
+        self, spans: list[Span], n_finite: list[int], complete: list[int], sampled: list[SampledTokens]
+    ) -> None:
+        is_finite = [n >= n_new - len(request.draft) for (request, n_new), n in zip(spans, n_finite, strict=True)]
+        for index, tokens in zip(complete, sampled, strict=True):
+            is_finite[index] = is_finite[index] and tokens.finite[0]
+        for index, (request, n_new) in enumerate(spans):
+            if is_finite[index]:
+                self.cache.stored(request.sequence, request.context, n_new - len(request.draft))
             else:
-                message = "the model's output is not finite (NaN or infinity): its weights may be damaged"
-                self._fail(request, RequestFailed(message))
+                self._fail(request, RequestFailed(NOT_FINITE))
         now = time.monotonic()
-        for row, index in enumerate(complete):
-            if finite[index]:
-                self._accept(spans[index][0], sampled.token_ids[row], sampled.log_probs[row], now)
+        for index, tokens in zip(complete, sampled, strict=True):
+            request, n_new = spans[index]
+            if is_finite[index]:
+                self._go_on(request, tokens, now)
+            if n_finite[index] < n_new and request.sequence is not None:  # in the wrong part of a draft
+                self.cache.scrub(request.sequence)
+
+    def _go_on(self, request: Request, tokens: SampledTokens, now: float) -> None:
+        """Add the tokens of a step to an answer: those of its draft that were right, then the one after them."""
+        n_drafted, n_right = len(request.draft), len(tokens.token_ids) - 1
+        if n_drafted:
+            self._statistics.drafts += 1
+            self._statistics.tokens_drafted += n_drafted
+            self._statistics.tokens_accepted += n_right
+            self.speculation.verified(request, n_drafted, n_right)
+        for number, (token_id, is_finite) in enumerate(zip(tokens.token_ids, tokens.finite, strict=True)):
+            if number:  # the token before stood in the draft, so its key and value are there
+                self.cache.stored(request.sequence, request.context, 1)
+            if not is_finite:
+                return self._fail(request, RequestFailed(NOT_FINITE))
+            self._accept(request, token_id, tokens.log_probs[number], now)
+            if request.finished:  # what was drafted beyond the end is not wanted
+                return None
+        return None
 
     def _accept(self, request: Request, token_id: int, log_prob: TokenLogProb | None, now: float) -> None:
         """Add a token to an answer, and end the answer where it ends."""
@@ -564,3 +678,17 @@ class Engine:
         snapshot.running, snapshot.waiting = len(self.running), len(self.waiting)
         snapshot.cache_tokens_used = self.cache.n_used
         return snapshot
+
+
+def default_cache_tokens(
+    config: GPTConfig, dtype: torch.dtype, device: torch.device, max_running: int, longest: int | None = None
+) -> int:
+    """How many cells a cache needs, as far as there is memory for them; for a whole context in any case.
+
+    Args: those of `Engine`; the `dtype` is the cells'.
+    """
+    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+    n_bytes = CACHE_BYTES if device.type != "cuda" else int(GPU_SHARE * free_gpu_bytes(device))
+    longest = min(longest or config.max_seq_len, config.max_seq_len)
+    needed = max_running * (-(-longest // BLOCK_SIZE) + 1) * BLOCK_SIZE  # a block is kept free for each that runs
+    return max(config.max_seq_len, min(needed, n_bytes // token_bytes))

@@ -69,10 +69,12 @@ class EngineStatistics:
         tokens_reused: tokens of prompts whose keys and values were there already.
         tokens_looked_up: tokens of prompts for which they were looked for.
         tokens_generated: new tokens.
+        drafts: how often tokens of an answer were drafted (speculative decoding).
+        tokens_drafted, tokens_accepted: how many they were, and how many of them were right.
         preemptions: how often a request gave its memory to an older one.
         steps, failed_steps: forward passes, and those that raised an exception.
-        model_seconds, sampling_seconds, overhead_seconds: the time of all steps in the model, in choosing tokens, and
-            everything else: the engine's own share.
+        model_seconds, sampling_seconds, drafting_seconds, overhead_seconds: the time of all steps in the model, in
+            choosing tokens, in drafting them, and everything else: the engine's own share.
         time_to_first_token: from `submit` on; between_tokens: of one request; queued: from `submit` until it is first
             computed; whole_request: from `submit` to its end.
         prompt_tokens, answer_tokens: of the requests that have ended.
@@ -89,11 +91,15 @@ class EngineStatistics:
     tokens_reused: int = 0
     tokens_looked_up: int = 0
     tokens_generated: int = 0
+    drafts: int = 0
+    tokens_drafted: int = 0
+    tokens_accepted: int = 0
     preemptions: int = 0
     steps: int = 0
     failed_steps: int = 0
     model_seconds: float = 0.0
     sampling_seconds: float = 0.0
+    drafting_seconds: float = 0.0
     overhead_seconds: float = 0.0
     time_to_first_token: Observations = _observed(FIRST_TOKEN_BUCKETS)
     between_tokens: Observations = _observed(BETWEEN_TOKENS_BUCKETS)
@@ -101,3 +107,8 @@ class EngineStatistics:
     whole_request: Observations = _observed(WHOLE_REQUEST_BUCKETS)
     prompt_tokens: Observations = _observed(COUNT_BUCKETS)
     answer_tokens: Observations = _observed(COUNT_BUCKETS)
+
+    @property
+    def seconds_elsewhere(self) -> float:
+        """The time of all steps but for the engine's own share."""
+        return self.model_seconds + self.sampling_seconds + self.drafting_seconds

@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
     path = Path(config.output_path or Path(config.model_path).with_name(f"{Path(config.model_path).stem}_inside.html"))
     require_writable_folder(path.parent, "--output_path")
-    model, tokenizer, checkpoint = load_any(config.model_path, resolve_device(config.device))
+    model, tokenizer, checkpoint = load_any(config.model_path, resolve_device(config.device), precision="fp32")
     chat = checkpoint["stage"] != "pretrain" if config.chat is None else config.chat
     ids = checked_ids(config.prompt, SamplingParams(max(1, config.max_gen_len)), chat, tokenizer, model.config)
     if len(ids) > config.max_tokens:

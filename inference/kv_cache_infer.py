@@ -27,15 +27,17 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option, parse_config, run_main
 from gpt_model import GPTModel
 from inference.beam_search import BeamSettings, beam_search
+from inference.draft_model import SpeculationOptions
 from inference.engine import Engine
 from inference.quantizer import load_any
 from inference.request import Prompt, RequestFailed, encode_prompt, recommended_sampling
 from inference.sampling import OVERFLOWS, SamplingParams
-from machine import resolve_device
+from machine import PRECISIONS, resolve_device
 from transformer_components import KVCache
 
 __all__ = ["KVCache", "generate_with_kv_cache"]
 
+MAX_RUNNING = 16  # answers of the command line that are computed together
 HEEDED_BY_BEAMS = ("max_gen_len", "temperature", "top_k", "top_p", "min_p", "stop_token_ids", "ignore_eos", "seed", "n")
 
 
@@ -158,7 +160,7 @@ def unheeded(params: SamplingParams) -> list[str]:
 
 
 @dataclass
-class GenerationConfig:
+class GenerationConfig(SpeculationOptions):
     """The command line of generation."""
 
     model_path: str = option("models/sft/sft_best.pth", "the checkpoint, quantized or not")
@@ -185,6 +187,9 @@ class GenerationConfig:
         "model", "of the key/value cache; int8 takes a quarter of the memory", choices=["model", "int8"]
     )
     device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0 means as many as torch takes", at_least=0)
 
     @property
@@ -206,10 +211,13 @@ class GenerationConfig:
             complaints += self.beams.complaints(self.n) + unheeded(self.params)
             if self.cache_dtype != GenerationConfig.cache_dtype:
                 complaints.append("num_beams and cache_dtype do not go together; leave one out")
+            if self.draft_model:
+                complaints.append("num_beams and draft_model do not go together; leave one out")
         return [
             *(["--prompt is missing; give a text"] if not self.prompt else []),
             *(["--prompt is empty; give at least one character"] if "" in self.prompt else []),
             *(f"--{complaint}" for complaint in complaints),
+            *self.speculation_complaints(),
         ]
 
 
@@ -227,7 +235,9 @@ def main(argv: list[str] | None = None) -> None:
     """Print the model's answers as they are made, and at the end how fast that was."""
     config = parse_config(GenerationConfig, argv, description="Let a model answer questions or continue texts.")
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
-    model, tokenizer, checkpoint = load_any(config.model_path, resolve_device(config.device))
+    model, tokenizer, checkpoint = load_any(
+        config.model_path, resolve_device(config.device), precision=config.precision
+    )
     take_defaults(config, tokenizer)
     chat = checkpoint["stage"] != "pretrain" if config.chat is None else config.chat
     if config.num_beams > 1:
@@ -236,7 +246,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     n_answers = len(config.prompt) * config.n
     cache_dtype = torch.int8 if config.cache_dtype == "int8" else None
-    engine = Engine(model, tokenizer, max_waiting=n_answers, cache_dtype=cache_dtype)
+    drafter = config.drafter(model, tokenizer, MAX_RUNNING, config.precision)
+    engine = Engine(
+        model, tokenizer, MAX_RUNNING, max_waiting=n_answers, cache_dtype=cache_dtype, drafter=drafter
+    )
     began = time.perf_counter()
     requests = [
         sample
@@ -252,8 +265,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{config.model_path}: {failure}; use another checkpoint") from None
     seconds = time.perf_counter() - began
     n_tokens = sum(len(request.token_ids) for request in requests)
-    first = engine.statistics().time_to_first_token.quantile(0) * 1000
+    statistics = engine.statistics()
+    first = statistics.time_to_first_token.quantile(0) * 1000
     summary = f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.0f} tokens/s, the first after {first:.0f} ms"
+    if statistics.drafts:
+        summary += f"; {statistics.tokens_accepted} of {statistics.tokens_drafted} drafted tokens were right"
     print(f"\n{summary}", file=sys.stderr)
 
 

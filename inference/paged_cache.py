@@ -68,6 +68,13 @@ class PagedCache:
         n_blocks, blocks_per_slot = -(-n_tokens // BLOCK_SIZE), -(-config.max_seq_len // BLOCK_SIZE)
         self.pool = BlockPool(n_blocks)
         self.sizes = (config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim, config.max_seq_len)
+        self.table = torch.zeros(n_slots, blocks_per_slot, dtype=torch.int32)
+        self.free_slots = list(reversed(range(n_slots)))
+        self._allocate(n_blocks, dtype)
+
+    def _allocate(self, n_blocks: int, dtype: torch.dtype) -> None:
+        """The cells."""
+        config = self.config
         shape = (config.n_layers, config.n_kv_heads, n_blocks)
         self.keys = _zeros((*shape, config.head_dim, BLOCK_SIZE), dtype, self.device)
         self.values = _zeros((*shape, BLOCK_SIZE, config.head_dim), dtype, self.device)
@@ -75,8 +82,6 @@ class PagedCache:
         if dtype == torch.int8:
             self.key_scales = _zeros((*shape, BLOCK_SIZE), torch.float32, self.device)
             self.value_scales = _zeros((*shape, BLOCK_SIZE), torch.float32, self.device)
-        self.table = torch.zeros(n_slots, blocks_per_slot, dtype=torch.int32)
-        self.free_slots = list(reversed(range(n_slots)))
         tensors = (self.keys, self.values, self.key_scales, self.value_scales, self.table)
         self.native = PagedAttention.of(self.sizes, *tensors)
 
@@ -85,7 +90,7 @@ class PagedCache:
     @property
     def n_tokens(self) -> int:
         """How many cells there are."""
-        return self.keys.size(2) * BLOCK_SIZE
+        return len(self.pool.users) * BLOCK_SIZE
 
     @property
     def n_used(self) -> int:
@@ -126,6 +131,14 @@ class PagedCache:
             sequence.blocks.append(block)
         return True
 
+    def stretch(self, sequence: CachedSequence, n_new: int, spare: int) -> int:
+        """Give a sequence cells for `n_new` more tokens as long as more than `spare` blocks stay free; how many of them
+        it can store then."""
+        while (n_cells := len(sequence.blocks) * BLOCK_SIZE - sequence.length) < n_new:
+            if len(self.pool.free) <= spare + 1 or not self.reserve(sequence, sequence.length + n_cells + 1):
+                return n_cells
+        return n_new
+
     def stored(self, sequence: CachedSequence, tokens: Sequence[int], n_new: int) -> None:
         """Count the tokens of a step that succeeded; `tokens` are all of the sequence's."""
         if self.reuse_prefixes:
@@ -146,10 +159,14 @@ class PagedCache:
 
     def scrub(self, sequence: CachedSequence) -> None:
         """Write zeros over what is not known to be good: NaN in a cell would leak through a mask."""
-        suspect = sequence.blocks[sequence.length // BLOCK_SIZE :]
-        for cells in (self.keys, self.values, self.key_scales, self.value_scales):
-            if cells is not None:
-                cells[:, :, suspect] = 0
+        n_full, n_good = divmod(sequence.length, BLOCK_SIZE)
+        for block in sequence.blocks[n_full:]:
+            self.keys[:, :, block, :, n_good:] = 0
+            self.values[:, :, block, n_good:] = 0
+            for scales in (self.key_scales, self.value_scales):
+                if scales is not None:
+                    scales[:, :, block, n_good:] = 0
+            n_good = 0
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -200,17 +217,8 @@ class PagedCache:
         Raises:
             UserError: a layer asks for attention of another kind or size.
         """
-        if mask is not None:
-            raise UserError("the engine's attention takes no mask; use GPTModel.generate for a model that needs one")
-        _, n_heads, n_kv_heads, head_dim, _ = self.sizes
-        n_tokens = len(self.positions)
-        queries, keys = (1, n_heads, n_tokens, head_dim), (1, n_kv_heads, n_tokens, head_dim)
-        if query.shape != queries or key.shape != keys or value.shape != keys:
-            found = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
-            raise UserError(
-                f"the cache takes queries {queries} and keys and values {keys} from this model's configuration, and a"
-                f" layer gives it {found}; use GPTModel.generate"
-            )
+        n_tokens, n_heads, head_dim = len(self.positions), query.size(1), query.size(3)
+        self._check(n_tokens, query, key, value, mask)
         if self.native is not None:  # made for fp32 and for heads in one piece, which they nearly always are
             query, key, value = (x.float() if x.stride(3) == 1 else x.float().contiguous() for x in (query, key, value))
         attended = query.new_empty(n_tokens, n_heads, head_dim)  # (N, H, K)
@@ -226,6 +234,26 @@ class PagedCache:
             )
             attended[rows] = attend(queries, keys, values, visible).transpose(1, 2)  # (n, T, H, K)
         return attended.transpose(0, 1).unsqueeze(0)  # (1, H, N, K)
+
+    def _check(
+        self,
+        n_tokens: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> None:
+        """Refuse what a layer of another kind or size gives to `attend` in a step of `n_tokens`."""
+        if mask is not None:
+            raise UserError("the engine's attention takes no mask; use GPTModel.generate for a model that needs one")
+        _, n_heads, n_kv_heads, head_dim, _ = self.sizes
+        queries, keys = (1, n_heads, n_tokens, head_dim), (1, n_kv_heads, n_tokens, head_dim)
+        if query.shape != queries or key.shape != keys or value.shape != keys:
+            found = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+            raise UserError(
+                f"the cache takes queries {queries} and keys and values {keys} from this model's configuration, and a"
+                f" layer gives it {found}; use GPTModel.generate"
+            )
 
     def advance(self, n_tokens: int) -> None:
         """Nothing: the engine counts the tokens of a sequence when it knows that the step has succeeded."""

@@ -56,6 +56,7 @@ from inference.kernels.int4_weights import GROUP
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, rounded
 from inference.kernels.linear_products import DTYPES, kind_of
 from inference.sampling import SamplingParams
+from machine import inference_dtype
 from seq2seq_model import Seq2SeqConfig, Transformer
 from text.account import Account
 from text.conversation_data import RecordOptions, load_conversations, parse_columns
@@ -202,30 +203,46 @@ def _mapped_model(content: dict[str, Any], path: str | Path, kind: str, device: 
 
 
 def load_any(
-    path: str | Path, device: torch.device | str = "cpu", base: str | Path | None = None
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    base: str | Path | None = None,
+    precision: str = "auto",
 ) -> tuple[GPTModel, ByteLevelBPETokenizer, dict[str, Any]]:
     """The model of a checkpoint, quantized or not, prepared for inference; its tokenizer; and the checkpoint's dict.
 
-    Weights that came in as FP16 or BF16 (`exchange.import_model`) stay so, in the file until they are used.
+    On a CPU, weights that came in as FP16 or BF16 (`exchange.import_model`) stay so, in the file until they are used.
+    On a GPU everything but INT8 weights and their scales is of one type.
 
     Args:
+        precision: what to compute in, see `machine.inference_dtype`.
         base: of adapters (LoRA), the model that they belong to, in full precision or quantized; None takes the recorded
             one. Into full precision they are merged, beside quantized layers they are attached.
 
     Raises:
         UserError: as `checkpoint.load_model`.
     """
+    device = torch.device(device)
+    dtype = inference_dtype(precision, device)
+    model, tokenizer, content = _load_on_cpu(path, base)
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")  # TF32, as in training
+    return model.to(device, dtype), tokenizer, content
+
+
+def _load_on_cpu(
+    path: str | Path, base: str | Path | None
+) -> tuple[GPTModel, ByteLevelBPETokenizer, dict[str, Any]]:
     content = load_checkpoint(path)
     kind = kind_of(content["model"].get("token_embedding.weight", torch.empty(0)))
     if kind in HALF and not content.get("quantization") and "lora" not in content and content["stage"] != "reward":
         content["quantization"] = kind  # so that adapters stay beside its weights, which would round a sum
-        return _mapped_model(content, path, kind, device), tokenizer_of(content), content
+        return _mapped_model(content, path, kind, "cpu"), tokenizer_of(content), content
     if not content.get("quantization"):
-        model, tokenizer, content = load_model(path, device, base, load_any, mapped=True)
+        model, tokenizer, content = load_model(path, "cpu", base, load_any, mapped=True)
         beside_quantized = quantization_of(model) is not None
         return model if beside_quantized else prepare_for_inference(model), tokenizer, content
     require_tokenizer(content, path)
-    return _quantized_model(content, path, device), tokenizer_of(content), content
+    return _quantized_model(content, path, "cpu"), tokenizer_of(content), content
 
 
 def load_translator(

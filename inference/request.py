@@ -162,6 +162,7 @@ class Request:
         self.arrival = 0  # its number in the line
         self.context = list(prompt_ids)  # what the model is to see: prompt and answer, or the newer part of them
         self.sequence: CachedSequence | None = None  # its cells, while it is running
+        self.draft: list[int] = []  # what may come after the context, computed with it in this step
         self.sampler = TokenSampler(params, prompt_ids, index)
         self.text = text
         self.submitted = self.last_token = time.monotonic()

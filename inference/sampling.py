@@ -14,11 +14,12 @@ any batch, and after it was interrupted.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -168,6 +169,7 @@ class TokenSampler:
         self.greedy = params.temperature < GREEDY_BELOW
         self.penalizes = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         self.bias = {**params.logit_bias, **dict.fromkeys(params.banned_tokens, -math.inf)}
+        self._bias: tuple[torch.Tensor, torch.Tensor] | None = None  # its tokens and what they get
         self.form = None if params.form is None else params.form.begin(params.max_gen_len)
         self.prompt_ids = prompt_ids if self.penalizes else ()
         self.counts: torch.Tensor | None = None  # (2, V): whether prompt or answer has a token, how often the answer
@@ -176,16 +178,36 @@ class TokenSampler:
             seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
             self.random = random.Random(f"{seed}/{index}")
 
+    @property
+    def is_stateless(self) -> bool:
+        """Whether each choice depends on its scores alone, and not on the choices before it."""
+        return self.greedy and not self.penalizes and self.form is None
+
     def uniform(self) -> float:
         """The random number of the next step, in [0, 1); a greedy request needs none."""
         return self.random.random() if self.random else 0.0
+
+    def ahead(self) -> TokenSampler:
+        """A copy that draws with the same numbers without taking them from this one, holds to no form and reports
+        nothing: it guesses what this one will draw from other scores."""
+        twin = copy.copy(self)
+        twin.form, twin.params = None, replace(self.params, logprobs=None)
+        if self.random is not None:
+            twin.random = random.Random()
+            twin.random.setstate(self.random.getstate())
+        if self.counts is not None:
+            twin.counts = self.counts.clone()
+        return twin
 
     def adjust(self, scores: torch.Tensor) -> None:
         """Add bias and bans to one row of scores (V,), subtract penalties, and leave what the form allows; in place."""
         params = self.params
         if self.bias:
-            ids = torch.tensor(list(self.bias), device=scores.device)
-            scores[ids] += torch.tensor(list(self.bias.values()), device=scores.device)
+            if self._bias is None:  # once, as sending it to a GPU takes a while
+                ids = torch.tensor(list(self.bias), device=scores.device)
+                self._bias = ids, torch.tensor(list(self.bias.values()), device=scores.device)
+            ids, added = self._bias
+            scores.index_add_(0, ids, added)
         if self.penalizes:
             if self.counts is None:
                 self.counts = scores.new_zeros(2, len(scores))
@@ -366,16 +388,22 @@ def truncate(
     return scores
 
 
-def nucleus_threshold(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """The lowest score in the nucleus of each row (B, 1): before it, the likelier tokens hold less than top_p (B,)."""
+def nucleus_threshold(scores: torch.Tensor, top_p: torch.Tensor, widths: Sequence[int] = ()) -> torch.Tensor:
+    """The lowest score in the nucleus of each row (B, 1): before it, the likelier tokens hold less than top_p (B,).
+
+    Args:
+        widths: among how many of the best tokens to look for its end, one number after the other until it is found;
+            the last one must be enough.
+    """
     vocab_size = scores.size(-1)
+    widths = widths or (min(NUCLEUS_CANDIDATES, vocab_size), vocab_size)
     # Sorting a whole vocabulary takes long, and nearly every nucleus ends among the first
-    for width in (min(NUCLEUS_CANDIDATES, vocab_size), vocab_size):
+    for width in widths:
         ordered = scores.topk(width).values  # (B, width), best first
         probabilities = (ordered - scores.logsumexp(dim=-1, keepdim=True)).exp()
         inside = probabilities.cumsum(dim=-1) - probabilities < top_p.unsqueeze(1)  # (B, width)
         inside[:, 0] = True  # something is left even of a row of NaN
-        if width == vocab_size or not inside[top_p < 1, -1].any():
+        if width == widths[-1] or not inside[top_p < 1, -1].any():
             break  # every nucleus ends among the candidates
     threshold = ordered.masked_fill(~inside, math.inf).amin(dim=-1, keepdim=True)  # (B, 1), the last score inside
     return threshold.masked_fill(top_p.unsqueeze(1) == 1, -math.inf)

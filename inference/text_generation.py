@@ -57,6 +57,8 @@ def generate_texts(
     settings = [SamplingParams(max_gen_len, temperature, top_k, seed=its_own) for its_own in seeds]
     with Progress("generating", len(rows), "prompt", shown=show_progress) as progress:
         try:
-            return Engine(model, tokenizer, max_running=batch_size).run(rows, settings, on_finished=progress.update)
+            longest = max(map(len, rows), default=0) + max_gen_len
+            engine = Engine(model, tokenizer, max_running=batch_size, longest=longest)
+            return engine.run(rows, settings, on_finished=progress.update)
         except RequestFailed as failure:
             raise UserError(str(failure)) from None

@@ -142,7 +142,7 @@ def test_micro_batches_are_weighted_by_their_tokens(recompute, loop):
     trained = loop(recompute_activations=recompute)
     batches, counts = batches_of(trained)
     assert len(set(counts)) == 3
-    means = trained.accumulate(batches, counts)
+    means = trained.means(trained.accumulate(batches, counts))
     weights = list(trained.model.parameters())
     gradients = [parameter.grad.clone() for parameter in weights]
     inputs, total, own = [], 0.0, 0.0

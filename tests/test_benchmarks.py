@@ -2,18 +2,25 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import record_shapes
 import torch
 
-from benchmarks import bench_inference, bench_service, real_data
-from benchmarks.gpu_decoding import StaticDecoder
-from benchmarks.peers import LlamaCpp, Ours, Transformers, check_logits, synthetic_tokenizer, write_gguf
+from benchmarks import bench_gpu, bench_inference, bench_service, bench_speculation, real_data
+from benchmarks.model_files import LeftOut, ModelFiles
+from benchmarks.peer_programs import PROGRAMS, Setting
+from benchmarks.peers import Ours, Transformers, check_logits, synthetic_tokenizer
 from benchmarks.tables import Table, write_section
+from checkpoint import save_checkpoint
 from command_line import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPT = [5, 17, 3, 44, 21, 60, 2, 9]
 
 
@@ -33,6 +40,18 @@ def test_a_quick_run_measures_everything_and_ends_with_one_line_of_json(capsys, 
     assert "ours INT8" in text and "| ours INT8 |" in page.read_text()
 
 
+def test_drafts_are_measured_beside_none(capsys, tmp_path, random_model, tokenizer):
+    model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=128)
+    path, page = str(tmp_path / "model.pth"), tmp_path / "RESULTS.md"
+    save_checkpoint(path, model_state=model.state_dict(), config=model.config, tokenizer=tokenizer, stage="sft")
+    options = f"--model_path {path} --draft_model {path} --shape false --write {page} --rounds 2 --num_threads 1"
+    bench_speculation.main(f"{options} --n_questions 2 --max_gen_len 12".split())
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["drafter"] for row in figures["answers"]] == ["none", "lookup", "draft model"] * 2
+    assert all(row["tokens_per_second"] > 0 for row in figures["answers"])
+    assert "| this one | int8 | lookup |" in page.read_text()
+
+
 def test_peers_that_are_not_installed_are_left_out(capsys, monkeypatch):
     monkeypatch.setattr(bench_inference, "find_spec", lambda name: None)
     figures, text = figures_of_a_quick_run(capsys)
@@ -50,16 +69,43 @@ def test_transformers_gets_our_weights(random_model):
         assert theirs.generate(PROMPT, 12) == ours.generate(PROMPT, 12)
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("F32", 1e-3), ("Q8_0", 5e-2)])
-def test_llama_cpp_gets_our_weights(random_model, tmp_path, precision, limit):
-    pytest.importorskip("llama_cpp")
-    sizes = dict(vocab_size=300, d_model=64, max_seq_len=256)  # Q8_0 wants rows of a multiple of 32
-    model = random_model("gpt2", tie_embeddings=precision == "F32", **sizes)
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+@pytest.mark.parametrize("program", [each for each in PROGRAMS if each.module != "transformers"], ids=lambda p: p.name)
+def test_a_peer_gets_our_weights(random_model, tmp_path, program, architecture):
+    """Every kind of weights that it is measured with, alone and in a batch; what it cannot do, it says."""
+    pytest.importorskip(program.module)
+    sizes = dict(vocab_size=600, d_model=256, d_ff=512, max_seq_len=256)  # blocks of 256 weights
+    model = random_model(architecture, tie_embeddings=True, **sizes)
+    files = ModelFiles.of_weights(model, synthetic_tokenizer(600), tmp_path)
     expected = Ours(model).prefill(PROMPT)
-    theirs = LlamaCpp(write_gguf(model, tmp_path / "model.gguf", precision), context=256, n_threads=1)
-    assert check_logits("llama.cpp", theirs, expected, PROMPT, limit) <= limit
-    assert theirs.generate(PROMPT, 6)[0] == expected.argmax()
-    theirs.close()
+    for weights, bits in program.bits.items():
+        try:
+            theirs = program.open(files, weights, Setting(1, context=256, n_streams=2, stream_context=32))
+        except LeftOut as reason:
+            assert "GPT-2" in str(reason) or "pip install" in str(reason)
+            continue
+        check_logits(program.name, theirs, expected, PROMPT, bench_inference.LIMITS[bits])
+        alone, turned = theirs.generate(PROMPT, 6), theirs.generate(PROMPT[::-1], 6)
+        together = theirs.generate_all([PROMPT, PROMPT[::-1]], 6)
+        assert [tokens[0] for tokens in together] == [alone[0], turned[0]]
+        assert [len(tokens) for tokens in together] == [6, 6]
+        if hasattr(theirs, "close"):
+            theirs.close()
+
+
+def test_of_a_peer_that_shows_tokens_only_the_token_is_compared(random_model):
+    expected = Ours(random_model("gpt2")).prefill(PROMPT)
+
+    class Shows:
+        def __init__(self, rank):
+            self.token = int(np.argsort(-expected)[rank])
+
+        def prefill(self, prompt):
+            return self.token
+
+    assert check_logits("the best", Shows(0), expected, PROMPT, 0.01) is None
+    with pytest.raises(AssertionError, match="less likely than ours"):
+        check_logits("the worst", Shows(-1), expected, PROMPT, 0.01)
 
 
 def test_a_contestant_with_other_weights_is_refused(random_model):
@@ -109,21 +155,23 @@ def test_impossible_settings_are_refused_before_any_work():
         bench_inference.main(["--rounds", "0", "--max_seq_len", "8"])
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
-def test_a_decoder_with_fixed_memory_gives_the_tokens_of_the_model(random_model, architecture):
-    """What a CUDA graph records is right: a step that finds its position in a tensor, over a masked cache."""
-    model = random_model(architecture)
-    decoder = StaticDecoder(model, max_len=20)
-    for _ in range(2):  # what the first text left in the cache does not show in the second
-        assert decoder.generate(PROMPT, 12) == Ours(model).generate(PROMPT, 12)
+def test_the_gpus_benchmark_runs_through_a_gpus_code_on_a_cpu(tmp_path):
+    """Every part, by the command of the day on which there is a GPU; what is measured means nothing."""
+    page = tmp_path / "RESULTS.md"
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", "benchmarks/gpu.sh", "--smoke", "--write", str(page)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["decoding"]["INT8, graphs"]["tokens_per_second"] > 0 and figures["prefill"]["BF16"] > 0
+    assert set(figures["streams"]["FP32"]) == {"1", "4"} and figures["training"]["tiny"]["memory_mib"] > 0
+    assert 0 < figures["alignment"]["grpo"]["generating"] < 1 and "### PPO and GRPO" in page.read_text()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_recorded_step_gives_the_tokens_of_the_model(random_model, compiled):
-    model = copy.deepcopy(random_model("gpt2")).cuda()
-    decoder = StaticDecoder(model, max_len=20, compiled=compiled, recorded=True)
-    assert decoder.generate(PROMPT, 12) == Ours(model).generate(PROMPT, 12)
+def test_without_a_gpu_the_gpus_benchmark_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="there is no CUDA GPU here; --smoke"):
+        bench_gpu.main([])
 
 
 def test_a_folder_of_published_shapes_goes_through_every_stage(tmp_path, capsys):

@@ -28,7 +28,7 @@ from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from checkpoint import load_checkpoint, load_model, save_checkpoint  # noqa: E402
 from command_line import Interrupted, UserError, complaints_about  # noqa: E402
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel  # noqa: E402
-from training import ranks  # noqa: E402
+from training import optimization, ranks  # noqa: E402
 from training.parallel_model import Layout, ParallelModel, parse_layout  # noqa: E402
 from training.run_log import read_metrics  # noqa: E402
 from training.training_config import TrainingConfig, prepare_machine  # noqa: E402
@@ -207,10 +207,32 @@ def work_as_a_rank(folder):
             case["resumed"] = continued(loop, folder / "one" / architecture / "checkpoints" / "step_00000003.pth")
             results[f"{name} {architecture}"] = case
     if n_ranks == 2:
-        results |= signal_to_one_rank(folder) | fine_tuning(folder) | refusals(folder)
+        results |= signal_to_one_rank(folder) | fine_tuning(folder) | refusals(folder) | shared_work(folder)
     if ranks.is_main():
         (folder / f"results_{n_ranks}.json").write_text(json.dumps(results))
     ranks.stop()
+
+
+def shared_work(folder):
+    """How many matrices each rank orthogonalises in a step; and a step in bf16, with the types that it computes in."""
+    usual, counts, results = optimization.newton_schulz, [], {}
+
+    def counted(matrices):
+        counts.append(len(matrices))
+        return usual(matrices)
+
+    optimization.newton_schulz = counted
+    for mode in ("ddp", "fsdp"):
+        counts.clear()
+        make_loop("modern", folder / "shared", mode, 4, 1).train_step()
+        results[f"matrices of {mode}"] = ranks.gather_objects(sum(counts))
+    optimization.newton_schulz = usual
+    loop, types = make_loop("modern", folder / "shared", "fsdp", 4, 1, precision="bf16"), set()
+    for module in (loop.model.layers[0].feed_forward.up_proj, loop.model.lm_head):
+        module.register_forward_pre_hook(lambda module, inputs: types.add(str((module.weight.dtype, inputs[0].dtype))))
+    record = loop.train_step()
+    results["bf16"] = {"loss": record["loss"], "grad_norm": record["grad_norm"], "types": sorted(types)}
+    return results
 
 
 def signal_to_one_rank(folder):
@@ -394,6 +416,19 @@ def test_ranks_hold_their_share_only(on_two, on_four):
     first, last = on_two["pp modern"]["shares"]
     assert first < last < 0.8
     assert all(share < 0.4 for share in on_four["fsdp+tp modern"]["shares"])
+
+
+def test_ranks_share_muons_work(on_two):
+    """Of the 7 matrices of each of 3 layers, in four shapes, every rank orthogonalises half."""
+    assert on_two["matrices of ddp"] == on_two["matrices of fsdp"] == [11, 10]
+
+
+def test_in_bf16_shards_are_gathered_in_bf16(on_two, tmp_path):
+    """The layers' only: head and embedding, and what passes between layers, stay in fp32. The step is one rank's."""
+    record = make_loop("modern", tmp_path, precision="bf16").train_step()
+    assert on_two["bf16"]["types"] == ["(torch.bfloat16, torch.float32)", "(torch.float32, torch.float32)"]
+    assert on_two["bf16"]["loss"] == pytest.approx(record["loss"], rel=5e-3)
+    assert on_two["bf16"]["grad_norm"] == pytest.approx(record["grad_norm"], rel=2e-2)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(on_two, folder):

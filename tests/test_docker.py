@@ -51,8 +51,13 @@ def test_image_has_every_module_that_the_service_imports():
 def test_settings_of_the_compose_file_are_settings():
     block = text_of("docker-compose.yaml").partition("environment:")[2].partition("init:")[0]
     names = set(re.findall(r"^    (\w+):", block, re.MULTILINE))
-    others = {"NVIDIA_VISIBLE_DEVICES", "CPU_LEVEL"}
+    others = {"NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "CPU_LEVEL"}
     assert names - others <= {field.name.upper() for field in fields(ServiceSettings)}
+
+
+def test_dockers_default_runtime_is_not_overridden():
+    """Where that is NVIDIA's, the service has all GPUs."""
+    assert "  runtime: ${RUNTIME:-} " in text_of("docker-compose.yaml")
 
 
 @pytest.mark.parametrize("profile", ["", "balanced", "watched"])

@@ -3,13 +3,15 @@
 import math
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 from plain_generation import CONTEXT, GREEDY, PROMPTS, alone, prompt, tokens_of
 
 from command_line import UserError
-from inference.engine import Engine, RequestFailed
+from gpt_model import GPTConfig
+from inference.engine import Engine, RequestFailed, default_cache_tokens
 from inference.sampling import SamplingParams
 
 
@@ -340,6 +342,65 @@ def test_nobody_waits_for_ever_for_an_engine_that_broke(gpt2, monkeypatch):
     with pytest.raises(RequestFailed, match="internal error|closed"):
         engine.submit(prompt(5), GREEDY).result(timeout=10)
     engine.close()
+
+
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError(ILLEGAL), RuntimeError(f"{ILLEGAL}\nCUDA kernel errors …")])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_gpu_has_failed_is_dead(gpt2, monkeypatch, error):
+    """Nothing is tried on it any more, and all are told: those who were computed and those who waited."""
+    engine, tried = Engine(gpt2, None, max_running=1), []
+    monkeypatch.setattr(engine, "forward", raises(error))
+    monkeypatch.setattr(engine.cache, "scrub", tried.append)
+    requests = [engine.submit(prompt(5), GREEDY) for _ in range(3)]
+    engine.start()
+    for request in requests:
+        with pytest.raises(RequestFailed, match="the GPU has failed: CUDA error"):
+            request.result(timeout=10)
+    assert engine.dead and engine.closed and not tried
+    with pytest.raises(RequestFailed, match="closed"):
+        engine.submit(prompt(5), GREEDY)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: out of memory")]
+)
+def test_a_gpu_without_memory_fails_who_took_part_and_goes_on(gpt2, monkeypatch, error):
+    engine = Engine(gpt2, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "forward", raises(error))
+        with pytest.raises(type(error)):
+            engine.run([prompt(5)], GREEDY)
+    assert not engine.dead
+    assert tokens_of(engine.run([prompt(5)], GREEDY)) == [alone(gpt2, prompt(5), 20)]
+
+
+def raises(error):
+    """A function that raises it, whatever it is given."""
+
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_the_cache_is_as_large_as_is_needed_and_there_is_room_for(gpt2, monkeypatch):
+    """Three short requests take little; on a GPU its free memory is the limit, and a whole context always fits."""
+    config = GPTConfig(1000, d_model=64, n_layers=2, n_heads=4, max_seq_len=1024)  # 512 bytes a token in bf16
+    size = partial(default_cache_tokens, config, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000_000, 80_000_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3_000_000)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert size(cuda, 8) == 8 * (1024 + 16) and size(cuda, 3, longest=100) == 1024 and size(cuda, 20, 100) == 20 * 128
+    assert size(cuda, 64) == 12_000_000 * 8 // 10 // 512
+    assert size(cpu, 10_000) == 2**30 // 512
+    engine = Engine(gpt2, None, max_running=50, longest=20)
+    assert engine.cache.n_tokens == 50 * 48 and engine.prefill_chunk == 256
+    assert tokens_of(engine.run(PROMPTS, GREEDY)) == [alone(gpt2, ids, 20) for ids in PROMPTS]
 
 
 def test_a_result_may_time_out_and_come_later(gpt2):

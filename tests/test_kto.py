@@ -121,7 +121,7 @@ def test_loss_and_figures_are_trls(labels, shift, tmp_path, tokenizer, policy):
         },
         return_outputs=False,
     )
-    ours = loop.accumulate([{**batch}], [5])
+    ours = loop.means(loop.accumulate([{**batch}], [5]))
     assert (ours["kl"] > 0) == (shift > 0)
     assert ours["loss/kto_avg"] == pytest.approx(theirs.item(), rel=1e-4)
     kinds = ("rewards", "logps", "kl")

@@ -178,7 +178,10 @@ def matrices_and_gradients(shapes, n_steps):
 SHAPES = [(16, 16), (16, 40), (40, 16), (16, 40)]  # two of one shape: they are orthogonalised together
 
 
-def test_muon_steps_equal_the_algorithm_in_fp32():
+@pytest.mark.parametrize("n_bytes", [1 << 28, 0])
+def test_muon_steps_equal_the_algorithm_in_fp32(n_bytes, monkeypatch):
+    """However many matrices are orthogonalised together."""
+    monkeypatch.setattr("training.optimization.MUON_BYTES", n_bytes)
     weights, gradients = matrices_and_gradients(SHAPES, n_steps=6)
     expected = [
         muon_by_hand(weight.detach().clone(), [step[i] for step in gradients], 0.02, 0.95, 0.1)

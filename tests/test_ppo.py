@@ -43,6 +43,10 @@ def rollout_of(loop):
     return loop.rollout(loop.train_data, [index % len(loop.train_data) for index in range(8)])
 
 
+def advantages_of(loop, rollout):
+    return loop.estimate_advantages(rollout, loop.token_rewards(rollout, float(loop.model.kl_coef)))
+
+
 # -- the first minibatch -----------------------------------------------------------------------------------------------
 
 
@@ -102,7 +106,7 @@ def test_the_score_stands_at_the_last_token_and_divergence_costs_at_every_one(tm
     values = torch.randn(2, 4)
     rollout = dict(scores=torch.tensor([3.0, 1.0]), ended=torch.tensor([True, False]), kl=kl, answer_mask=mask)
     rollout |= dict(input_ids=None, attention_mask=None, old_log_probs=None, old_values=values)
-    result = loop.estimate_advantages(rollout)
+    result = advantages_of(loop, rollout)
     returns = [[3 - 0.175, 3 - 0.125, 3 - 0.1], [-1 - 0.3, -1 - 0.3, -1 - 0.1, -1 - 0.1]]
     for row, expected in enumerate(returns):
         assert result["returns"][row][mask[row]].tolist() == pytest.approx(expected, abs=1e-5)
@@ -115,7 +119,7 @@ def test_the_score_stands_at_the_last_token_and_divergence_costs_at_every_one(tm
 
 def test_the_loss_is_the_clipped_one_by_hand(loop):
     """Policy and value losses as sums over single tokens, at ratios on both sides of the clip."""
-    batch = loop.estimate_advantages(rollout_of(loop))
+    batch = advantages_of(loop, rollout_of(loop))
     torch.manual_seed(0)
     with torch.no_grad():
         batch["old_log_probs"] = batch["old_log_probs"] + 0.4 * torch.randn_like(batch["old_log_probs"])
@@ -203,7 +207,7 @@ def test_advantages_that_are_alike_do_not_become_large(tmp_path, tokenizer):
     rollout = rollout_of(loop)
     rollout = {**rollout, "scores": torch.full((8,), 3.0), "old_values": torch.zeros_like(rollout["old_values"])}
     rollout["scores"][0] += 1e-6
-    assert loop.estimate_advantages(rollout)["advantages"].abs().max() < 0.01
+    assert advantages_of(loop, rollout)["advantages"].abs().max() < 0.01
     loop.update = lambda batch, n_epochs: {}
     assert "val/explained_variance" not in loop.learn_from(rollout)
 
@@ -230,7 +234,7 @@ def test_an_adaptive_beta_is_part_of_what_a_run_resumes(tmp_path, tokenizer):
     assert resumed.model.kl_coef.item() == pytest.approx(0.2 * 0.98**3, rel=1e-5)
     rollout = {**rollout_of(resumed), "ended": torch.ones(8, dtype=torch.bool)}
     kl = torch.ones_like(rollout["kl"])
-    costs = rollout["scores"] - resumed.token_rewards({**rollout, "kl": kl}).sum(1)
+    costs = rollout["scores"] - resumed.token_rewards({**rollout, "kl": kl}, float(resumed.model.kl_coef)).sum(1)
     assert torch.allclose(costs, 0.2 * 0.98**3 * rollout["answer_mask"].sum(1), atol=1e-4)
 
 

@@ -16,6 +16,7 @@ from checkpoint import load_checkpoint, load_model, save_checkpoint
 from command_line import UserError
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference import quantizer
+from inference.engine import Engine
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear
 from inference.kernels.linear_products import DTYPES
 from inference.quantizer import (
@@ -30,7 +31,9 @@ from inference.quantizer import (
     save_quantized_model,
     weight_bytes,
 )
+from inference.sampling import SamplingParams
 from inference.text_generation import generate_texts
+from machine import inference_dtype
 
 PROMPTS = ["hello", "你好", "a", "The quick brown fox jumps"]
 
@@ -322,6 +325,51 @@ def test_load_any_takes_float_and_quantized_checkpoints(model, checkpoint_path, 
         assert isinstance(loaded.lm_head, InferenceLinear)
         assert its_tokenizer.fingerprint == tokenizer.fingerprint
         generate_texts(loaded, its_tokenizer, PROMPTS, chat=True, max_gen_len=4)
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "fp16"])
+def test_what_a_gpu_computes_in_half_precision_stays_near_fp32(model, weights, checkpoint_path, tmp_path):
+    """The very types that a GPU gets, on the CPU: everything but INT8 weights and their scales is bf16."""
+    path = checkpoint_path
+    if weights:
+        source = load_checkpoint(path)
+        path = save_quantized_model(prepare_for_inference(model, weights), tmp_path / "small.pth", source)
+    exact, _, _ = load_any(path)
+    half, _, _ = load_any(path, precision="bf16")
+    kept = {"weight": torch.int8, "scale": torch.float32} if weights == "int8" else {}
+    for name, tensor in half.state_dict().items():
+        is_matrix = name.endswith(("_proj.weight", "lm_head.weight", "token_embedding.weight", "scale"))
+        assert tensor.dtype == (kept.get(name.rpartition(".")[2], torch.bfloat16) if is_matrix else torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.token_embedding.weight is half.lm_head.weight
+    ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = exact(ids)["logits"], half(ids)["logits"]
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    engine = Engine(half, None)
+    assert engine.cache.keys.dtype == torch.bfloat16
+    (answer,) = engine.run([ids[0].tolist()], SamplingParams(3, temperature=0, logprobs=1))
+    assert answer.token_ids[0] == int(found[0, -1].argmax())
+
+
+@pytest.mark.parametrize("weights", DTYPES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_prepared_goes_elsewhere_alone(weights, tied):
+    """The model that it was made from keeps its types, also where it does not learn."""
+    model = random_model("gpt2", tie_embeddings=tied).requires_grad_(False)
+    prepare_for_inference(model, weights).to(torch.float16)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
+def test_a_gpu_takes_bf16_unless_it_is_older_than_ampere(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert inference_dtype("auto", cpu) is inference_dtype("fp32", cpu) is inference_dtype("auto", torch.device("mps"))
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert inference_dtype("auto", cuda) == dtype
+    assert inference_dtype("fp32", cuda) == torch.float32
+    with pytest.raises(UserError, match="--precision fp16 needs a GPU"):
+        inference_dtype("fp16", cpu)
 
 
 def test_a_model_alone_can_be_saved_and_loaded(model, tmp_path):

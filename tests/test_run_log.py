@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from command_line import UserError
-from machine import peak_flops, peak_memory_bytes
+from machine import PEAK_TFLOPS, card_name, peak_flops, peak_memory_bytes
 from training.run_log import RunLog, plot_metrics, read_metrics, training_flops_per_token
 
 
@@ -193,6 +193,36 @@ def test_a_tracker_that_is_not_installed_is_one_sentence(settings, package, tmp_
 def test_flops_of_a_token_by_hand():
     """6 for each weight (2 forward, 4 backward), and for attention 12 · layers · width · length."""
     assert training_flops_per_token(124_000_000, 12, 768, 1024) == 6 * 124_000_000 + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("device_name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A40", 150), ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70), ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L4", 121), ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-32GB", 112), ("NVIDIA RTX A6000", 155),
+        ("NVIDIA RTX 6000 Ada Generation", 364), ("NVIDIA GeForce RTX 5090", 210), ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4080 SUPER", 104), ("NVIDIA GeForce RTX 4070 Ti", 80), ("NVIDIA GeForce RTX 4070", 58),
+        ("NVIDIA GeForce RTX 3060", 25), ("NVIDIA GeForce RTX 3060 Ti", 32), ("NVIDIA B200", 2250),
+    ],
+)  # fmt: skip
+def test_a_gpus_peak_is_that_of_its_exact_model(device_name, tflops):
+    assert PEAK_TFLOPS[card_name(device_name)] == tflops
+
+
+@pytest.mark.parametrize(
+    "device_name",
+    [
+        "NVIDIA RTX A1000", "NVIDIA RTX A2000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA T400 4GB", "NVIDIA T1000",
+        "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA L40G", "NVIDIA A16", "NVIDIA A2",
+        "NVIDIA GeForce GTX 1080", "NVIDIA RTX 4000 Ada Generation", "Quadro RTX 4000", "NVIDIA PG506-232",
+    ],
+)  # fmt: skip
+def test_a_gpu_that_is_not_in_the_table_is_no_other_one(device_name):
+    """It is measured instead."""
+    assert card_name(device_name) not in PEAK_TFLOPS
 
 
 def test_the_machine_is_measured():

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -20,6 +21,7 @@ from machine import autocast
 
 SCHEDULES = ("cosine", "wsd", "cosine_restarts", "constant", "noam")
 OPTIMIZERS = ("adamw", "muon")
+MUON_BYTES = 1 << 28  # of matrices that Muon orthogonalises together; it needs some four times as much for a moment
 
 
 # --------------------------------------------------------------------------------------------------------- schedules
@@ -96,14 +98,23 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for the matrices of hidden layers.
 
     Updates are scaled by 0.2 · √max(rows, columns), which gives them AdamW's typical size, so that one learning rate
-    and one weight decay serve both optimisers (Moonlight, arXiv:2502.16982). Matrices of one shape are orthogonalised
-    together. The iteration runs in bf16 on a GPU and in fp32 on a CPU, where bf16 would be 10–20 times slower.
+    and one weight decay serve both optimisers (Moonlight, arXiv:2502.16982). The iteration runs in bf16 on a GPU and in
+    fp32 on a CPU, where bf16 would be 10–20 times slower.
+
+    Matrices of one shape are orthogonalised together, `MUON_BYTES` of them at a time. Of ranks that have, or share, the
+    same matrices each orthogonalises its part and gives it to the others.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        ranks: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.ranks = ranks
         if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
             raise ValueError("Muon takes matrices only")
 
@@ -111,18 +122,49 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
+            for mesh in by_mesh(parameter for parameter in group["params"] if parameter.grad is not None):
+                by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+                for parameter in mesh:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                scale = 0.2 * math.sqrt(max(shape))
-                directions = torch.stack([whole(self._nesterov(p, group["momentum"])) for p in parameters])
-                dtype = torch.bfloat16 if directions.is_cuda else torch.float32
-                directions = newton_schulz(directions.to(dtype)).to(torch.float32)  # (n, rows, columns)
-                for parameter, direction in zip(parameters, directions.unbind(), strict=True):
-                    parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                    parameter.add_(like(direction, parameter), alpha=-group["lr"] * scale)
+                for shape, parameters in by_shape.items():
+                    scale = 0.2 * math.sqrt(max(shape))
+                    ranks = self._ranks_of(parameters[0])
+                    dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
+                    at_least = dist.get_world_size(ranks) if ranks else 1
+                    size = max(at_least, MUON_BYTES // (shape.numel() * dtype.itemsize))
+                    for some in (parameters[start : start + size] for start in range(0, len(parameters), size)):
+                        directions = self._directions(some, group["momentum"], dtype, ranks)  # (n, rows, columns)
+                        for parameter, direction in zip(some, directions.unbind(), strict=True):
+                            parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                            direction = like(direction.to(torch.float32), parameter)
+                            parameter.add_(direction, alpha=-group["lr"] * scale)
+
+    def _ranks_of(self, parameter: nn.Parameter) -> dist.ProcessGroup | None:
+        """The ranks that a matrix of a DTensor is cut among, along the mesh's longest side; or that all have it."""
+        if not isinstance(parameter, DTensor):
+            return self.ranks
+        sizes = parameter.device_mesh.shape
+        return parameter.device_mesh.get_group(sizes.index(max(sizes)))
+
+    def _directions(
+        self, parameters: list[nn.Parameter], momentum: float, dtype: torch.dtype, ranks: dist.ProcessGroup | None
+    ) -> torch.Tensor:
+        """The orthogonalised momenta of n matrices of one shape, (n, rows, columns), the same on all `ranks`."""
+        n_ranks, rank = (dist.get_world_size(ranks), dist.get_rank(ranks)) if ranks else (1, 0)
+        share = -(-len(parameters) // n_ranks)  # matrices for each rank; the last ones may have none left
+        mine = []
+        for number, parameter in enumerate(parameters):
+            gradient = whole(self._nesterov(parameter, momentum).to(dtype))  # sent in the type that it is needed in
+            if number // share == rank:
+                mine.append(gradient)
+        if n_ranks == 1:
+            return newton_schulz(torch.stack(mine))
+        directions = torch.zeros(share, *parameters[0].shape, dtype=dtype, device=parameters[0].device)
+        if mine:
+            directions[: len(mine)] = newton_schulz(torch.stack(mine))
+        everyones = torch.empty(n_ranks * share, *parameters[0].shape, dtype=dtype, device=directions.device)
+        dist.all_gather_into_tensor(everyones, directions, group=ranks)
+        return everyones[: len(parameters)]
 
     def _nesterov(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
         state = self.state[parameter]
@@ -183,10 +225,14 @@ def build_optimizers(
     lr: float = 2e-4,
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
+    ranks: dist.ProcessGroup | None = None,
 ) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101), or Muon for hidden matrices beside AdamW for the rest.
 
     Adapters (LoRA) have AdamW in either case, without decay, and their own multiple of the learning rate.
+
+    Args:
+        ranks: those that have the same parameters and gradients, and share Muon's work.
     """
     groups = parameter_groups(model, optimizer)
     adamw_groups = [
@@ -202,7 +248,7 @@ def build_optimizers(
     speed = {"foreach": True} if sharded else {"fused": True}
     optimizers: list[torch.optim.Optimizer] = []  # where most is frozen, one of the two may have nothing to do
     if groups["muon"]:
-        optimizers.append(Muon(groups["muon"], lr=lr, weight_decay=weight_decay))
+        optimizers.append(Muon(groups["muon"], lr=lr, weight_decay=weight_decay, ranks=ranks))
     if adamw_groups:
         optimizers.append(torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=1e-8, **speed))
     return optimizers
@@ -253,33 +299,45 @@ class Updater:
         self.scaler.scale(loss).backward()
 
     def step(self, lr: float, loss: float = 0.0) -> float:
-        """Update the parameters with the learning rate `lr` and clear the gradients.
-
-        The step is skipped if the gradients or the `loss` they come from are not finite.
+        """Update the parameters with the learning rate `lr` and clear the gradients; `clip_gradients`, then `apply`.
 
         Returns:
             the global norm of the gradients before clipping.
+        """
+        grad_norm = float(self.clip_gradients())
+        self.apply(lr, grad_norm, loss)
+        return grad_norm
+
+    def clip_gradients(self) -> torch.Tensor:
+        """Clip the gradients; returns their global norm before, a scalar on the device that nothing has waited for."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        return self.clip(self.parameters, self.max_grad_norm or math.inf)
+
+    def discard(self) -> None:
+        """Throw clipped gradients away."""
+        self.scaler.update()  # also after a skipped step: the scale that made fp16 overflow is halved
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def apply(self, lr: float, grad_norm: float, loss: float = 0.0) -> None:
+        """Update the parameters with clipped gradients and clear these; skip it if the norm or the `loss` that they
+        come from is not finite.
 
         Raises:
             UserError: `max_skipped` steps in a row were non-finite.
         """
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-        max_norm = self.max_grad_norm or math.inf
-        grad_norm = float(self.clip(self.parameters, max_norm))
         # Both numbers are those of the whole step, so that all ranks skip it or none does
         if math.isfinite(grad_norm + loss):
             self.skipped_in_a_row = 0
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("lr_scale", 1.0)
+                optimizer.step()  # and not the scaler's, which would read once more whether all is finite
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        self.scaler.update()  # also after a skipped step: the scale that made fp16 overflow is halved
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.discard()
         # fp16's scaler starts far too high by design and needs some skips to find its scale
         patience = self.max_skipped + (20 if self.scaler.is_enabled() else 0)
         if self.skipped_in_a_row >= patience:
@@ -287,7 +345,6 @@ class Updater:
                 f"loss or gradients were not finite {self.skipped_in_a_row} steps in a row; lower --lr, lengthen "
                 "--warmup_steps, or use --precision fp32, and continue with --resume auto"
             )
-        return grad_norm
 
     def state_dict(self) -> dict:
         """What exact resuming needs besides the optimisers' own state."""

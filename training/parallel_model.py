@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -124,20 +124,25 @@ class ParallelModel:
         model: the same on every rank, on `device`. Anything beyond DDP needs a `GPTModel`.
         mode: see `parse_layout`.
         device: of this rank.
+        precision: of the matrix products, in which `fsdp` also gathers the layers' parameters if it is bf16.
 
     Attributes:
         module: what this rank optimises; under pipeline parallelism a part of the model.
         layout: how the ranks share the work.
         data_rank: which share of each global batch this rank reads, from 0.
         pipeline: the pipeline, if there is one.
+        copies: the ranks that have all of the same parameters and gradients, if these are not cut among them.
 
     Raises:
         UserError: the mode does not suit the model or the number of ranks.
     """
 
-    def __init__(self, model: nn.Module, mode: str, device: torch.device) -> None:
-        self.layout, self.device = parse_layout(mode, world_size()), device
-        self.module, self.data_rank, self.pipeline = model, 0, None
+    def __init__(
+        self, model: nn.Module, mode: str, device: torch.device, precision: torch.dtype = torch.float32
+    ) -> None:
+        self.layout, self.device, self._precision = parse_layout(mode, world_size()), device, precision
+        self.module, self.data_rank, self.pipeline, self.copies = model, 0, None, None
+        self._is_compiled = False
         self._call: Callable[..., dict[str, torch.Tensor]] = model
         self._mesh: DeviceMesh | None = None
         self._tied = getattr(getattr(model, "config", None), "tie_embeddings", False)
@@ -148,7 +153,7 @@ class ParallelModel:
             # The buffers are constants: broadcasting them at every step would be for nothing
             gpu = [device] if device.type == "cuda" else None
             self._call = DistributedDataParallel(model, device_ids=gpu, broadcast_buffers=False)
-            self.data_rank = rank()
+            self.data_rank, self.copies = rank(), dist.group.WORLD
             return
         if not isinstance(model, GPTModel):
             raise UserError(f"--parallel {mode} is for pretraining and supervised fine-tuning; use --parallel ddp here")
@@ -194,15 +199,29 @@ class ParallelModel:
 
     def sum(self, value: float) -> float:
         """The sum over the data-parallel shares of a number that ranks working on the same samples agree on."""
-        return sum_over_ranks(value, self.device) / self.layout.model_ranks
+        return self.sums(value)[0]
 
-    def compile(self) -> None:
-        """torch.compile: the whole model if every rank has all of it, otherwise layer by layer, between exchanges."""
+    def sums(self, *values: float) -> list[float]:
+        """The same of several numbers, in one exchange."""
+        return [total / self.layout.model_ranks for total in sum_over_ranks(*values)]
+
+    def compile(self, dynamic: bool) -> None:
+        """torch.compile: the whole model if every rank has all of it, otherwise layer by layer, between exchanges.
+
+        Args:
+            dynamic: whether batches are of different lengths; one piece of code is then to serve them all.
+        """
+        self._is_compiled, dynamic = True, dynamic or None  # None: once they turn out to be
         if self._mesh is None:
-            self._call.compile()
+            self._call.compile(dynamic=dynamic)
             return
         for layer in layers_of(self.module):
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = torch.compile(layer.forward, dynamic=dynamic)
+
+    def as_written(self) -> AbstractContextManager:
+        """The context of evaluations, in which a compiled model computes without its code: it was made for training,
+        and making another one takes longer than an evaluation."""
+        return torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
         """Scale the gradients of the whole model to a global norm of at most `max_norm`; returns the norm before.
@@ -210,7 +229,7 @@ class ParallelModel:
         Each gradient counts once, however it is cut or copied.
         """
         if self._mesh is None:
-            return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
         squares = torch.zeros((), device=self.device)
         groups = by_mesh([parameter for parameter in parameters if parameter.grad is not None])
         copy = self.module.lm_head.weight if self.pipeline and self.pipeline.has_copy_of_embedding else None
@@ -236,7 +255,12 @@ class ParallelModel:
         What is frozen is left out: it can be loaded from where it came.
         """
         if self._mesh is None:
-            return trained_state(self.module, get_model_state_dict(self.module, options=WHOLE))
+            state = trained_state(self.module, get_model_state_dict(self.module, options=WHOLE))
+            first: dict[nn.Parameter, str] = {}
+            for name, parameter in self.module.named_parameters(remove_duplicate=False):
+                if (original := first.setdefault(parameter, name)) in state and name in state:
+                    state[name] = state[original]  # from a GPU, tied weights came as two copies
+            return state
         state = self._gather(get_model_state_dict(self.module))
         if self._tied and is_main():
             state["lm_head.weight"] = state["token_embedding.weight"]  # one tensor in the file, too
@@ -333,8 +357,13 @@ class ParallelModel:
 
     def _shard(self, mesh: DeviceMesh) -> None:
         """FSDP2: a layer's parameters are gathered when it is their turn and freed after it; the rest with the root."""
+        policy = MixedPrecisionPolicy()
+        # Autocast rounds the matrices anyway, and half as much is sent. What passes between layers stays in fp32, as do
+        # embeddings and head. A CPU's LayerNorm wants weights of its input's type
+        if self._precision == torch.bfloat16 and (self.device.type != "cpu" or self.module.config.norm != "layernorm"):
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in layers_of(self.module):
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(self.module, mesh=mesh)
 
 

@@ -9,18 +9,14 @@ import torch
 import torch.distributed as dist
 
 
-def start(device: torch.device) -> torch.device:
-    """Join the process group if torchrun started this process; returns the device of this rank."""
+def start(device: torch.device) -> None:
+    """Join the process group if torchrun started this process; `device` is this rank's, see `resolve_device`."""
     if "RANK" not in os.environ or dist.is_initialized():
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        return
     # fsdp with tp gathers a tensor in two steps, which PyTorch finds worth a warning for each layer
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     # Beside NCCL, gloo carries what lives on the CPU: checkpoints on their way to rank 0, random states, signals
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
 
 
 def stop() -> None:
@@ -55,14 +51,18 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_ranks(value: float, device: torch.device) -> float:
-    """The sum of a number over all ranks, in double precision where the device has it."""
+def sum_over_ranks(*values: float) -> list[float]:
+    """The sums of numbers over all ranks, in double precision; between CPUs, so that no GPU is waited for."""
     if world_size() == 1:
-        return value
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.tensor(value, dtype=dtype, device=device)
-    dist.all_reduce(total)
-    return float(total)
+        return list(values)
+    return tensor_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
+
+
+def tensor_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, which takes its place where it is."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def gather_objects(value: object) -> list:

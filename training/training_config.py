@@ -43,7 +43,7 @@ class TrainingConfig:
     device: str = option("auto", "cpu, cuda, cuda:1, mps or auto")
     num_threads: int = option(0, "CPU threads; 0 means one for each core", at_least=0)
     compile: str = option(
-        "auto", "torch.compile; new lengths are compiled anew; auto: on a GPU", choices=("auto", "true", "false")
+        "auto", "torch.compile; auto: on a GPU, if the run takes minutes", choices=("auto", "true", "false")
     )
     recompute_activations: bool = option(False, "activation checkpointing: less memory, about a third more time")
     parallel: str = option("ddp", "how torchrun's ranks share the work: ddp, fsdp, tp, pp, or such as fsdp:2+tp:2")
@@ -68,7 +68,8 @@ def prepare_machine(config: TrainingConfig) -> torch.device:
         UserError: the device is not there, or `--output_dir` cannot be written to.
     """
     require_writable_folder(config.output_dir)
-    device = ranks.start(resolve_device(config.device))
+    device = resolve_device(config.device)
+    ranks.start(device)
     torch.set_num_threads(config.num_threads or max(1, usable_cores() // ranks.processes_on_this_machine()))
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)

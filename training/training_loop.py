@@ -14,6 +14,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ import torch.nn as nn
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, require_disk_space, require_same_model, save_checkpoint, weight_fingerprint
 from command_line import Interrupted, UserError
-from data_loader import Batch, BatchOrder
+from data_loader import Batch, BatchOrder, length_multiple, lengthened
 from gpt_model import GPTConfig
 from lora import lora_settings
 from machine import peak_flops, peak_memory_bytes, resolve_precision
@@ -40,6 +41,9 @@ from training.run_identity import Inputs, changed_settings, differing_inputs, fi
 from training.run_log import RunLog, training_flops_per_token
 from training.training_config import TrainingConfig
 from transformer_components import Positions, auxiliary_losses
+
+COMPILED_FROM = 300  # seconds that a run takes at least: to compile a model takes about one minute
+USUAL_MFU = 0.3  # the share of a GPU's peak that such estimates reckon with
 
 
 class TrainingData(Protocol):
@@ -100,9 +104,12 @@ class TrainingLoop:
         self.checkpoint_folder = self.folder / "checkpoints"
 
         model = model.to(device)
+        self.precision = resolve_precision(config.precision, device)
         for module in model.modules():
             if hasattr(module, "recompute_activations"):
                 module.recompute_activations = config.recompute_activations
+            if hasattr(module, "keeps_logits"):  # fp16 needs them: its scaler has no part in a loss in chunks
+                module.keeps_logits = device.type != "cuda" or self.precision == torch.float16
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         positions = [module for module in model.modules() if isinstance(module, Positions)]
@@ -111,12 +118,11 @@ class TrainingLoop:
         self.lora = lora_settings(model)
         if self.lora:
             self.lora["base_fingerprint"] = weight_fingerprint(load_checkpoint(self.lora["base"]))
-        self.parallel_model = ParallelModel(model, config.parallel, device)
+        self.parallel_model = ParallelModel(model, config.parallel, device, self.precision)
         self.model = model = self.parallel_model.module  # what this rank optimises
         self.ranks, self.data_rank = self.parallel_model.layout.data_ranks, self.parallel_model.data_rank
         if self.data_rank:
             torch.manual_seed(config.seed + self.data_rank)  # dropout and sampled answers of its own
-        self.precision = resolve_precision(config.precision, device)
         if self.precision == torch.float16 and self.parallel_model.is_sharded:
             raise UserError(f"--precision fp16 works with --parallel ddp only, not {config.parallel}; use bf16 or fp32")
         self.optimizers = self.make_optimizers()
@@ -129,6 +135,10 @@ class TrainingLoop:
             config.max_skipped_steps,
             self.parallel_model.clip_gradients,
         )
+        self.length_multiple = length_multiple(device)
+        self.reads_ahead = device.type == "cuda"
+        self._reader = ThreadPoolExecutor(1, "batches")  # its thread starts with the first task
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None  # a step, and its micro-batches
         self.order = BatchOrder(len(train_data), self.global_batch(), config.seed, lengths)
         self.max_steps = config.max_steps or max(1, math.ceil(config.epochs * self.order.steps_per_epoch))
         self.warmup_steps = config.warmup_steps if config.warmup_steps >= 0 else max(10, self.max_steps // 50)
@@ -145,7 +155,12 @@ class TrainingLoop:
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimisers of all trainable parameters."""
-        return build_optimizers(self.model, self.config.optimizer, self.config.lr, self.config.weight_decay)
+        return self.optimizers_of(self.model)
+
+    def optimizers_of(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """The optimisers of the trainable parameters of a part of the model."""
+        config, copies = self.config, self.parallel_model.copies
+        return build_optimizers(model, config.optimizer, config.lr, config.weight_decay, ranks=copies)
 
     def global_batch(self) -> int:
         """Samples of one step over all accumulation steps and data-parallel ranks."""
@@ -180,7 +195,7 @@ class TrainingLoop:
         if self.step == 0:
             with Progress("before the first step", unit="", shown=ranks.is_main()):
                 self.before_first_step()
-        if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
+        if config.compile == "true" or (config.compile == "auto" and self._is_worth_compiling()):
             self.compile()
         log = RunLog(
             self.folder,
@@ -248,6 +263,7 @@ class TrainingLoop:
                         log.say(f"no improvement in {config.patience} evaluations, stopped at step {self.step}")
         finally:
             log.close()
+            self._reader.shutdown(wait=False, cancel_futures=True)
         if ranks.is_main():
             self.expert_use.plot(self.folder / "experts.png")
         return self.best
@@ -258,27 +274,46 @@ class TrainingLoop:
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns the global `loss`, `lr`, `grad_norm` and the number of `tokens` read."""
         self.parallel_model.train()
-        size, accumulation = self.config.batch_size, self.config.grad_accum_steps
-        indices = self.order.batch(self.step)
-        # Micro-batch k of all ranks is one stretch of the global batch, and this rank's share one piece of that
-        parts = [indices[(k * self.ranks + self.data_rank) * size :][:size] for k in range(accumulation)]
-        batches = [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
-        means = self.accumulate(batches, [self.train_data.count(batch) for batch in batches])
-        lr = self.learning_rate()
-        grad_norm = self.updater.step(lr, means["loss"])
+        batches = self._take_batches()
+        lr, sums = self.learning_rate(), self.accumulate(batches, [self.train_data.count(batch) for batch in batches])
+        figures = self.means({**sums, "grad_norm": self.updater.clip_gradients()})
+        self.updater.apply(lr, figures["grad_norm"], figures["loss"])
         self.step += 1
         tokens = sum(int(batch["input_ids"].ne(self.tokenizer.pad_token_id).sum()) for batch in batches)
-        return {**means, "lr": lr, "grad_norm": grad_norm, "tokens": tokens * self.ranks}
+        return {**figures, "lr": lr, "tokens": tokens * self.ranks}
 
-    def accumulate(self, batches: list[Batch], counts: list[int]) -> dict[str, float]:
+    def batches_of(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step, on the CPU."""
+        size, accumulation = self.config.batch_size, self.config.grad_accum_steps
+        indices = self.order.batch(step)
+        # Micro-batch k of all ranks is one stretch of the global batch, and this rank's share one piece of that
+        parts = [indices[(k * self.ranks + self.data_rank) * size :][:size] for k in range(accumulation)]
+        return [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
+
+    def _take_batches(self) -> list[Batch]:
+        """The micro-batches of the step to come. Beside a GPU a thread prepares those of the next one meanwhile."""
+        if not self.reads_ahead:
+            return self.batches_of(self.step)
+
+        def prepare(step: int) -> list[Batch]:
+            return [self._pinned(self.prepared(batch)) for batch in self.batches_of(step)]
+
+        step, batches = self._ahead or (self.step, self._reader.submit(prepare, self.step))
+        if step != self.step:  # another one than was foreseen
+            batches = self._reader.submit(prepare, self.step)
+        self._ahead = self.step + 1, self._reader.submit(prepare, self.step + 1)
+        return batches.result()
+
+    def accumulate(self, batches: list[Batch], counts: list[int]) -> dict[str, torch.Tensor]:
         """Forward and backward passes of the micro-batches of one step on this rank.
 
         Each is weighted by its share of the items of the global batch, so that the gradients add up to those of the
         mean over all items on all ranks.
 
         Returns:
-            the global means of the loss and of every other scalar that the model returns. Layers may have losses of
-            their own (`transformer_components.AuxiliaryLoss`): their sum, "aux_loss", is a part of the loss.
+            this rank's part of the global means of the loss and of every other scalar that the model returns, on the
+            device, for `means` to read. Layers may have losses of their own (`transformer_components.AuxiliaryLoss`):
+            their sum, "aux_loss", is a part of the loss.
         """
         total = self.parallel_model.sum(float(sum(counts)))
         # Data parallelism averages gradients over ranks; a sum is wanted
@@ -286,7 +321,7 @@ class TrainingLoop:
         if self.parallel_model.pipeline is not None:
             with self.updater.autocast():
                 loss = self.parallel_model.pipeline.step([self._to_device(batch) for batch in batches], weights)
-            return {"loss": self.parallel_model.sum(float(loss)) / self.ranks}
+            return {"loss": loss / self.ranks}
         sums: dict[str, torch.Tensor] = {}
         for number, (batch, count, weight) in enumerate(zip(batches, counts, weights, strict=True), start=1):
             with self.parallel_model.synchronised(last=number == len(batches)):
@@ -297,8 +332,21 @@ class TrainingLoop:
                     output["loss"] = output["loss"] + output["aux_loss"]
                 self.updater.backward(output["loss"] * weight)
             for name, value in scalars(output).items():
-                sums[name] = sums.get(name, 0.0) + value * count
-        return {name: self.parallel_model.sum(float(value)) / total for name, value in sums.items()}
+                sums[name] = sums.get(name, 0.0) + value * (count / total)
+        return sums
+
+    def means(self, parts: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The figures of a step, of which `accumulate` gave this rank's parts."""
+        return self.read(parts)
+
+    def read(self, parts: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Read what `accumulate` gave, summed over the ranks, and "grad_norm", which is the same on all of them.
+
+        It is the one moment of a step at which the CPU waits for a GPU: all numbers come in one copy.
+        """
+        numbers = dict(zip(parts, torch.stack(list(parts.values())).tolist(), strict=True))
+        norm = {name: numbers.pop(name) for name in ("grad_norm",) if name in numbers}
+        return dict(zip(numbers, self.parallel_model.sums(*numbers.values()), strict=True)) | norm
 
     def learning_rate(self) -> float:
         """The learning rate of the step to come."""
@@ -322,7 +370,7 @@ class TrainingLoop:
         size, n_samples = self.config.batch_size, len(self.val_data)
         starts = list(range(self.data_rank * size, n_samples, self.ranks * size))
         rounds = -(-n_samples // (self.ranks * size))  # as many on every rank, which exchange weights in each
-        sums: dict[str, float] = {}
+        sums: dict[str, torch.Tensor] = {}
         n_items = 0.0
         self.parallel_model.eval()
         for start in tracked((starts + [None])[:rounds], "evaluating", "batch", shown=ranks.is_main()):
@@ -332,10 +380,12 @@ class TrainingLoop:
             with self.updater.autocast():
                 output = self.parallel_model(**self._to_device(batch))
             for name, value in scalars(output).items():
-                sums[name] = sums.get(name, 0.0) + float(value) * count
+                # Many thousand batches are added up; Apple's GPUs have nothing wider than fp32
+                wide = value if self.device.type == "mps" else value.double()
+                sums[name] = sums.get(name, 0.0) + wide * count
             n_items += count  # nothing from a rank that computes some batch only to keep up with the others
         total = self.parallel_model.sum(n_items)
-        figures = {name: self.parallel_model.sum(value) / total for name, value in sums.items()}
+        figures = {name: value / total for name, value in self.read(sums).items()}
         if "token_accuracy" in figures:  # then a loss is in nats a token
             perplexity = math.exp(min(700.0, figures.get("cross_entropy", figures["loss"])))
             figures = {"loss": figures["loss"], "perplexity": perplexity, **figures}
@@ -343,10 +393,11 @@ class TrainingLoop:
 
     def _evaluate_and_keep_best(self, log: RunLog) -> None:
         """Evaluate, and keep the best model."""
-        metrics = self.evaluate()
-        self.latest = {**metrics, "step": self.step}
-        if self.score is not None:
-            metrics |= self.score(self.model, metrics)
+        with self.parallel_model.as_written():
+            metrics = self.evaluate()
+            self.latest = {**metrics, "step": self.step}
+            if self.score is not None:
+                metrics |= self.score(self.model, metrics)
         improved = not metrics or not self.best or self.is_better(metrics, self.best)
         if improved:
             self.best = {**metrics, "step": self.step}
@@ -541,7 +592,18 @@ class TrainingLoop:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(f"warning: torch.compile does not work here ({reason}); going on without", flush=True)
             return
-        self.parallel_model.compile()
+        self.parallel_model.compile(dynamic=self.order.lengths is not None)
+
+    def _is_worth_compiling(self) -> bool:
+        """Whether what is left to train takes so long on a GPU that making the code for it is won back."""
+        if self.device.type != "cuda":
+            return False
+        tokens = (self.max_steps - self.step) * self.config.batch_size * self.config.grad_accum_steps
+        flops = tokens * self.config.max_seq_len * self._flops_per_token()
+        seconds = flops / self.parallel_model.layout.model_ranks / (USUAL_MFU * peak_flops(self.device, self.precision))
+        if seconds < COMPILED_FROM and ranks.is_main():
+            print(f"not compiled: the run takes some {seconds:.0f} s; --compile true does it all the same", flush=True)
+        return seconds >= COMPILED_FROM
 
     def _flops_per_token(self) -> float:
         config = self.gpt_config
@@ -557,14 +619,21 @@ class TrainingLoop:
 
     def _stop_requested(self, stop: StopSignal) -> str | None:
         """The signal that any rank has received: all have to leave after the same step."""
-        if not ranks.sum_over_ranks(float(stop.received is not None), self.device):
+        if not ranks.sum_over_ranks(float(stop.received is not None))[0]:
             return None
         return next(received for received in ranks.gather_objects(stop.received) if received)
 
+    def prepared(self, batch: Batch) -> Batch:
+        """A batch as it goes to the device."""
+        return lengthened(batch, self.length_multiple, self.tokenizer.pad_token_id, self.config.max_seq_len)
+
     def _to_device(self, batch: Batch) -> Batch:
-        if self.device.type == "cuda":  # from pinned memory, a copy need not wait for what the GPU still computes
-            batch = {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
+        batch = self._pinned(self.prepared(batch))
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def _pinned(self, batch: Batch) -> Batch:
+        """A batch in memory from which it is copied to a GPU while that still computes."""
+        return {key: value.pin_memory() for key, value in batch.items()} if self.device.type == "cuda" else batch
 
 
 def scalars(output: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:

@@ -163,14 +163,14 @@ class DecoderStep:
             (len(last), V) fp32.
         """
         n_tokens = len(ids)
-        if self.room_for != n_tokens:
+        if self.room_for < n_tokens:
             self._make_room(n_tokens)
         numbers = array("q", ids), slots, positions, array("q", last)
         tokens = _Tokens(*(each.buffer_info()[0] for each in numbers), n_tokens, len(last))
         logits = torch.empty(len(last), self.config.vocab_size)
         threads = torch.get_num_threads() if n_tokens * self.layer_weights > WORTH_THREADS else 1
         self.function(self.model, self.attention.cache, tokens, self.scratch, logits.data_ptr(), threads)
-        return self.hidden, logits
+        return self.hidden[:n_tokens], logits
 
     def _make_room(self, n_tokens: int) -> None:
         sizes = {

@@ -78,7 +78,9 @@ KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
     LearnedPositions: EMBEDDING,
     SinusoidalPositions: dict(table=BUFFER),
     RotaryPositions: dict(table=BUFFER),
-    InferenceEmbedding: dict(weight=WEIGHT, scale=(*BUFFER, NONE), minimum=(*BUFFER, NONE)),
+    InferenceEmbedding: dict(
+        weight=WEIGHT, scale=(*BUFFER, NONE), minimum=(*BUFFER, NONE), output_dtype=(torch.dtype,)
+    ),
     nn.LayerNorm: dict(
         normalized_shape=(tuple,), eps=NUMBER, elementwise_affine=SWITCH, weight=WEIGHT, bias=(*WEIGHT, NONE)
     ),

@@ -1,17 +1,21 @@
 """Layers for inference, with weights of any of `DTYPES`.
 
 `InferenceLinear` replaces `nn.Linear`, `InferenceEmbedding` `nn.Embedding`. Weights are FP32, FP16, BF16, INT8
-(W ≈ scale · Q with Q in −127 … 127 and one scale for each output channel) or INT4 (int4_weights.py); inputs and results
-are FP32, so that the rounding of the weights is the only error that counts.
+(W ≈ scale · Q with Q in −127 … 127 and one scale for each output channel) or INT4 (int4_weights.py). On a CPU inputs
+and results are FP32, so that the rounding of the weights is the only error that counts; on a GPU they are of the type
+that the model computes in.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from inference.kernels.fastest_way import ROW_BUCKETS, fastest_way
+from inference.kernels.gpu_products import gpu_linear
 from inference.kernels.int4_weights import expand_int4, quantize_int4
 from inference.kernels.linear_products import (
     DTYPES,
@@ -22,6 +26,8 @@ from inference.kernels.linear_products import (
     round_inputs,
     ways_to_multiply,
 )
+
+Conversion = Callable[[torch.Tensor], torch.Tensor]  # what `nn.Module.to` does with each tensor
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,13 +80,15 @@ class InferenceLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, weights: str, made: tuple[torch.Tensor, ...] | None = None
     ) -> InferenceLinear:
-        """A linear layer's counterpart with weights of one of `DTYPES`.
+        """A linear layer's counterpart with weights of one of `DTYPES`; what needs no other type is shared.
 
         Args:
             made: its weights and scales, where they were made in another way than by `rounded`.
         """
         made = rounded(linear.weight, weights) if made is None else made
-        return cls(*made, bias=linear.bias, int8_inputs=weights == "int8_dynamic")
+        # A parameter of its own, even of the same numbers: one that was shared would take the model along to a GPU
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(*made, bias=bias, int8_inputs=weights == "int8_dynamic")
 
     @property
     def weights(self) -> str:
@@ -91,7 +99,8 @@ class InferenceLinear(nn.Module):
         """(…, K) → (…, N), in the type of x."""
         if not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
             inputs = round_inputs(x) if self.int8_inputs else x
-            return plain_linear(inputs, self.weight, self.scale, self.bias, self.minimum)
+            product = gpu_linear if x.is_cuda else plain_linear
+            return product(inputs, self.weight, self.scale, self.bias, self.minimum)
         # Nothing more than needed: of a small model's step, a fifth would go into views and conversions to what x is
         rows = x if x.dtype == torch.float32 else x.float()
         rows = rows if rows.is_contiguous() else rows.contiguous()
@@ -119,9 +128,9 @@ class InferenceLinear(nn.Module):
         _expect_minimum(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _apply(self, *args, **kwargs) -> nn.Module:
+    def _apply(self, fn: Conversion, recurse: bool = True) -> nn.Module:
         self._forget_products()  # the weights go to another device or type
-        return super()._apply(*args, **kwargs)
+        return _apply_except_scales(self, super()._apply, fn, recurse)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_products": [None] * len(self._products), "_prepared": {}}
@@ -136,6 +145,9 @@ class InferenceEmbedding(nn.Module):
     Args:
         weight, scale, minimum: the table, as `InferenceLinear` has its weights; tied to the output layer, the very
             tensors of that layer.
+
+    Attributes:
+        output_dtype: of the rows that it gives; it follows the module's conversions (`model.to(torch.bfloat16)`).
     """
 
     def __init__(
@@ -145,23 +157,43 @@ class InferenceEmbedding(nn.Module):
         self.weight = _constant(weight)
         self.register_buffer("scale", scale)
         self.register_buffer("minimum", minimum)
+        self.output_dtype = torch.float32
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) int64 → (B, T, D) fp32."""
+        """(B, T) int64 → (B, T, D) of `output_dtype`."""
         rows = F.embedding(input_ids, self.weight)  # (B, T, D), or (B, T, D/2) of int4
         if self.weight.dtype == torch.uint8:
-            return expand_int4(rows, self.scale[input_ids], None if self.minimum is None else self.minimum[input_ids])
-        return rows.float() if self.scale is None else rows.float() * self.scale[input_ids].unsqueeze(-1)
+            minimum = None if self.minimum is None else self.minimum[input_ids]
+            rows = expand_int4(rows, self.scale[input_ids], minimum)
+        elif self.scale is not None:
+            rows = rows * self.scale[input_ids].unsqueeze(-1)
+        return rows.to(self.output_dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         _expect_minimum(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Conversion, recurse: bool = True) -> nn.Module:
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
+        return _apply_except_scales(self, super()._apply, fn, recurse)
 
 
 def _expect_minimum(layer: InferenceLinear | InferenceEmbedding, state: dict[str, torch.Tensor], prefix: str) -> None:
     """Minima come with the weights that have them."""
     if layer.weight.dtype == torch.uint8:
         layer.minimum = torch.empty_like(layer.scale) if f"{prefix}minimum" in state else None
+
+
+def _apply_except_scales(
+    module: InferenceLinear | InferenceEmbedding, apply: Callable[..., nn.Module], fn: Conversion, recurse: bool
+) -> nn.Module:
+    """A module's `_apply` (`.to`, `.bfloat16()`, …) that leaves scales and minima in their type."""
+    exact = {name: buffer for name in ("scale", "minimum") if (buffer := getattr(module, name)) is not None}
+    apply(fn, recurse)
+    for name, buffer in exact.items():
+        if getattr(module, name).dtype != buffer.dtype:
+            setattr(module, name, buffer.to(module.weight.device))
+    return module
 
 
 def _constant(tensor: torch.Tensor) -> nn.Parameter:

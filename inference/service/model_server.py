@@ -47,14 +47,22 @@ class ServedModel:
 
     def __init__(self, path: str, settings: ServiceSettings) -> None:
         self.path, self.created, self.marks = path, int(time.time()), settings.template_marks
-        self.model, self.tokenizer, checkpoint = load_any(path, settings.torch_device)
+        self.model, self.tokenizer, checkpoint = load_any(
+            path, settings.torch_device, precision=settings.precision
+        )
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
         self.recommended = recommended_sampling(self.tokenizer)  # what requests leave out
         with torch.device("meta"):  # counted from the configuration, as quantized weights are no parameters
             self.parameters = GPTModel.from_config(self.model.config).num_parameters()
         torch.set_num_threads(settings.num_threads)  # the engine's thread will have as many
-        self.engine = Engine(self.model, self.tokenizer, max_running=settings.max_batch, max_waiting=settings.max_queue)
+        self.engine = Engine(
+            self.model,
+            self.tokenizer,
+            max_running=settings.max_batch,
+            max_waiting=settings.max_queue,
+            drafter=settings.drafter(self.model, self.tokenizer, settings.max_batch, settings.precision),
+        )
         self.engine.start()
         try:  # a model that cannot generate fails here
             self.engine.submit([self.tokenizer.eos_token_id], SamplingParams(2, seed=0)).result()
@@ -199,7 +207,7 @@ class Health:
 LOADING = Health("loading", "the model is still being loaded; try again in a moment")
 LOADED = Health("loaded")
 DRAINING = Health("draining", "the service is stopping; ask another one, or try again in a moment")
-FAILED = Health("failed", "the engine has stopped because of an internal error; the service will start anew")
+FAILED = Health("failed", "the engine or its GPU has failed and has stopped; the service will start anew")
 
 
 class Service:

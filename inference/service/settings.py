@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from command_line import UserError, option, parse_config, require_file
-from machine import resolve_device
+from inference.draft_model import SpeculationOptions
+from machine import PRECISIONS, resolve_device
 
 MARK_POLICIES = ("escape", "refuse", "keep")
 
@@ -28,7 +29,7 @@ name in capitals (MODEL_PATH, NUM_THREADS, …; several values are separated by 
 
 
 @dataclass
-class ServiceSettings:
+class ServiceSettings(SpeculationOptions):
     """How the service is run."""
 
     model_path: str | None = option(None, "the checkpoint; default: the best that training left under models/")
@@ -37,6 +38,9 @@ class ServiceSettings:
     port: int = option(8000, "the port to listen on; 0: any free one", at_least=0, at_most=65535)
     workers: int = option(1, "processes that serve, with the weights in memory once", at_least=1, at_most=256)
     device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option(
+        "auto", "what to compute in; auto: bf16 on a GPU, fp16 on one before Ampere, otherwise fp32", choices=PRECISIONS
+    )
     num_threads: int = option(0, "CPU threads; 0: all cores but one, left to the event loop", at_least=0, at_most=256)
     max_batch: int = option(8, "requests that are computed together", at_least=1, at_most=1024)
     max_queue: int = option(64, "requests that may wait; beyond that, clients are told to come back", at_least=1)
@@ -62,6 +66,9 @@ class ServiceSettings:
     log_format: str = option("text", "json: one object a line", choices=["text", "json"])
     metrics_folder: str | None = option(None, "where several workers leave their metrics for each other; set by them")
     log_texts: bool = option(False, "write prompts and answers into the log")
+
+    def validate(self) -> list[str]:
+        return self.speculation_complaints()
 
     def __post_init__(self) -> None:
         self.model_reason = "MODEL_PATH names it"  # why this model is served

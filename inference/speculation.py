@@ -1,0 +1,257 @@
+"""Speculative decoding (arXiv:2211.17192): several tokens of an answer from one pass of the model.
+
+A drafter proposes what may come next, by a cheaper way than the model. The engine then computes the proposed tokens
+together with the answer's next one, which takes hardly longer where a pass mostly reads weights, and `verify` keeps
+those that the model would have chosen itself.
+
+The rule is one for all: each token is chosen from the model's own logits, with the request's own settings and its own
+random numbers, one a token, as without a draft; a drafted token is right if it is the one that was chosen. So an answer
+has the same tokens with any drafter and with none, greedy or sampled ("drafter-invariant", arXiv:2408.07978), whatever
+is decided here from measured times. A draft that is not drawn at random is accepted as often as by the rule of
+arXiv:2211.17192: with the probability that the model gives the token.
+
+`Speculation` decides how many tokens are worth drafting. `PromptLookup` drafts from the text so far, `DraftModel`
+(draft_model.py) with a smaller model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from inference.request import Request
+from inference.sampling import SampledTokens, TokenSampler, sample_batch
+
+MOST = 15  # drafted tokens of a request in a pass
+LONGEST = 4  # tokens that are looked up together
+PROBE_EVERY = 32  # drafts that would not pay: one of so many is made all the same, with one token, as times change
+HELD_UP = 1.1  # times the expected seconds
+FADE = 0.97  # what an observation counts for when the next one comes
+
+Wanted = Sequence[tuple[Request, int]]  # requests, and at most how many tokens to draft for each
+
+
+class Drafter(Protocol):
+    """Proposes tokens; made for one engine, whose thread alone calls it."""
+
+    def propose(self, wanted: Wanted) -> list[list[int]]:
+        """What may come next in each of these answers: as many tokens as are wanted, fewer, or none."""
+
+    def drop(self, request: Request) -> None:
+        """Forget a request: it has ended, gave its memory to another one or lost the beginning of its context."""
+
+
+# -- looking it up -----------------------------------------------------------------------------------------------------
+
+
+class PromptLookup:
+    """Proposes what followed when the last tokens stood in the prompt or the answer before.
+
+    It costs next to nothing, and is right where answers repeat: names of the question, quotations, code, tables.
+    """
+
+    def __init__(self) -> None:
+        self.texts: dict[Request, IndexedText] = {}
+
+    def propose(self, wanted: Wanted) -> list[list[int]]:
+        """See `Drafter.propose`."""
+        drafts = []
+        for request, most in wanted:
+            text = self.texts.setdefault(request, IndexedText())
+            n_prompt = len(request.prompt_ids)
+            if not text.ids:
+                text.extend(request.prompt_ids)
+            text.extend(request.token_ids[len(text.ids) - n_prompt :])
+            drafts.append(text.continuation(most))
+        return drafts
+
+    def drop(self, request: Request) -> None:
+        """See `Drafter.drop`."""
+        self.texts.pop(request, None)
+
+
+class IndexedText:
+    """Tokens, and where each run of up to `LONGEST` of them last stood with another token after it."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.follower: dict[tuple[int, ...], int] = {}  # run of tokens → the place after it
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """Add tokens at the end."""
+        for token_id in ids:
+            end = len(self.ids)
+            for start in range(max(0, end - LONGEST), end):
+                self.follower[tuple(self.ids[start:])] = end
+            self.ids.append(token_id)
+
+    def continuation(self, n_tokens: int) -> list[int]:
+        """So many tokens as followed the longest run that ends the text and stood in it before; [] if none did."""
+        for start in range(max(0, len(self.ids) - LONGEST), len(self.ids)):
+            place = self.follower.get(tuple(self.ids[start:]))
+            if place is not None:  # a text that repeats itself goes on with its own draft
+                period = len(self.ids) - place
+                return [self.ids[place + index % period] for index in range(n_tokens)]
+        return []
+
+
+# -- what is right -----------------------------------------------------------------------------------------------------
+
+
+def verify(
+    logits: torch.Tensor, samplers: Sequence[TokenSampler], drafts: Sequence[Sequence[int]]
+) -> list[SampledTokens]:
+    """The tokens that each request goes on with: those of its draft that are right, and one more.
+
+    Args:
+        logits: (R, V), of each request a row after its context and one after each token of its draft.
+        samplers: of the requests; each takes as many random numbers as it gets tokens.
+        drafts: of the requests; they may be empty.
+
+    Returns:
+        for each request its tokens, of which the last one is not finite if a row was not.
+    """
+    first_rows, n_rows = [], 0
+    for draft in drafts:
+        first_rows.append(n_rows)
+        n_rows += 1 + len(draft)
+    chosen = [SampledTokens([], [], []) for _ in samplers]
+    if all(sampler.is_stateless for sampler in samplers):  # one choice for all rows is quicker than one a token
+        sampled = sample_batch(logits, [s for s, draft in zip(samplers, drafts, strict=True) for _ in (0, *draft)])
+        for tokens, row, draft in zip(chosen, first_rows, drafts, strict=True):
+            for following in (*draft, None):
+                tokens.token_ids.append(sampled.token_ids[row])
+                tokens.finite.append(sampled.finite[row])
+                tokens.log_probs.append(sampled.log_probs[row])
+                if not sampled.finite[row] or sampled.token_ids[row] != following:
+                    break
+                row += 1
+        return chosen
+    going = list(range(len(samplers)))  # the requests whose draft was right so far
+    step = 0  # how many tokens these have
+    while going:
+        rows = [first_rows[index] + step for index in going]
+        all_rows = len(rows) == len(logits)
+        sampled = sample_batch(logits if all_rows else logits[rows], [samplers[index] for index in going])
+        still_going = []
+        for row, index in enumerate(going):
+            token_id, finite, draft = sampled.token_ids[row], sampled.finite[row], drafts[index]
+            chosen[index].token_ids.append(token_id)
+            chosen[index].finite.append(finite)
+            chosen[index].log_probs.append(sampled.log_probs[row])
+            if finite and step < len(draft) and draft[step] == token_id:
+                still_going.append(index)
+        going, step = still_going, step + 1
+    return chosen
+
+
+# -- what pays ---------------------------------------------------------------------------------------------------------
+
+
+class Acceptance:
+    """Which share of the drafted tokens was right, among those that were looked at: the first wrong one ends a draft.
+
+    Args:
+        rate: what it is taken for at first, as if `tried` tokens had shown it.
+    """
+
+    def __init__(self, rate: float = 0.5, tried: float = 4.0) -> None:
+        self.accepted, self.tried = rate * tried, tried
+
+    @property
+    def rate(self) -> float:
+        """The share, from 0 to 1."""
+        return self.accepted / self.tried
+
+    def add(self, n_drafted: int, n_accepted: int) -> None:
+        """Take one more draft."""
+        self.accepted = FADE * self.accepted + n_accepted
+        self.tried = FADE * self.tried + min(n_drafted, n_accepted + 1)
+
+
+class Cost:
+    """Seconds as a straight line in the number of tokens: least squares over what was measured, older times counting
+    less.
+
+    Attributes:
+        token_seconds: its slope, what one more token costs.
+    """
+
+    def __init__(self) -> None:
+        self.weight = self.mean_tokens = self.mean_seconds = 0.0
+        self.variance = self.covariance = 0.0  # of the number of tokens, and of it and the seconds; times the weight
+        self.token_seconds = 0.0
+
+    def add(self, n_tokens: int, seconds: float) -> None:
+        """Take one more time; one that was held up, as by other programs, counts as slightly more than expected."""
+        if self.weight:
+            seconds = min(seconds, HELD_UP * self.seconds(n_tokens))
+        self.weight = FADE * self.weight + 1
+        from_mean = n_tokens - self.mean_tokens
+        self.mean_tokens += from_mean / self.weight
+        self.mean_seconds += (seconds - self.mean_seconds) / self.weight
+        self.variance = FADE * self.variance + from_mean * (n_tokens - self.mean_tokens)
+        self.covariance = FADE * self.covariance + from_mean * (seconds - self.mean_seconds)
+        if self.variance > 0.5:  # otherwise too few had another number of tokens
+            self.token_seconds = max(0.0, self.covariance / self.variance)
+
+    def seconds(self, n_tokens: int) -> float:
+        """Of so many tokens; 0 as long as nothing is known."""
+        return max(self.mean_seconds / 2, self.mean_seconds + self.token_seconds * (n_tokens - self.mean_tokens))
+
+
+class Speculation:
+    """A drafter, and how many tokens it is worth asking it for.
+
+    Attributes:
+        passes, drafts: what passes and drafts cost.
+        overall: the acceptance of all requests.
+    """
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter, self.passes, self.drafts = drafter, Cost(), Cost()
+        self.overall = Acceptance()
+        self._own: dict[Request, Acceptance] = {}
+        self._n_not_worth = 0
+
+    def lengths(self, wanted: Wanted, n_tokens: int, n_answers: int) -> list[int]:
+        """How many tokens to draft for each request, so that tokens come fastest.
+
+        The chance that the k-th token of a draft is right is the k-th power of the request's acceptance. One more is
+        worth its time as long as it promises more tokens a second than the pass without it.
+
+        Args:
+            wanted: the most for each request.
+            n_tokens, n_answers: of the pass without drafts: its tokens, and how many answers it lengthens by one.
+        """
+        expected, seconds = float(n_answers), self.passes.seconds(n_tokens)
+        lengths = []
+        for request, most in wanted:
+            rate = self.acceptance_of(request).rate
+            length, chance, price = 0, rate, self.passes.token_seconds + self.drafts.seconds(1)
+            while length < min(most, MOST) and chance * seconds > expected * price:
+                length, expected, seconds, chance = length + 1, expected + chance, seconds + price, chance * rate
+                price = self.passes.token_seconds + self.drafts.token_seconds
+            if not length and self.passes.weight:
+                self._n_not_worth += 1
+                length = int(self._n_not_worth % PROBE_EVERY == 0)
+            lengths.append(length)
+        return lengths
+
+    def acceptance_of(self, request: Request) -> Acceptance:
+        """Its own, which begins as that of all requests so far."""
+        if request not in self._own:
+            self._own[request] = Acceptance(self.overall.rate)
+        return self._own[request]
+
+    def verified(self, request: Request, n_drafted: int, n_accepted: int) -> None:
+        """So many of a request's drafted tokens were right."""
+        for acceptance in (self.overall, self.acceptance_of(request)):
+            acceptance.add(n_drafted, n_accepted)
+
+    def drop(self, request: Request) -> None:
+        """Forget a request, see `Drafter.drop`."""
+        self.drafter.drop(request)
+        self._own.pop(request, None)

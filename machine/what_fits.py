@@ -1,0 +1,157 @@
+"""What fits into a GPU's memory: training, LoRA and serving of models of 124 million to 1.7 billion parameters.
+
+    python -m machine.what_fits                # cards of 6, 8, 12, 16 and 24 GB
+    python -m machine.what_fits --memory_gb 10 --context 2048
+
+It is arithmetic, with which nothing is allocated, for weights in fp32 and matrix products in bf16 as the trainers have
+them on a GPU. The letters: B rows of T tokens; L layers of width D, with H query and G key/value heads of K numbers and
+an inner width F; V tokens in the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from command_line import option, parse_config, run_main
+
+CARDS_GB = (6, 8, 12, 16, 24)
+RESERVED = 1.0  # GB that driver, libraries and the allocator's gaps take of a card
+A_LOGIT = 10  # bytes: in bf16, in fp32, and its log-probability
+CHUNK = 2**27  # logits of the loss that exist at once
+MUON = 5 * 2**28  # bytes that Muon's step takes for a moment, when what the backward pass needed is gone
+BATCHES = (32, 16, 8, 4, 2, 1)
+LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of a model with tied embeddings."""
+
+    name: str
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    is_gated: bool = True  # SwiGLU and RMSNorm with QK-norm; otherwise GPT-2's layer
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in the matrices of the layers."""
+        attention = 2 * (self.n_heads + self.n_kv_heads) * self.head_dim * self.d_model
+        return self.n_layers * (attention + (3 if self.is_gated else 2) * self.d_model * self.d_ff)
+
+    @property
+    def parameters(self) -> int:
+        """All numbers but those of norms, biases and positions."""
+        return self.matrices + self.vocab_size * self.d_model
+
+    @property
+    def adapters(self) -> int:
+        """Numbers of LoRA adapters beside all matrices of the layers."""
+        query, key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        ends = 2 * (self.d_model + query) + 2 * (self.d_model + key)
+        return self.n_layers * LORA_RANK * (ends + (3 if self.is_gated else 2) * (self.d_model + self.d_ff))
+
+
+SIZES = (
+    Size("gpt2 (124 M)", 50257, 768, 12, 12, 12, 64, 3072, is_gated=False),
+    Size("SmolLM2-360M", 49152, 960, 32, 15, 5, 64, 2560),
+    Size("Qwen3-0.6B", 151936, 1024, 28, 16, 8, 128, 3072),
+    Size("SmolLM2-1.7B", 49152, 2048, 24, 32, 32, 64, 8192),
+    Size("Qwen3-1.7B", 151936, 2048, 28, 16, 8, 128, 6144),
+)
+
+
+def layer_bytes(size: Size) -> int:
+    """What a layer keeps of a token for the backward pass, with flash attention."""
+    query, key = size.n_heads * size.head_dim, size.n_kv_heads * size.head_dim
+    norms = 2 * 4 * size.d_model  # their inputs, the residual stream, in fp32
+    inputs = 2 * size.d_model * (5 if size.is_gated else 4)  # autocast rounds them for each first matrix anew
+    heads = 2 * (query + 2 * key) + 2 * 2 * query  # queries, keys, values; what attention gives, and as the next input
+    if size.is_gated:
+        return norms + inputs + heads + 2 * (query + key) + 2 * 4 * size.d_ff  # inputs of the QK-norms; SwiGLU's four
+    return norms + inputs + heads + 2 * 2 * size.d_ff
+
+
+def training_bytes(size: Size, batch_size: int, context: int, recompute: bool, lora: bool = False) -> int:
+    """Bytes of a training step at their height, of LoRA with AdamW, and otherwise with Muon beside it."""
+    states = 6 * size.parameters  # weights in fp32, and in bf16 as autocast keeps them
+    if lora:
+        states += 12 * size.adapters  # gradients and AdamW's two moments
+    else:  # Muon has one moment; the loss computes the gradient of the head, which is the embedding's, too
+        states += 12 * size.parameters - 4 * size.matrices + 4 * size.vocab_size * size.d_model
+    kept = 4 * size.d_model * size.n_layers + layer_bytes(size) if recompute else layer_bytes(size) * size.n_layers
+    tokens = batch_size * context
+    backward = tokens * kept + A_LOGIT * min(CHUNK, tokens * size.vocab_size)
+    return states + max(backward, 0 if lora else MUON)
+
+
+def serving_bytes(size: Size, bytes_a_weight: int) -> int:
+    """Bytes of the weights in service."""
+    return bytes_a_weight * size.parameters
+
+
+def cache_bytes(size: Size) -> int:
+    """Bytes of keys and values of one token in bf16."""
+    return 2 * 2 * size.n_layers * size.n_kv_heads * size.head_dim
+
+
+def training_choice(size: Size, memory_gb: float, context: int, lora: bool = False) -> str:
+    """The options of the fastest way to train that fits; "–" if there is none."""
+    room = (memory_gb - RESERVED) * 1e9
+    for recompute in (False, True):
+        for batch_size in BATCHES:
+            if training_bytes(size, batch_size, context, recompute, lora) <= room:
+                return f"{batch_size}{' recomputed' * recompute}"
+    return "–"
+
+
+def serving_choice(size: Size, memory_gb: float) -> str:
+    """How the weights fit, and how many tokens of cache beside them; "–" if they do not."""
+    room = (memory_gb - RESERVED) * 1e9
+    for name, bytes_a_weight in (("BF16", 2), ("INT8", 1)):
+        left = room - serving_bytes(size, bytes_a_weight)
+        if left > 1024 * cache_bytes(size):
+            return f"{name}, {left / cache_bytes(size) / 1000:,.0f}k"
+    return "–"
+
+
+def table(cards_gb: tuple[float, ...], context: int) -> str:
+    """What fits where, as a table in Markdown."""
+    head = " | ".join(f"{card:g} GB" for card in cards_gb)
+    rows = [f"| model | | {head} |", "|---|---|" + "---|" * len(cards_gb)]
+    for size in SIZES:
+        ways = {
+            "train": lambda card, size=size: training_choice(size, card, context),
+            "LoRA": lambda card, size=size: training_choice(size, card, context, lora=True),
+            "serve": lambda card, size=size: serving_choice(size, card),
+        }
+        for way, choose in ways.items():
+            rows.append(f"| {size.name} | {way} | " + " | ".join(map(choose, cards_gb)) + " |")
+    return "\n".join(rows)
+
+
+@dataclass
+class FitConfig:
+    """What to reckon with."""
+
+    memory_gb: float = option(0.0, "of one card; 0: of 6, 8, 12, 16 and 24 GB", at_least=0)
+    context: int = option(1024, "tokens of a row in training", at_least=1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, and how to read it."""
+    config: FitConfig = parse_config(FitConfig, argv, description="What fits into a GPU's memory, by arithmetic.")
+    print(table((config.memory_gb,) if config.memory_gb else CARDS_GB, config.context))
+    print(
+        f"\ntrain (with Muon), LoRA (rank {LORA_RANK}): the largest --batch_size of rows of {config.context} tokens; "
+        "recomputed: with --recompute_activations true; –: none fits"
+        f"\nserve: the weights' type, and how many tokens of cache in BF16 fit beside them; {RESERVED:g} GB stays free"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
