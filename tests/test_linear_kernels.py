@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import NO_COMPILER, shown_levels, stand_in_for
 
 from inference.kernels import fastest_way, gpu_products, linear_products, native_code
+from inference.kernels.int4_weights import expand_int4
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
 from inference.kernels.linear_products import (
     DTYPES,
@@ -49,7 +50,10 @@ def layer_and_twin(weights, n_in=96, n_out=130, bias=True):
     torch.manual_seed(0)
     layer = InferenceLinear.from_linear(nn.Linear(n_in, n_out, bias=bias), weights)
     twin = nn.Linear(n_in, n_out, bias=bias).double()
-    twin.weight.data = layer.weight.double() * (1 if layer.scale is None else layer.scale.double().unsqueeze(1))
+    if weights == "int4":
+        twin.weight.data = expand_int4(layer.weight, layer.scale).double()
+    else:
+        twin.weight.data = layer.weight.double() * (1 if layer.scale is None else layer.scale.double().unsqueeze(1))
     if bias:
         twin.bias.data = layer.bias.double()
     return layer, twin
@@ -145,9 +149,10 @@ def test_native_kernels_read_every_number_of_their_type(dtype, native_level):
 @pytest.mark.parametrize("weights", DTYPES)
 def test_native_rows_are_independent_to_the_last_bit(weights, native_level):
     """What a row gives depends neither on its neighbours, one of which is enormous, nor on the number of threads."""
-    layer, _ = layer_and_twin(weights, 643, 517)
+    n_in = 608 if weights == "int4" else 643
+    layer, _ = layer_and_twin(weights, n_in, 517)
     product = native_product(layer.weight, layer.scale, layer.bias, weights)
-    x = torch.randn(40, 643)
+    x = torch.randn(40, n_in)
     x[7] *= 1e6
     together = product(x)
     for start, end in [(0, 1), (6, 7), (8, 9), (3, 12), (30, 40)]:
@@ -156,12 +161,13 @@ def test_native_rows_are_independent_to_the_last_bit(weights, native_level):
     assert torch.equal(product(x), together)
 
 
-@pytest.mark.parametrize("weights", ["fp32", "int8", "int8_dynamic"])
+@pytest.mark.parametrize("weights", ["fp32", "int8", "int8_dynamic", "int4"])
 def test_rows_that_do_not_fit_into_a_cache_are_computed_in_blocks(weights, native_level):
     """Which changes nothing, for blocks and groups that do not come out even."""
-    layer, _ = layer_and_twin(weights, 3100, 39)
+    n_in = 3104 if weights == "int4" else 3100
+    layer, _ = layer_and_twin(weights, n_in, 39)
     product = native_product(layer.weight, layer.scale, layer.bias, weights)
-    x = torch.randn(131, 3100)
+    x = torch.randn(131, n_in)
     together = product(x)
     for row in (0, 40, 64, 65, 66, 130):
         assert torch.equal(product(x[row : row + 1]), together[row : row + 1])

@@ -130,7 +130,7 @@ def test_full_precision_shares_every_weight(model):
 
 def test_the_compiler_is_not_needed(model, monkeypatch):
     """Without native kernels every kind of weights gives the same logits, but for roundings: of inputs that are rounded
-    to 8 bits, a last digit can decide between two."""
+    to 8 bits, a last digit can decide between two, and beside INT4 weights they are not rounded."""
     ids = torch.randint(0, 2048, (2, 20), generator=torch.Generator().manual_seed(1))
     for weights in DTYPES:
         prepared = prepare_for_inference(model, weights)
@@ -139,7 +139,7 @@ def test_the_compiler_is_not_needed(model, monkeypatch):
             with monkeypatch.context() as patched:
                 patched.setenv("CC", "")
                 logits = prepare_for_inference(model, weights)(ids)["logits"]
-        assert (logits - expected).norm() < (1e-2 if weights == "int8_dynamic" else 1e-5) * expected.norm()
+        assert (logits - expected).norm() < {"int8_dynamic": 1e-2, "int4": 3e-2}.get(weights, 1e-5) * expected.norm()
 
 
 def test_rounding_costs_the_same_on_every_processor(monkeypatch):
