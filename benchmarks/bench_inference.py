@@ -13,7 +13,6 @@ says why. A row with a goal says whether it was reached. The tables are followed
 
 from __future__ import annotations
 
-import copy
 import statistics
 import sys
 import tempfile
@@ -29,13 +28,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.gpu_decoding import StaticDecoder  # noqa: E402
 from benchmarks.model_files import ModelFiles  # noqa: E402
 from benchmarks.peer_programs import PROGRAMS, Setting  # noqa: E402
-from benchmarks.peers import BatchGenerator, Generator, Ours, bytes_read, check_logits, synthetic_tokenizer  # noqa: E402
+from benchmarks.peers import BatchGenerator, Generator, Ours, check_logits, synthetic_tokenizer  # noqa: E402
 from benchmarks.serving import Load  # noqa: E402
 from benchmarks.tables import Table, about  # noqa: E402
-from benchmarks.turns import READ, Report, Result, memory_reader, rates, speedup, take_turns  # noqa: E402
+from benchmarks.turns import READ, Report, memory_reader, rates, speedup, take_turns  # noqa: E402
 from command_line import option, parse_config, run_main  # noqa: E402
 from cpu_level import cpu_level  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
@@ -351,39 +349,6 @@ def measure_delays(report: Report, load: Load, counts: Sequence[int]) -> None:
     report.add("overhead", Table("A step of the engine", note, header, rows), costs)
 
 
-def measure_gpu(report: Report, model: GPTModel, quick: bool, n_tokens: int, rounds: int) -> None:
-    """Decoding on a GPU: steps started from Python, recorded as a CUDA graph, compiled and recorded."""
-    device = torch.device("cuda")
-    read, read_bytes = memory_reader(device, quick)
-    read()
-    bandwidth = rates(take_turns({READ: read}, 7), read_bytes)[READ]
-    figures: dict[str, Result] = {}
-    precisions = {
-        "FP32": copy.deepcopy(model),
-        "BF16": copy.deepcopy(model).bfloat16(),
-        "INT8": prepare_for_inference(model, "int8"),
-    }
-    for precision, candidate in precisions.items():
-        n_bytes = bytes_read(candidate)
-        candidate.to(device)
-        ways = {
-            "from Python": Ours(candidate),
-            "CUDA graph": StaticDecoder(candidate, n_tokens, recorded=True),
-            "compiled, CUDA graph": StaticDecoder(candidate, n_tokens, compiled=True, recorded=True),
-        }
-        actions = {name: lambda way=way: way.generate([FIRST_WORD], n_tokens) for name, way in ways.items()}
-        take_turns(actions, 1)  # warm up
-        for way, speed in rates(take_turns(actions, rounds), n_tokens).items():
-            share = n_bytes * speed / bandwidth
-            figures[f"{precision}, {way}"] = {"tokens_per_second": speed, "share_of_bandwidth": share}
-    rows = [
-        [name, f"{row['tokens_per_second']:.1f}", f"{row['share_of_bandwidth']:.0%}"] for name, row in figures.items()
-    ]
-    note = f"Batch 1, greedy, {n_tokens} tokens; the limit is reading at {bandwidth / 1e9:.0f} GB/s, measured as above."
-    title = f"Decoding on {torch.cuda.get_device_name()}"
-    report.add("gpu", Table(title, note, ["GPU, batch 1", "tokens/s", "of the limit"], rows), figures)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     config = parse_config(BenchmarkConfig, argv, description="Speed of generation, beside other programs.")
@@ -422,8 +387,6 @@ def main(argv: list[str] | None = None) -> None:
     measure_streams(report, loads, n_streams, min(rounds, 3))
     load = Load(models["INT8"], files.tokenizer, texts, 4 if quick else 32)
     measure_delays(report, load, (1, 8) if quick else (1, 4, 16, 64))
-    if torch.cuda.is_available():
-        measure_gpu(report, model, quick, 16 if quick else 256, rounds)
     report.finish(config.write)
 
 

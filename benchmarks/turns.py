@@ -58,8 +58,8 @@ def memory_reader(device: torch.device, quick: bool) -> tuple[Callable[[], float
 class Report:
     """Collects tables, figures and goals; prints each table as soon as it is there."""
 
-    def __init__(self, facts: Result) -> None:
-        self.figures: Result = {"benchmark": "inference", **facts}
+    def __init__(self, facts: Result, benchmark: str = "inference") -> None:
+        self.figures: Result = {"benchmark": benchmark, **facts}
         self.setting = f"{facts['model']}: {in_a_sentence(facts)}"
         self.tables: list[Table] = []
         self.goals: list[Result] = []
@@ -76,20 +76,19 @@ class Report:
         met = None if measured is None else measured >= at_least
         self.goals.append({"goal": name, "measured": measured and round(measured, 3), "at_least": at_least, "met": met})
 
-    def finish(self, page: str) -> None:
-        """The table of goals; all tables into a Markdown page, if one is named; the line of JSON."""
+    def finish(self, page: str, name: str = "inference", title: str = "Inference") -> None:
+        """The table of goals, if there are any; all tables into the section `name` of a Markdown page, if one is named;
+        the line of JSON."""
         words = {True: "yes", False: "no", None: "left out"}
         rows = [
             [goal["goal"], "" if goal["met"] is None else f"{goal['measured']:.2f}", f"{goal['at_least']:.2f}"]
             + [words[goal["met"]]]
             for goal in self.goals
         ]
-        self.add(
-            "goals",
-            Table("Goals", "Medians of the ratios within each round.", ["", "measured", "at least", "met"], rows),
-            self.goals,
-        )
+        if rows:
+            header = ["", "measured", "at least", "met"]
+            self.add("goals", Table("Goals", "Medians of the ratios within each round.", header, rows), self.goals)
         if page:
             tables = "\n\n".join(table.markdown() for table in self.tables)
-            write_section(Path(page), "inference", f"## Inference\n\n{self.setting}\n\n{tables}")
+            write_section(Path(page), name, f"## {title}\n\n{self.setting}\n\n{tables}")
         print(json.dumps(self.figures))

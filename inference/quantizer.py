@@ -99,7 +99,7 @@ def prepare_for_inference(model: ModelClass, weights: str = "fp32") -> ModelClas
         elif DTYPES[weights] == torch.int8:
             table = quantize_rows(embedding.weight)
         else:
-            table = (embedding.weight.to(DTYPES[weights]),)
+            table = (embedding.weight.detach().to(DTYPES[weights]),)
         memo[id(embedding)] = InferenceEmbedding(*table)
     prepared = copy.deepcopy(model, memo).eval().requires_grad_(False)
     if weights != "fp32":

@@ -2,14 +2,17 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import record_shapes
 import torch
 
-from benchmarks import bench_inference, bench_service, bench_speculation, real_data
-from benchmarks.gpu_decoding import StaticDecoder
+from benchmarks import bench_gpu, bench_inference, bench_service, bench_speculation, real_data
 from benchmarks.model_files import LeftOut, ModelFiles
 from benchmarks.peer_programs import PROGRAMS, Setting
 from benchmarks.peers import Ours, Transformers, check_logits, synthetic_tokenizer
@@ -17,6 +20,7 @@ from benchmarks.tables import Table, write_section
 from checkpoint import save_checkpoint
 from command_line import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPT = [5, 17, 3, 44, 21, 60, 2, 9]
 
 
@@ -151,21 +155,23 @@ def test_impossible_settings_are_refused_before_any_work():
         bench_inference.main(["--rounds", "0", "--max_seq_len", "8"])
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
-def test_a_decoder_with_fixed_memory_gives_the_tokens_of_the_model(random_model, architecture):
-    """What a CUDA graph records is right: a step that finds its position in a tensor, over a masked cache."""
-    model = random_model(architecture)
-    decoder = StaticDecoder(model, max_len=20)
-    for _ in range(2):  # what the first text left in the cache does not show in the second
-        assert decoder.generate(PROMPT, 12) == Ours(model).generate(PROMPT, 12)
+def test_the_gpus_benchmark_runs_through_a_gpus_code_on_a_cpu(tmp_path):
+    """Every part, by the command of the day on which there is a GPU; what is measured means nothing."""
+    page = tmp_path / "RESULTS.md"
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", "benchmarks/gpu.sh", "--smoke", "--write", str(page)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["decoding"]["INT8, graphs"]["tokens_per_second"] > 0 and figures["prefill"]["BF16"] > 0
+    assert set(figures["streams"]["FP32"]) == {"1", "4"} and figures["training"]["tiny"]["memory_mib"] > 0
+    assert 0 < figures["alignment"]["grpo"]["generating"] < 1 and "### PPO and GRPO" in page.read_text()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_recorded_step_gives_the_tokens_of_the_model(random_model, compiled):
-    model = copy.deepcopy(random_model("gpt2")).cuda()
-    decoder = StaticDecoder(model, max_len=20, compiled=compiled, recorded=True)
-    assert decoder.generate(PROMPT, 12) == Ours(model).generate(PROMPT, 12)
+def test_without_a_gpu_the_gpus_benchmark_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="there is no CUDA GPU here; --smoke"):
+        bench_gpu.main([])
 
 
 def test_a_folder_of_published_shapes_goes_through_every_stage(tmp_path, capsys):

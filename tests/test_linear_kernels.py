@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import NO_COMPILER, shown_levels, stand_in_for
 
-from inference.kernels import fastest_way, linear_products, native_code
+from inference.kernels import fastest_way, gpu_products, linear_products, native_code
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
 from inference.kernels.linear_products import (
     DTYPES,
@@ -482,3 +482,46 @@ def test_a_user_without_a_home_can_compute(monkeypatch):
     x = torch.randn(3, layer.in_features)
     assert relative_error(layer(x), twin(x.double())) < 1e-5
     assert fastest_way._memory() is None
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_a_gpus_products_are_the_plain_ones(dtype, is_faster, monkeypatch):
+    """With a kernel for INT8 where it is faster and rows are few, through the one that the CPU has of the same name."""
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = quantize_rows(torch.randn(48, 64, generator=generator))
+    bias = torch.randn(48, generator=generator).to(dtype)
+    used = []
+    monkeypatch.setattr(gpu_products, "_is_faster", lambda *_: is_faster)
+    monkeypatch.setitem(gpu_products.PRODUCTS, torch.int8, lambda *x: used.append(1) or gpu_products.int8_product(*x))
+    for shape in ((1, 1, 64), (2, 4, 64), (64,), (3, 30, 64)):
+        x = torch.randn(shape, generator=generator).to(dtype)
+        found = gpu_products.gpu_linear(x, weight, scale, bias)
+        expected = plain_linear(x, weight, scale, bias)
+        assert found.dtype == dtype and found.shape == expected.shape
+        assert (found - expected).norm() < (1e-5 if dtype == torch.float32 else 0.01) * expected.norm()
+    assert len(used) == 3 * is_faster
+    x.requires_grad_()
+    gpu_products.gpu_linear(x[:1, :1], weight, scale, None).sum().backward()
+    assert x.grad is not None and len(used) == 3 * is_faster
+
+
+def test_weights_of_the_inputs_type_are_read_as_they_are(monkeypatch):
+    """In half precision a product is one call, without a copy of the weights."""
+    weight, x = torch.randn(8, 16).bfloat16(), torch.randn(3, 16).bfloat16()
+    monkeypatch.setattr(torch.Tensor, "to", lambda *_: pytest.fail("a copy"))
+    assert torch.equal(gpu_products.gpu_linear(x, weight, None, None), x @ weight.T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_rows", [1, 4, 8, 40])
+@pytest.mark.parametrize("weights", ["int8", "bf16", "fp32", "int8_dynamic"])
+def test_a_gpu_multiplies_as_the_cpu_does(weights, n_rows):
+    layer = InferenceLinear.from_linear(torch.nn.Linear(256, 384), weights)
+    x = torch.randn(n_rows, 256)
+    expected = layer(x)
+    found = layer.to("cuda", torch.bfloat16)(x.to("cuda", torch.bfloat16)).cpu().float()
+    assert (found - expected).norm() < 0.02 * expected.norm()

@@ -352,6 +352,15 @@ def test_what_a_gpu_computes_in_half_precision_stays_near_fp32(model, weights, c
     assert answer.token_ids[0] == int(found[0, -1].argmax())
 
 
+@pytest.mark.parametrize("weights", DTYPES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_prepared_goes_elsewhere_alone(weights, tied):
+    """The model that it was made from keeps its types, also where it does not learn."""
+    model = random_model("gpt2", tie_embeddings=tied).requires_grad_(False)
+    prepare_for_inference(model, weights).to(torch.float16)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
 def test_a_gpu_takes_bf16_unless_it_is_older_than_ampere(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert inference_dtype("auto", cpu) is inference_dtype("fp32", cpu) is inference_dtype("auto", torch.device("mps"))

@@ -1,8 +1,8 @@
 """Layers for inference, with weights of any of `DTYPES`.
 
 `InferenceLinear` replaces `nn.Linear`, `InferenceEmbedding` `nn.Embedding`. Weights are FP32, FP16, BF16 or INT8
-(W ≈ scale · Q with Q in −127 … 127 and one scale for each output channel); inputs and results are FP32, so that the
-rounding of the weights is the only error.
+(W ≈ scale · Q with Q in −127 … 127 and one scale for each output channel). On a CPU inputs and results are FP32, so
+that the rounding of the weights is the only error; on a GPU they are of the type that the model computes in.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from inference.kernels.fastest_way import ROW_BUCKETS, fastest_way
+from inference.kernels.gpu_products import gpu_linear
 from inference.kernels.linear_products import DTYPES, Product, kind_of, plain_linear, round_inputs, ways_to_multiply
 
 Conversion = Callable[[torch.Tensor], torch.Tensor]  # what `nn.Module.to` does with each tensor
@@ -60,7 +61,9 @@ class InferenceLinear(nn.Module):
         weight, scale = linear.weight.detach(), None
         if DTYPES[weights] == torch.int8:
             weight, scale = quantize_rows(weight)
-        return cls(weight.to(DTYPES[weights]), scale, linear.bias, weights == "int8_dynamic")
+        # A parameter of its own, even of the same numbers: one that was shared would take the model along to a GPU
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(weight.to(DTYPES[weights]), scale, bias, weights == "int8_dynamic")
 
     @property
     def weights(self) -> str:
@@ -71,7 +74,8 @@ class InferenceLinear(nn.Module):
         """(…, K) → (…, N), in the type of x."""
         if not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
             inputs = round_inputs(x) if self.int8_inputs else x
-            return plain_linear(inputs, self.weight, self.scale, self.bias)
+            product = gpu_linear if x.is_cuda else plain_linear
+            return product(inputs, self.weight, self.scale, self.bias)
         # Nothing more than needed: of a small model's step, a fifth would go into views and conversions to what x is
         rows = x if x.dtype == torch.float32 else x.float()
         rows = rows if rows.is_contiguous() else rows.contiguous()
