@@ -24,7 +24,7 @@ from inference.request import Request
 from inference.sampling import TokenSampler, sample_batch
 from inference.speculation import Drafter, PromptLookup, Wanted
 
-WAYS = ("lookup", "off")
+WAYS = ("off", "lookup")
 
 
 @dataclass
@@ -129,7 +129,7 @@ class SpeculationOptions:
     """The options of speculative decoding, for whatever runs an engine."""
 
     speculate: str = option(
-        "lookup",
+        "off",
         "lookup: draft tokens from the text so far, which the model checks together, where that pays; the answers are"
         " the same",
         choices=WAYS,
@@ -138,8 +138,8 @@ class SpeculationOptions:
 
     def speculation_complaints(self) -> list[str]:
         """What does not fit together."""
-        both = self.speculate == "off" and self.draft_model
-        return ["--speculate off and --draft_model do not go together; leave one out"] if both else []
+        both = self.draft_model and "speculate" in getattr(self, "given", ())
+        return ["--speculate and --draft_model do not go together; leave one out"] if both else []
 
     def drafter(
         self, model: GPTModel, tokenizer: ByteLevelBPETokenizer, max_running: int, precision: str
