@@ -130,11 +130,11 @@ class SpeculationOptions:
 
     speculate: str = option(
         "lookup",
-        "draft tokens that the model then checks together: from the text so far, or with --draft_model; never slower in"
-        " the long run, and the answers are the same",
+        "lookup: draft tokens from the text so far, which the model checks together, where that pays; the answers are"
+        " the same",
         choices=WAYS,
     )
-    draft_model: str | None = option(None, "a smaller checkpoint with the same tokenizer that drafts in its place")
+    draft_model: str | None = option(None, "a smaller checkpoint of the same tokenizer, which then drafts")
 
     def speculation_complaints(self) -> list[str]:
         """What does not fit together."""
