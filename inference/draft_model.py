@@ -24,7 +24,7 @@ from inference.request import Request
 from inference.sampling import TokenSampler, sample_batch
 from inference.speculation import Drafter, PromptLookup, Wanted
 
-WAYS = ("lookup", "off")
+WAYS = ("off", "lookup")
 
 
 @dataclass
@@ -129,17 +129,17 @@ class SpeculationOptions:
     """The options of speculative decoding, for whatever runs an engine."""
 
     speculate: str = option(
-        "lookup",
-        "draft tokens that the model then checks together: from the text so far, or with --draft_model; never slower in"
-        " the long run, and the answers are the same",
+        "off",
+        "lookup: draft tokens from the text so far, which the model checks together, where that pays; the answers are"
+        " the same",
         choices=WAYS,
     )
-    draft_model: str | None = option(None, "a smaller checkpoint with the same tokenizer that drafts in its place")
+    draft_model: str | None = option(None, "a smaller checkpoint of the same tokenizer, which then drafts")
 
     def speculation_complaints(self) -> list[str]:
         """What does not fit together."""
-        both = self.speculate == "off" and self.draft_model
-        return ["--speculate off and --draft_model do not go together; leave one out"] if both else []
+        both = self.draft_model and "speculate" in getattr(self, "given", ())
+        return ["--speculate and --draft_model do not go together; leave one out"] if both else []
 
     def drafter(
         self, model: GPTModel, tokenizer: ByteLevelBPETokenizer, max_running: int, precision: str

@@ -438,10 +438,10 @@ def test_a_draft_model_must_have_the_same_tokenizer(random_model, tokenizer, tmp
     assert isinstance(options_with(tmp_path / "same").drafter(model, tokenizer, 2, "auto"), DraftModel)
     with pytest.raises(UserError, match="other has another tokenizer than the model"):
         options_with(tmp_path / "other").drafter(model, tokenizer, 2, "auto")
-    assert isinstance(SpeculationOptions().drafter(model, tokenizer, 2, "auto"), PromptLookup)
-    assert SpeculationOptions(speculate="off").drafter(model, tokenizer, 2, "auto") is None
+    assert isinstance(SpeculationOptions(speculate="lookup").drafter(model, tokenizer, 2, "auto"), PromptLookup)
+    assert SpeculationOptions().drafter(model, tokenizer, 2, "auto") is None
     for config in (GenerationConfig, ChatConfig, ServiceSettings):
-        with pytest.raises(UserError, match="--speculate off and --draft_model do not go together"):
+        with pytest.raises(UserError, match="--speculate and --draft_model do not go together"):
             parse_config(config, ["--speculate", "off", "--draft_model", "x"], description="")
 
 

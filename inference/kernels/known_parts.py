@@ -51,7 +51,7 @@ EMBEDDING = dict(
 # Whatever an instance may hold (submodules, parameters, buffers, settings), by name, and of which classes it may be
 KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
     GPTModel: dict(
-        config=(GPTConfig,), recompute_activations=SWITCH, token_embedding=TABLE,
+        config=(GPTConfig,), recompute_activations=SWITCH, keeps_logits=SWITCH, token_embedding=TABLE,
         position_embedding=(LearnedPositions, SinusoidalPositions, RotaryPositions), embedding_dropout=DROPOUT,
         layers=(nn.ModuleList,), final_norm=NORM, lm_head=LINEAR,
     ),
