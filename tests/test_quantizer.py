@@ -349,7 +349,7 @@ def test_what_a_gpu_computes_in_half_precision_stays_near_fp32(model, weights, c
     engine = Engine(half, None)
     assert engine.cache.keys.dtype == torch.bfloat16
     (answer,) = engine.run([ids[0].tolist()], SamplingParams(3, temperature=0, logprobs=1))
-    assert answer.token_ids[0] == int(found[0, -1].argmax())
+    assert found[0, -1].max() - found[0, -1, answer.token_ids[0]] < 0.05 * found[0, -1].std()  # a tie may turn in bf16
 
 
 @pytest.mark.parametrize("weights", DTYPES)

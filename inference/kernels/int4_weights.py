@@ -3,7 +3,7 @@
 A weight is q of 0 … 15 in a group with a scale s, w = s · (q − 8), or, where the group has a minimum m, w = s · q + m:
 what GGUF calls Q4_0 and Q4_1. Scales and minima are fp16, so that a weight takes 4.5 or 5 bits.
 
-Two numbers share a byte, in the order in which int4_products.c multiplies them: a row is cut into blocks of 16 groups
+Two numbers share a byte, in the order in which int4_products.h multiplies them: a row is cut into blocks of 16 groups
 (the last may be shorter); a block has four parts, a part four bytes of each group; byte b of part p holds weight
 8p + b of the group in its lower half and 8p + 4 + b in its upper half.
 """

@@ -1,4 +1,4 @@
-/* y = x Wᵀ for inference: x in fp32, W in fp32, fp16, bf16, int8 or (int4_products.c) int4, as it lies in memory.
+/* y = x Wᵀ for inference: x in fp32, W in fp32, fp16, bf16, int8 or (int4_products.h) int4, as it lies in memory.
 
    With one row of x the time is that of reading W, so W is read once, in order, each core its own part of the rows.
    With more rows a tile of W_ROWS rows of W and X_ROWS rows of x is multiplied in registers, so that W still comes from
@@ -492,7 +492,7 @@ typedef struct {
 LAYOUT(Linear, FIELD(Linear, weight), FIELD(Linear, scale), FIELD(Linear, minimum), FIELD(Linear, bias),
        FIELD(Linear, n_out), FIELD(Linear, n_in), FIELD(Linear, type), FIELD(Linear, is_kept));
 
-#include "int4_products.c"
+#include "int4_products.h"
 
 /* With how many digits x is written, or 0: as it is. */
 INLINE int digits_of(int64_t type, long n_in) {
