@@ -23,6 +23,7 @@ from exchange.gguf_tokenizer import read_tokenizer, write_tokenizer
 from exchange.outgoing import Outgoing
 from exchange.sources import Source, check_tokenizer, expected_shapes, kind_of_all
 from gpt_model import GPTConfig
+from inference.kernels.linear_products import n_inputs
 from text.chat_template import DEFAULT_CHAT_TEMPLATE
 from transformer_components import rotary_frequencies
 
@@ -88,6 +89,12 @@ def permuted(weight: torch.Tensor, n_heads: int, back: bool = False) -> torch.Te
     half = len(weight) // n_heads // 2
     shape = (n_heads, half, 2) if back else (n_heads, 2, half)
     return weight.reshape(*shape, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def _heads_in_another_order(name: str, config: GPTConfig, architecture: str) -> int | None:
+    """Of how many heads a weight is whose rows are to be `permuted`; None if they stand as here."""
+    heads = {"query_proj": config.n_heads, "key_proj": config.n_kv_heads} if architecture == "llama" else {}
+    return heads.get(name.split(".")[-2])
 
 
 # -- in ----------------------------------------------------------------------------------------------------------------
@@ -294,8 +301,7 @@ def _weights(
             whole = (whole[0][: config.max_seq_len],)
         sizes = [expected[name][0] for name in ours]
         for name, *parts in zip(ours, *(each.split(sizes) for each in whole), strict=True):
-            heads = {"query_proj": config.n_heads, "key_proj": config.n_kv_heads}.get(name.split(".")[-2])
-            if architecture == "llama" and heads:
+            if heads := _heads_in_another_order(name, config, architecture):
                 parts = [permuted(part, heads, back=True) for part in parts]
             yield name, tuple(parts) if is_int4 else parts[0]
         del whole, parts
@@ -364,8 +370,8 @@ def write_gguf(model: Outgoing, path: Path, precision: str, adds_bos: bool) -> i
         for name, ours in groups.items():
             first = model.state[ours[0]]
             is_int4 = first.dtype == torch.uint8
-            shape = (sum(len(model.state[each]) for each in ours), *first.shape[1:-1], first.size(-1) * (1 + is_int4))
-            shape = shape if first.ndim > 1 else (sum(len(model.state[each]) for each in ours),)
+            n_rows = sum(len(model.state[each]) for each in ours)
+            shape = (n_rows,) if first.ndim == 1 else (n_rows, n_inputs(first))
             kind = KINDS.F32 if len(shape) == 1 or ours == ["position_embedding.weight"] else KINDS[precision]
             if is_int4 and f"{ours[0].removesuffix('weight')}minimum" in model.state:
                 kind = KINDS.Q4_1
@@ -398,8 +404,8 @@ def _packed(model: Outgoing, ours: list[str], kind: KINDS, architecture: str) ->
         return np.concatenate([_packed_int4(model, name, architecture) for name in ours])
     for name in ours:
         weight = model.state[name].float()
-        heads = {"query_proj": model.config.n_heads, "key_proj": model.config.n_kv_heads}.get(name.split(".")[-2])
-        parts.append(permuted(weight, heads) if architecture == "llama" and heads else weight)
+        heads = _heads_in_another_order(name, model.config, architecture)
+        parts.append(permuted(weight, heads) if heads else weight)
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what overflows is looked at
@@ -411,8 +417,7 @@ def _packed(model: Outgoing, ours: list[str], kind: KINDS, architecture: str) ->
 
 def _packed_int4(model: Outgoing, name: str, architecture: str) -> np.ndarray:
     parts = [model.state.get(name.removesuffix("weight") + part) for part in ("weight", "scale", "minimum")]
-    heads = {"query_proj": model.config.n_heads, "key_proj": model.config.n_kv_heads}.get(name.split(".")[-2])
-    if architecture == "llama" and heads:
+    if heads := _heads_in_another_order(name, model.config, architecture):
         parts = [part if part is None else permuted(part, heads) for part in parts]
     return int4_blocks(*parts)
 

@@ -166,5 +166,8 @@ def copied(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def quantized(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`rounded`, some rows at a time."""
     step = max(1, ROWS_AT_ONCE // weight.size(1))
-    made = [rounded(rows, kind) for rows in weight.split(step)]
-    return torch.cat([each for each, _ in made]), torch.cat([each for _, each in made])
+    integers, scales = (each.new_empty(len(weight), *each.shape[1:]) for each in rounded(weight[:1], kind))
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        integers[rows], scales[rows] = rounded(weight[rows], kind)
+    return integers, scales
