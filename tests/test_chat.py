@@ -1,5 +1,6 @@
 """The conversation in a terminal: a real terminal, keys and Ctrl-C included; and the shortest client's mistakes."""
 
+import codecs
 import json
 import os
 import pty
@@ -45,6 +46,7 @@ class Terminal:
             command, stdin=far, stdout=far, stderr=far, cwd=folder, env=environment, start_new_session=True
         )
         os.close(far)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may arrive byte by byte
         self.text = ""
 
     def wait_for(self, pattern):
@@ -53,7 +55,7 @@ class Terminal:
         while not (found := re.search(pattern, self.text)):
             there = select.select([self.screen], [], [], max(0.0, deadline - time.monotonic()))[0]
             assert there, f"{pattern!r} did not come after {self.text!r}"
-            self.text += os.read(self.screen, 4096).decode("utf-8", "replace")
+            self.text += self.decoder.decode(os.read(self.screen, 4096))
         self.text, before = self.text[found.end() :], self.text[: found.end()]
         return before
 
