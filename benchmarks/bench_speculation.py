@@ -111,7 +111,7 @@ def answer_speeds(
 def pass_seconds(model: GPTModel, rounds: int) -> dict[int, float]:
     """The seconds of a pass of so many tokens of one answer, widths in turn."""
     engine = Engine(model, None, max_running=1, reuse_prefixes=False)
-    engine.look_at_model()
+    engine.model_step.look_at_model()
     sequence = engine.cache.open(range(PAST + max(WIDTHS)))
     times: dict[int, list[float]] = {width: [] for width in WIDTHS}
 
@@ -120,7 +120,7 @@ def pass_seconds(model: GPTModel, rounds: int) -> dict[int, float]:
         sequence.length = PAST
         began = time.perf_counter()
         engine.cache.begin_step([(sequence, width)])
-        engine.forward(list(range(width)), list(range(width)))
+        engine.model_step.forward(list(range(width)), list(range(width)))
         return time.perf_counter() - began
 
     for number in range(4 * rounds + 1):

@@ -75,13 +75,13 @@ class Ours:
     def __init__(self, model: GPTModel) -> None:
         self.model, self.weight_bytes = model, bytes_read(model)
         self.engine = Engine(model, None, max_running=1, reuse_prefixes=False)
-        compute = self.engine.forward
+        compute = self.engine.model_step.forward
 
         def forward(ids: list[int], last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
             hidden, self.logits = compute(ids, last)
             return hidden, self.logits
 
-        self.engine.forward = forward
+        self.engine.model_step.forward = forward
 
     def prefill(self, prompt: Prompt) -> np.ndarray:
         self.generate(prompt, 1)

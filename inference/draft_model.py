@@ -18,7 +18,8 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from gpt_model import GPTModel
 from inference.cache_blocks import CachedSequence
-from inference.engine import Engine, default_cache_tokens
+from inference.engine import Engine
+from inference.model_step import default_cache_tokens
 from inference.quantizer import load_any
 from inference.request import Request
 from inference.sampling import TokenSampler, sample_batch
@@ -56,8 +57,8 @@ class DraftModel:
     def __init__(self, model: GPTModel, max_running: int = 16, prefill_chunk: int = 256) -> None:
         # On a GPU, too, it takes no more than on a CPU: most of the memory is the large model's
         cells = default_cache_tokens(model.config, model.dtype, torch.device("cpu"), max_running)
-        self.engine = Engine(model.eval(), None, max_running, cache_tokens=cells, reuse_prefixes=False)
-        self.cache, self.context, self.prefill_chunk = self.engine.cache, model.config.max_seq_len, prefill_chunk
+        self.step = Engine(model.eval(), None, max_running, cache_tokens=cells, reuse_prefixes=False).model_step
+        self.cache, self.context, self.prefill_chunk = self.step.cache, model.config.max_seq_len, prefill_chunk
         # Of each request its cells, how long its context was when it was last looked at, and what was then drafted
         self.known: dict[Request, tuple[CachedSequence, int, list[int]]] = {}
 
@@ -98,7 +99,7 @@ class DraftModel:
         if request not in self.known:
             if not self.cache.free_slots:
                 return None
-            self.engine.look_at_model()
+            self.step.look_at_model()
             self.known[request] = self.cache.open([]), 0, []
         sequence, length, drafted = self.known[request]
         right = 0
@@ -118,7 +119,7 @@ class DraftModel:
             ids += draft.coming
             last.append(len(ids) - 1)
         self.cache.begin_step([(draft.sequence, len(draft.coming)) for draft in drafts])
-        _, logits = self.engine.forward(ids, last)
+        _, logits = self.step.forward(ids, last)
         for draft in drafts:
             self.cache.stored(draft.sequence, [], len(draft.coming))
         return sample_batch(logits, [draft.sampler for draft in drafts]).token_ids

@@ -14,7 +14,7 @@ steps. In a step, in this order:
     admit     from the line, first come first served, while there are a slot and memory
     plan      which tokens come next; where memory is short, the youngest request goes back to the head of the line
     draft     what may come after them, where there is a drafter and it pays (speculation.py)
-    compute   forward pass, and one batched choice of tokens, each request with its own settings
+    compute   forward pass, and one batched choice of tokens, each request with its own settings (model_step.py)
     deliver   tokens, text and ends to those who wait for them
 
 A request's tokens depend on its prompt, parameters and seed, and not on the requests beside it, on preemption, on what
@@ -32,36 +32,26 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError
-from gpt_model import GPTConfig, GPTModel
+from gpt_model import GPTModel
 from inference.engine_statistics import EngineStatistics
-from inference.gpu_cache import GpuCache
-from inference.gpu_step import Asked, GpuStep
-from inference.kernels.decoder_step import DecoderStep
 from inference.kernels.known_parts import refuse_other_forward
 from inference.kernels.paged_attention import BLOCK_SIZE
-from inference.paged_cache import PagedCache
-from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, checked_ids
-from inference.sampling import SampledTokens, SamplingParams, TokenLogProb, log_probs_of
-from inference.speculation import Drafter, Speculation, verify
+from inference.model_step import Computed, ModelStep
+from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, Span, checked_ids
+from inference.sampling import SampledTokens, SamplingParams, TokenLogProb
+from inference.speculation import Drafter, Speculation
 from inference.text_stream import TextStream
-from machine import free_gpu_bytes, is_device_lost
+from machine import is_device_lost
 
 logger = logging.getLogger(__name__)
 
-# The cache of an engine that is told no size has at most
-CACHE_BYTES = 1 << 30  # so many bytes; on a CPU, only what is used is taken
-GPU_SHARE = 0.8  # this share of a GPU's free memory, which is taken at once; the rest is for activations
 PREFILL_CHUNK, GPU_PREFILL_CHUNK = 256, 2048  # a GPU reads as many tokens in the time of some of the CPU's
 
 NOT_FINITE = "the model's output is not finite (NaN or infinity): its weights may be damaged"
-
-Span = tuple[Request, int]  # a running request and how many tokens come next: of its context, then its whole draft
-
 
 class Engine:
     """Answers requests with one model, many at a time. Its methods may be called from any thread.
@@ -114,18 +104,11 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.end_token_ids = () if tokenizer is None else tokenizer.end_token_ids
         self.max_running, self.max_waiting, self.prefill_chunk = max_running, max_waiting, prefill_chunk
-        config, context = model.config, model.config.max_seq_len
-        dtype = cache_dtype or model.dtype
-        if cache_tokens is None:
-            cache_tokens = default_cache_tokens(config, dtype, self.device, max_running, longest)
-        if cache_tokens < context:
-            raise UserError(f"cache_tokens is {cache_tokens}; one request may need the model's context, {context}")
-        gpu_step = self.device.type == "cuda" if gpu_step is None else gpu_step
-        kind = GpuCache if gpu_step else PagedCache
-        self.cache = kind(config, cache_tokens, max_running, dtype, self.device, reuse_prefixes)
-        self._gpu_step = GpuStep(model, self.cache, cuda_graphs) if gpu_step else None
+        self.model_step = ModelStep(
+            model, max_running, cache_tokens, cache_dtype, reuse_prefixes, longest, gpu_step, cuda_graphs
+        )
+        self.cache = self.model_step.cache
         self.speculation = None if drafter is None else Speculation(drafter)
-        self._decoder_step: DecoderStep | None = None
         self._has_new_requests = False
         self.running: list[Request] = []  # oldest first
         self.waiting: OrderedDict[Request, None] = OrderedDict()
@@ -346,7 +329,7 @@ class Engine:
                 if spans:
                     if self.speculation is not None:
                         spans = self._draft(spans)
-                    self._deliver(spans, *self._compute(spans))
+                    self._deliver(spans, self._compute(spans))
             except Exception as error:
                 if not spans:  # a mistake in this file, which the next step would make again
                     raise
@@ -368,15 +351,6 @@ class Engine:
                 if self.speculation is not None and statistics.tokens_prefilled == prefilled:
                     seconds -= statistics.sampling_seconds + statistics.drafting_seconds - by_token
                     self.speculation.passes.add(sum(n_new for _, n_new in spans), seconds)
-
-    def look_at_model(self) -> None:
-        """Weights may have moved between two requests, and layers may have been replaced or gained adapters."""
-        refuse_other_forward(self.model)
-        if self._gpu_step is not None:
-            self._gpu_step.look_at_model()
-        else:
-            self._decoder_step = DecoderStep.of(self.model, self.cache.native, self._decoder_step)
-        self._has_new_requests = False
 
     def _leave(self) -> None:
         for request in self._cancelled:
@@ -459,126 +433,27 @@ class Engine:
                 self.speculation.drop(request)
 
     def _draft(self, spans: list[Span]) -> list[Span]:
-        """The spans, with what the drafter proposes to come after the next token of answers.
+        began = time.perf_counter()
+        spans = self.speculation.extended(spans, self.cache, len(self.running), self.end_token_ids)
+        self._statistics.drafting_seconds += time.perf_counter() - began
+        return spans
 
-        Drafts take no memory that others will need: no request gives way for one, and a block is left for each.
-        """
-        began, speculation = time.perf_counter(), self.speculation
-        wanted = []
-        for request, _ in spans:
-            request.draft = []
-            left = min(
-                request.params.max_gen_len - len(request.token_ids),
-                self.model.config.max_seq_len - len(request.context),
-            )
-            is_next = request.sequence.length + 1 == len(request.context)
-            if is_next and left > 1:  # the pass brings one token more than are drafted
-                wanted.append((request, left - 1))
-        lengths = speculation.lengths(wanted, sum(n_new for _, n_new in spans), len(spans))
-        wanted = [
-            (request, min(length, self.cache.stretch(request.sequence, 1 + length, len(self.running)) - 1))
-            for (request, _), length in zip(wanted, lengths, strict=True)
-            if length
-        ]
-        for (request, _), draft in zip(wanted, speculation.drafter.propose(wanted), strict=True):
-            ends = request.params.stop_token_ids, () if request.params.ignore_eos else self.end_token_ids
-            end = next((at for at, token_id in enumerate(draft) if any(token_id in each for each in ends)), len(draft))
-            request.draft = draft[:end]  # nothing comes after an end
-        seconds = time.perf_counter() - began
-        if n_drafted := sum(len(request.draft) for request, _ in wanted):
-            speculation.drafts.add(n_drafted, seconds)
-        self._statistics.drafting_seconds += seconds
-        return sorted(((request, n_new + len(request.draft)) for request, n_new in spans), key=lambda span: span[1])
-
-    @torch.inference_mode()
-    def _compute(self, spans: list[Span]) -> tuple[list[int], list[int], list[SampledTokens]]:
-        """The forward pass of all spans, and the next tokens of those whose context is then complete.
-
-        Returns:
-            how many hidden states of each span are finite before one is not; the indices of the spans that are
-            continued; their tokens.
-        """
+    def _compute(self, spans: list[Span]) -> Computed:
+        statistics = self._statistics
         if self._has_new_requests:
-            self.look_at_model()
-        ids, ends, complete = [], [], []  # N tokens in one row; where each span ends in it; which spans are continued
-        wanted: list[int] = []  # those of the tokens whose logits are needed
-        continued: list[int] = []  # which of these are continued; the others belong to prompts that are scored
-        scored: list[tuple[Request, range, range]] = []  # the others' positions in the prompt, and in `wanted`
-        for index, (request, n_new) in enumerate(spans):
-            start = request.sequence.length
-            row = len(ids) - start  # of position 0
-            ids += request.context[start : start + n_new] + request.draft
-            ends.append(len(ids))
-            unscored = request.unscored
-            if positions := range(max(start, unscored.start), min(start + n_new, unscored.stop)):
-                scored.append((request, positions, range(len(wanted), len(wanted) + len(positions))))
-                wanted += range(row + positions.start, row + positions.stop)
-            if start + n_new == len(request.context) + len(request.draft):
-                complete.append(index)
-                rows_of_draft = range(len(ids) - 1 - len(request.draft), len(ids))
-                continued += range(len(wanted), len(wanted) + len(rows_of_draft))
-                wanted += rows_of_draft
-        self.cache.begin_step([(request.sequence, n_new) for request, n_new in spans])
-        before_model = time.perf_counter()
-        requests = [spans[index][0] for index in complete]
-        samplers, drafts = [each.sampler for each in requests], [each.draft for each in requests]
-        judged = [
-            (rows, request.prompt_ids[positions.start + 1 : positions.stop + 1], request.params.prompt_logprobs)
-            for request, positions, rows in scored
-        ]
-        n_finite, rows_finite = [n_new for _, n_new in spans], []
-        # What reaches the logits is looked at there. The other tokens leave keys and values that would spoil what comes
-        # after them. A sum is not finite if one of its numbers is not
-        if self._gpu_step is not None and not any(drafts):
-            found = self._gpu_step(Asked(ids, wanted, continued, samplers, judged))
-            rows_finite, sampled, log_probs = found.finite, found.sampled, found.scored
-            before_sampling = time.perf_counter()
-        else:
-            hidden, logits = self.forward(ids, wanted)  # (N, D), (W, V)
-            if len(ids) > len(complete):
-                sums = hidden.float().sum(dim=-1).cpu().numpy()  # (N,); NumPy is quicker with a few numbers
-                rows_finite = np.isfinite(sums).tolist()
-            before_sampling = time.perf_counter()
-            log_probs = [log_probs_of(logits[rows.start : rows.stop], followers, k) for rows, followers, k in judged]
-            of_answers = logits[continued] if scored else logits  # (R, V)
-            sampled = verify(of_answers, samplers, drafts) if samplers else []
-        if rows_finite:
-            rows_finite = [*rows_finite, False]  # (N + 1,)
-            n_finite = [
-                min(n_new, rows_finite.index(False, end - n_new) - (end - n_new))
-                for end, (_, n_new) in zip(ends, spans, strict=True)
-            ]
-        for (request, _, _), found_log_probs in zip(scored, log_probs, strict=True):
-            request.prompt_log_probs += found_log_probs
-        done = time.perf_counter()
-        self._statistics.model_seconds += before_sampling - before_model
-        self._statistics.sampling_seconds += done - before_sampling
-        self._statistics.tokens_prefilled += sum(n_new for request, n_new in spans if n_new > 1 and not request.draft)
-        return n_finite, complete, sampled
+            self.model_step.look_at_model()
+            self._has_new_requests = False
+        computed = self.model_step.compute(spans)
+        statistics.model_seconds += computed.model_seconds
+        statistics.sampling_seconds += computed.sampling_seconds
+        statistics.tokens_prefilled += sum(n_new for request, n_new in spans if n_new > 1 and not request.draft)
+        return computed
 
-    def forward(self, ids: list[int], last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The forward pass of the tokens of the cache's present step.
-
-        Args:
-            ids: of the N tokens.
-            last: those of them whose logits are wanted.
-
-        Returns:
-            the final, normed hidden states (N, D); logits (len(last), V).
-        """
-        if self._gpu_step is not None:
-            return self._gpu_step.forward(ids, last)
-        if self._decoder_step is not None and self.cache.is_read_in_place:
-            return self._decoder_step(ids, self.cache.slots, self.cache.positions, last)
-        input_ids, positions = torch.tensor([ids], device=self.device), torch.tensor([self.cache.positions])  # (1, N)
-        hidden = self.model.hidden_states_at(input_ids, positions.to(self.device), cache=self.cache)[0]  # (N, D)
-        # Only what is continued goes through the output layer, the largest of a small model; (B, D)
-        rows = hidden if len(last) == len(ids) else hidden[torch.tensor(last, dtype=torch.int64)]
-        return hidden, self.model.lm_head(rows)  # (N, D), (B, V)
-
-    def _deliver(
-        self, spans: list[Span], n_finite: list[int], complete: list[int], sampled: list[SampledTokens]
-    ) -> None:
+    def _deliver(self, spans: list[Span], computed: Computed) -> None:
+        """What a step has brought, to those who wait for it."""
+        n_finite, complete, sampled = computed.n_finite, computed.complete, computed.sampled
+        for request, log_probs in computed.scored:
+            request.prompt_log_probs += log_probs
         is_finite = [n >= n_new - len(request.draft) for (request, n_new), n in zip(spans, n_finite, strict=True)]
         for index, tokens in zip(complete, sampled, strict=True):
             is_finite[index] = is_finite[index] and tokens.finite[0]
@@ -678,17 +553,3 @@ class Engine:
         snapshot.running, snapshot.waiting = len(self.running), len(self.waiting)
         snapshot.cache_tokens_used = self.cache.n_used
         return snapshot
-
-
-def default_cache_tokens(
-    config: GPTConfig, dtype: torch.dtype, device: torch.device, max_running: int, longest: int | None = None
-) -> int:
-    """How many cells a cache needs, as far as there is memory for them; for a whole context in any case.
-
-    Args: those of `Engine`; the `dtype` is the cells'.
-    """
-    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
-    n_bytes = CACHE_BYTES if device.type != "cuda" else int(GPU_SHARE * free_gpu_bytes(device))
-    longest = min(longest or config.max_seq_len, config.max_seq_len)
-    needed = max_running * (-(-longest // BLOCK_SIZE) + 1) * BLOCK_SIZE  # a block is kept free for each that runs
-    return max(config.max_seq_len, min(needed, n_bytes // token_bytes))

@@ -258,3 +258,6 @@ class Request:
         """The tokens that make the text: a stop token does not show."""
         stopped = self.token_ids and self.token_ids[-1] in self.params.stop_token_ids
         return self.token_ids[:-1] if stopped else self.token_ids
+
+
+Span = tuple[Request, int]  # a running request and how many tokens come next: of its context, then its whole draft

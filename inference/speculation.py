@@ -16,12 +16,14 @@ arXiv:2211.17192: with the probability that the model gives the token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
 
-from inference.request import Request
+from inference.paged_cache import PagedCache
+from inference.request import Request, Span
 from inference.sampling import SampledTokens, TokenSampler, sample_batch
 
 MOST = 15  # drafted tokens of a request in a pass
@@ -215,6 +217,39 @@ class Speculation:
         self.overall = Acceptance()
         self._own: dict[Request, Acceptance] = {}
         self._n_not_worth = 0
+
+    def extended(
+        self, spans: Sequence[Span], cache: PagedCache, n_running: int, end_token_ids: Collection[int]
+    ) -> list[Span]:
+        """The spans, with what the drafter proposes to come after the next token of answers.
+
+        Drafts take no memory that others will need: no request gives way for one, and a block is left for each.
+
+        Args:
+            cache: of the engine, with `n_running` requests in it.
+            end_token_ids: after which an answer has ended unless it is to go on.
+        """
+        began, context = time.perf_counter(), cache.config.max_seq_len
+        wanted = []
+        for request, _ in spans:
+            request.draft = []
+            left = min(request.params.max_gen_len - len(request.token_ids), context - len(request.context))
+            is_next = request.sequence.length + 1 == len(request.context)
+            if is_next and left > 1:  # the pass brings one token more than are drafted
+                wanted.append((request, left - 1))
+        lengths = self.lengths(wanted, sum(n_new for _, n_new in spans), len(spans))
+        wanted = [
+            (request, min(length, cache.stretch(request.sequence, 1 + length, n_running) - 1))
+            for (request, _), length in zip(wanted, lengths, strict=True)
+            if length
+        ]
+        for (request, _), draft in zip(wanted, self.drafter.propose(wanted), strict=True):
+            ends = request.params.stop_token_ids, () if request.params.ignore_eos else end_token_ids
+            end = next((at for at, token_id in enumerate(draft) if any(token_id in each for each in ends)), len(draft))
+            request.draft = draft[:end]  # nothing comes after an end
+        if n_drafted := sum(len(request.draft) for request, _ in wanted):
+            self.drafts.add(n_drafted, time.perf_counter() - began)
+        return sorted(((request, n_new + len(request.draft)) for request, n_new in spans), key=lambda span: span[1])
 
     def lengths(self, wanted: Wanted, n_tokens: int, n_answers: int) -> list[int]:
         """How many tokens to draft for each request, so that tokens come fastest.

@@ -10,6 +10,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is run from its folder, not installed
 
+from plain_generation import CONTEXT  # noqa: E402
+
 from byte_level_bpe import ByteLevelBPETokenizer  # noqa: E402
 from cpu_level import CPU_LEVELS, possible_levels  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
@@ -127,6 +129,18 @@ def random_model():
         return model.eval()
 
     return make
+
+
+@pytest.fixture(params=["gpt2", "modern"])
+def model(request, random_model):
+    """A small random model of each preset in turn, with room for the prompts of plain_generation.py."""
+    return random_model(request.param, max_seq_len=CONTEXT)
+
+
+@pytest.fixture
+def gpt2(random_model):
+    """The first of them."""
+    return random_model("gpt2", max_seq_len=CONTEXT)
 
 
 def randomize(model, seed=0):

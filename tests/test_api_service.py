@@ -276,7 +276,7 @@ def test_a_step_that_fails_is_reported_to_its_client_and_the_next_request_is_ser
         raise RuntimeError("the model failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "forward", broken)
+        patch.setattr(engine.model_step, "forward", broken)
         response = client.post("/generate", json=request)
         assert response.status_code == 500
         assert "the model failed" in response.json()["error"]["message"]
@@ -301,14 +301,14 @@ def test_the_engine_computes_with_the_threads_that_were_asked_for(model_path, mo
     monkeypatch.setenv("NUM_THREADS", "2")
     with TestClient(app) as client:
         ready(client)
-        engine, seen = service_of(client).served.engine, []
-        compute = engine.forward
+        step, seen = service_of(client).served.engine.model_step, []
+        compute = step.forward
 
         def recording(*args, **more):
             seen.append((threading.current_thread().name, torch.get_num_threads()))
             return compute(*args, **more)
 
-        monkeypatch.setattr(engine, "forward", recording)
+        monkeypatch.setattr(step, "forward", recording)
         client.post("/generate", json={"prefix": "a", "max_gen_len": 2})
     assert set(seen) == {("engine", 2)}
 

@@ -20,15 +20,10 @@ def model(request, random_model, cpu_level):
     return random_model(request.param, max_seq_len=CONTEXT)
 
 
-@pytest.fixture
-def gpt2(random_model):
-    return random_model("gpt2", max_seq_len=CONTEXT)
-
-
 def recording_logits(engine, monkeypatch):
     """The logits that the engine computes, step by step."""
-    recorded, forward = [], engine.forward
-    monkeypatch.setattr(engine, "forward", lambda *step: recorded.append(forward(*step)) or recorded[-1])
+    recorded, forward = [], engine.model_step.forward
+    monkeypatch.setattr(engine.model_step, "forward", lambda *step: recorded.append(forward(*step)) or recorded[-1])
     return lambda: [logits for _, logits in recorded]
 
 
@@ -233,8 +228,8 @@ def test_a_long_prompt_does_not_stall_running_answers(gpt2):
 def test_a_step_never_computes_more_of_prompts_than_its_budget(gpt2, monkeypatch):
     """However many prompts wait, so that the time of a step is bounded."""
     engine, sizes = Engine(gpt2, None, prefill_chunk=24), []
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda ids, last: sizes.append(len(ids)) or forward(ids, last))
+    forward = engine.model_step.forward
+    monkeypatch.setattr(engine.model_step, "forward", lambda ids, last: sizes.append(len(ids)) or forward(ids, last))
     engine.run([prompt(50, seed) for seed in range(5)], GREEDY)
     assert 24 <= max(sizes) <= 24 + 5
 

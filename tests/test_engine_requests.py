@@ -11,18 +11,9 @@ from plain_generation import CONTEXT, GREEDY, PROMPTS, alone, prompt, tokens_of
 
 from command_line import UserError
 from gpt_model import GPTConfig
-from inference.engine import Engine, RequestFailed, default_cache_tokens
+from inference.engine import Engine, RequestFailed
+from inference.model_step import default_cache_tokens
 from inference.sampling import SamplingParams
-
-
-@pytest.fixture(params=["gpt2", "modern"])
-def model(request, random_model):
-    return random_model(request.param, max_seq_len=CONTEXT)
-
-
-@pytest.fixture
-def gpt2(random_model):
-    return random_model("gpt2", max_seq_len=CONTEXT)
 
 
 @pytest.fixture
@@ -225,7 +216,7 @@ def test_a_step_that_raises_fails_its_own_requests_only(gpt2, monkeypatch):
     requests = [engine.submit(ids, GREEDY) for ids in PROMPTS[:4]]
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "forward", lambda *step: 1 / 0)
+        patch.setattr(engine.model_step, "forward", lambda *step: 1 / 0)
         engine.step()
     for request in requests[:2]:
         with pytest.raises(RequestFailed, match="the computation failed: ZeroDivisionError"):
@@ -258,7 +249,7 @@ def test_run_raises_what_the_model_raised(gpt2, monkeypatch):
     """A training loop must be able to tell memory that ran out from other errors."""
     engine = Engine(gpt2, None)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "forward", lambda *step: (_ for _ in ()).throw(MemoryError("full")))
+        patch.setattr(engine.model_step, "forward", lambda *step: (_ for _ in ()).throw(MemoryError("full")))
         with pytest.raises(MemoryError, match="full"):
             engine.run(PROMPTS, GREEDY)
     assert len(engine.run(PROMPTS, GREEDY)) == len(PROMPTS)
@@ -301,9 +292,11 @@ def test_many_threads_share_one_engine(gpt2):
 def test_the_thread_sleeps_when_there_is_nothing_to_do_and_has_as_many_threads(gpt2, monkeypatch):
     """Also after a cancelled request; torch's number of threads, which is a setting of each thread, goes along."""
     engine, steps, n_threads = Engine(gpt2, None), [], []
-    step, forward = engine.step, engine.forward
+    step, compute = engine.step, engine.model_step.compute
     monkeypatch.setattr(engine, "step", lambda: steps.append(1) or step())
-    monkeypatch.setattr(engine, "forward", lambda *s: n_threads.append(torch.get_num_threads()) or forward(*s))
+    monkeypatch.setattr(
+        engine.model_step, "compute", lambda spans: n_threads.append(torch.get_num_threads()) or compute(spans)
+    )
     torch.set_num_threads(3)
     with engine:
         request = engine.submit(prompt(5), SamplingParams(10**6, ignore_eos=True, overflow="slide"))
@@ -352,7 +345,7 @@ ILLEGAL = "CUDA error: an illegal memory access was encountered"
 def test_an_engine_whose_gpu_has_failed_is_dead(gpt2, monkeypatch, error):
     """Nothing is tried on it any more, and all are told: those who were computed and those who waited."""
     engine, tried = Engine(gpt2, None, max_running=1), []
-    monkeypatch.setattr(engine, "forward", raises(error))
+    monkeypatch.setattr(engine.model_step, "forward", raises(error))
     monkeypatch.setattr(engine.cache, "scrub", tried.append)
     requests = [engine.submit(prompt(5), GREEDY) for _ in range(3)]
     engine.start()
@@ -371,7 +364,7 @@ def test_an_engine_whose_gpu_has_failed_is_dead(gpt2, monkeypatch, error):
 def test_a_gpu_without_memory_fails_who_took_part_and_goes_on(gpt2, monkeypatch, error):
     engine = Engine(gpt2, None)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "forward", raises(error))
+        patch.setattr(engine.model_step, "forward", raises(error))
         with pytest.raises(type(error)):
             engine.run([prompt(5)], GREEDY)
     assert not engine.dead

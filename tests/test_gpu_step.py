@@ -33,16 +33,6 @@ SPECIAL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["gpt2", "modern"])
-def model(request, random_model):
-    return random_model(request.param, max_seq_len=CONTEXT)
-
-
-@pytest.fixture
-def gpt2(random_model):
-    return random_model("gpt2", max_seq_len=CONTEXT)
-
-
 # -- the numbers -------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +190,7 @@ def test_a_recorded_step_asks_for_no_number(model, dtype):
     arrays = engine.cache.singles(8) | numbers_of(samplers, 8, vocab_size) | {"ids": np.zeros(8, dtype=int)}
     numbers = {name: torch.from_numpy(array).to("meta") for name, array in arrays.items()}
     with torch.inference_mode():
-        _, logits = engine._gpu_step._forward(numbers)
+        _, logits = engine.model_step.gpu_step._forward(numbers)
         ids, finite = choose(logits, numbers, Choice.of(samplers, vocab_size))
     assert logits.is_meta and logits.dtype == torch.float32 and engine.cache.keys.dtype == dtype
     assert ids.shape == finite.shape == (8,)
@@ -283,12 +273,12 @@ def test_a_graph_is_played_only_while_the_model_is_the_one_that_was_recorded(gpt
     gpt2.layers[1].feed_forward.up_proj = copy.deepcopy(gpt2.layers[0].feed_forward.up_proj)
     assert is_right() and StandIn.made == 2
     handle = gpt2.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.5)
-    assert is_right() and StandIn.made == 2 and not engine._gpu_step.records
+    assert is_right() and StandIn.made == 2 and not engine.model_step.gpu_step.records
     handle.remove()
     assert is_right() and StandIn.made == 3
     experts = Engine(random_model("moe", max_seq_len=CONTEXT), None, gpu_step=True)
     experts.run([ids], GREEDY)
-    assert StandIn.made == 3 and not experts._gpu_step.records
+    assert StandIn.made == 3 and not experts.model_step.gpu_step.records
     Engine(gpt2, None, gpu_step=True, cuda_graphs=False).run([ids], GREEDY)
     assert StandIn.made == 3
 
@@ -307,7 +297,7 @@ def test_a_gpu_gives_the_cpus_tokens(model, cuda_graphs, cache_dtype):
         expected = tokens_of(Engine(model, None, cache_dtype=cache_dtype).run(PROMPTS, params))
         found = tokens_of(engine.run(PROMPTS, params))
         assert sum(one == other for one, other in zip(found, expected, strict=True)) >= len(PROMPTS) - 1
-    assert bool(engine._gpu_step._recordings) == cuda_graphs
+    assert bool(engine.model_step.gpu_step._recordings) == cuda_graphs
 
 
 @pytest.mark.gpu

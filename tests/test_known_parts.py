@@ -364,9 +364,9 @@ def test_settings_of_parts_change_between_requests(architecture):
         assert generation.token_ids == generated(model)
         return generation.token_ids
 
-    before, step = answer(), engine._decoder_step
+    before, step = answer(), engine.model_step.decoder_step
     answer()
-    assert engine._decoder_step is step
+    assert engine.model_step.decoder_step is step
     model.layers[0].attention_norm.eps = 9.0
     assert answer() != before
     model.layers[0].attention_norm.eps = model.config.norm_eps
@@ -376,10 +376,10 @@ def test_settings_of_parts_change_between_requests(architecture):
     assert answer() != before
     del model.layers[1].feed_forward.forward
     assert answer() == before
-    assert (engine._decoder_step is None) == (not has_compiler)
+    assert (engine.model_step.decoder_step is None) == (not has_compiler)
     model.token_embedding.max_norm = 0.5  # PyTorch's embedding writes into its own weights
     answer()
-    assert engine._decoder_step is None
+    assert engine.model_step.decoder_step is None
     model.forward = lambda *args, **kwargs: None
     with pytest.raises(UserError, match="goes past the `forward` that this GPTModel has of its own"):
         answer()

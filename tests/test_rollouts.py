@@ -245,9 +245,11 @@ def test_with_lora_only_adapters_move_and_the_reference_is_the_policy_without_th
     assert all("lora" in name for name in content["model"])
 
 
-def test_with_lora_the_critic_stands_on_the_reward_models_own_weights(tmp_path, tokenizer):
+@pytest.mark.parametrize("frozen_weights", ["fp32", "int8"])
+def test_with_lora_the_critic_stands_on_the_reward_models_own_weights(frozen_weights, tmp_path, tokenizer):
     """No second copy, and the reward model judges as before."""
-    loop = make_loop("ppo", tmp_path, tokenizer, lora_rank=4, lr=3e-3, warmup_steps=0, max_steps=2)
+    settings = dict(lora_rank=4, frozen_weights=frozen_weights, lr=3e-3, warmup_steps=0, max_steps=2)
+    loop = make_loop("ppo", tmp_path, tokenizer, **settings)
     rollout = fixed_rollout(loop)
     ids, mask = rollout["input_ids"], rollout["attention_mask"]
     before = loop.reward_model.rewards(ids, mask)

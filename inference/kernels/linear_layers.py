@@ -18,6 +18,7 @@ from inference.kernels.fastest_way import ROW_BUCKETS, fastest_way
 from inference.kernels.gpu_products import gpu_linear
 from inference.kernels.int4_tiles import TILE_ROWS, expand_tiles, tile_int4
 from inference.kernels.int4_weights import expand_int4, quantize_int4
+from inference.kernels.int8_weights import quantize_rows
 from inference.kernels.linear_products import (
     DTYPES,
     Product,
@@ -30,13 +31,6 @@ from inference.kernels.linear_products import (
 )
 
 Conversion = Callable[[torch.Tensor], torch.Tensor]  # what `nn.Module.to` does with each tensor
-
-
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric INT8 with one scale a row: (N, K) float → integers (N, K) int8 in −127 … 127 and scales (N,) fp32."""
-    weight = weight.detach().float()
-    scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127  # (N,)
-    return (weight / scale.unsqueeze(1)).round().clamp_(-127, 127).to(torch.int8), scale
 
 
 def rounded(weight: torch.Tensor, weights: str) -> tuple[torch.Tensor, ...]:
