@@ -5,12 +5,14 @@
     print(generate_with_kv_cache(model, tokenizer, "法国的首都是哪里?", chat=True))
 
     python -m inference.kv_cache_infer --model_path models/sft/sft_best.pth --prompt "法国的首都是哪里?"
+    torchrun --nproc_per_node 2 -m inference.kv_cache_infer --model_path …  # a model on two GPUs, tensor_parallel.py
 
 Sampling is the engine's work (engine.py), the search for the likeliest answer that of beam_search.py.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ from inference.engine import Engine
 from inference.quantizer import load_any
 from inference.request import Prompt, RequestFailed, encode_prompt, recommended_sampling
 from inference.sampling import OVERFLOWS, SamplingParams
+from inference.tensor_parallel import RankLost, Ranks
 from machine import PRECISIONS, resolve_device
 from transformer_components import KVCache
 
@@ -213,6 +216,8 @@ class GenerationConfig(SpeculationOptions):
                 complaints.append("num_beams and cache_dtype do not go together; leave one out")
             if self.draft_model:
                 complaints.append("num_beams and draft_model do not go together; leave one out")
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                complaints.append("num_beams is for one process; start it without torchrun")
         return [
             *(["--prompt is missing; give a text"] if not self.prompt else []),
             *(["--prompt is empty; give at least one character"] if "" in self.prompt else []),
@@ -234,12 +239,30 @@ def take_defaults(config: GenerationConfig, tokenizer: ByteLevelBPETokenizer) ->
 def main(argv: list[str] | None = None) -> None:
     """Print the model's answers as they are made, and at the end how fast that was."""
     config = parse_config(GenerationConfig, argv, description="Let a model answer questions or continue texts.")
-    torch.set_num_threads(config.num_threads or torch.get_num_threads())
-    model, tokenizer, checkpoint = load_any(
-        config.model_path, resolve_device(config.device), precision=config.precision
-    )
+    device = resolve_device(config.device)
+    ranks = Ranks.start(device)
+    torch.set_num_threads(config.num_threads or (ranks.n_threads if ranks else torch.get_num_threads()))
+    try:
+        model, tokenizer, checkpoint = load_any(config.model_path, device, precision=config.precision, ranks=ranks)
+        if ranks and ranks.rank:
+            ranks.follow(model)
+        else:
+            answer(config, model, tokenizer, checkpoint["stage"], ranks)
+    except RankLost as lost:
+        sys.exit(f"error: {lost}")
+    finally:
+        if ranks and not ranks.rank:
+            ranks.end()
+    if ranks:
+        ranks.leave()
+
+
+def answer(
+    config: GenerationConfig, model: GPTModel, tokenizer: ByteLevelBPETokenizer, stage: str, ranks: Ranks | None
+) -> None:
+    """Print the answers of a model of this stage, and how fast they came."""
     take_defaults(config, tokenizer)
-    chat = checkpoint["stage"] != "pretrain" if config.chat is None else config.chat
+    chat = stage != "pretrain" if config.chat is None else config.chat
     if config.num_beams > 1:
         for prompt in config.prompt:
             print(*_searched(model, tokenizer, prompt, config.params, config.beams, chat), sep="\n")
@@ -248,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     cache_dtype = torch.int8 if config.cache_dtype == "int8" else None
     drafter = config.drafter(model, tokenizer, MAX_RUNNING, config.precision)
     engine = Engine(
-        model, tokenizer, MAX_RUNNING, max_waiting=n_answers, cache_dtype=cache_dtype, drafter=drafter
+        model, tokenizer, MAX_RUNNING, max_waiting=n_answers, cache_dtype=cache_dtype, drafter=drafter, ranks=ranks
     )
     began = time.perf_counter()
     requests = [
