@@ -317,6 +317,8 @@ class Engine:
 
     def _break(self, sentence: str) -> None:
         """Nothing can be computed any more; may be called while a step is stuck."""
+        if self.started and not self.failure:  # otherwise the caller's step raises it
+            logger.critical(sentence)
         with self._changed:
             self.failure = self.failure or sentence
             self._closed = self._broken = True

@@ -12,7 +12,6 @@ Sampling is the engine's work (engine.py), the search for the likeliest answer t
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -216,8 +215,6 @@ class GenerationConfig(SpeculationOptions):
                 complaints.append("num_beams and cache_dtype do not go together; leave one out")
             if self.draft_model:
                 complaints.append("num_beams and draft_model do not go together; leave one out")
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                complaints.append("num_beams is for one process; start it without torchrun")
         return [
             *(["--prompt is missing; give a text"] if not self.prompt else []),
             *(["--prompt is empty; give at least one character"] if "" in self.prompt else []),
@@ -236,12 +233,20 @@ def take_defaults(config: GenerationConfig, tokenizer: ByteLevelBPETokenizer) ->
         print(f"as the model's makers recommend: {listed}", file=sys.stderr)
 
 
+def require_sampling(config: GenerationConfig) -> None:
+    """Refuse a search, which is no work of the engine, where several processes share the model."""
+    if config.num_beams > 1:
+        raise UserError("--num_beams is for one process; start it without torchrun")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the model's answers as they are made, and at the end how fast that was."""
     config = parse_config(GenerationConfig, argv, description="Let a model answer questions or continue texts.")
     device = resolve_device(config.device)
     ranks = Ranks.start(device)
     torch.set_num_threads(config.num_threads or (ranks.n_threads if ranks else torch.get_num_threads()))
+    if ranks:
+        ranks.agreed(lambda: require_sampling(config))
     try:
         model, tokenizer, checkpoint = load_any(config.model_path, device, precision=config.precision, ranks=ranks)
         if ranks and ranks.rank:

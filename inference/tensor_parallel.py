@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -194,8 +195,9 @@ def lost_sentence(number: int) -> str:
 
 
 def out_of_step(error: Exception) -> str:
-    """That the processes no longer compute the same step."""
-    return f"the processes of the model are out of step, as a step failed: {str(error).partition(chr(10))[0]}"
+    """That the processes no longer compute the same step, without the places in gloo's code and its advice."""
+    why = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
+    return f"the processes of the model are out of step, as a step failed: {why}"
 
 
 # -- a rank's share of the model ---------------------------------------------------------------------------------------

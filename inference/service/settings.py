@@ -106,10 +106,14 @@ class ServiceSettings(SpeculationOptions):
             UserError: they cannot serve together.
         """
         self.ranks = Ranks.start(self.torch_device)
-        if self.ranks and self.workers > 1:
-            raise UserError("--workers are engines of their own, and torchrun's processes share one; leave one out")
+        if self.ranks:
+            self.ranks.agreed(self._require_one_worker)
         if self.ranks and "num_threads" not in self.given:
             self.num_threads = self.ranks.n_threads
+
+    def _require_one_worker(self) -> None:
+        if self.workers > 1:
+            raise UserError("--workers are engines of their own, and torchrun's processes share one; leave one out")
 
     @functools.cached_property
     def torch_device(self) -> torch.device:
