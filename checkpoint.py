@@ -40,6 +40,7 @@ import torch.nn as nn
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, existing_parent, replacing, require_file
 from gpt_model import GPTConfig, GPTModel
+from inference.kernels.int8_weights import round_to_int8
 from lora import LoRAOptions, attach_lora, detach_lora, lora_state, merge_lora
 
 FORMAT = "gpt-checkpoint/1"
@@ -209,7 +210,11 @@ def restore_model(
         return model.float()
     base_model, _, base_content = (load_base or load_model)(find_base(content, path, base))
     model = wrap(base_model)
-    attach_lora(model, LoRAOptions(**{field.name: content["lora"][field.name] for field in fields(LoRAOptions)}))
+    lora = content["lora"]
+    options = LoRAOptions(**{field.name: lora[field.name] for field in fields(LoRAOptions) if field.name in lora})
+    if options.frozen_weights == "int8":  # a base in full precision becomes what the adapters were trained beside
+        round_to_int8(base_model)
+    attach_lora(model, options)
     # Loading is strict, so that a missing adapter shows: what was not trained loads from the base itself
     untrained = {name: value for name, value in model.state_dict().items() if name not in lora_state(model)}
     load_weights(model, {**untrained, **content["model"]}, path)

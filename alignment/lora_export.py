@@ -145,6 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         state, lora = merged_state(content, path, base), None
         done = f"merged with {base}"
+        if content["lora"].get("frozen_weights") == "int8":
+            done += ", in full precision, its linear layers rounded to INT8 first, as in training"
     save_checkpoint(
         config.output_path,
         model_state=state,

@@ -58,6 +58,7 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from data_loader import Batch, GPTPPODataset, GPTSFTDataset
 from gpt_model import GPTConfig, GPTModel
+from inference.kernels.int8_weights import hold_in_int8
 from lora import apply_lora
 from text.conversation_data import load_preferences
 from training import ranks
@@ -211,7 +212,10 @@ class PPOLoop(RolloutLoop):
         device: torch.device,
         sft_data: GPTSFTDataset | None = None,
     ) -> None:
-        self.reward_model = reward_model.to(device).eval().requires_grad_(False)
+        reward_model.requires_grad_(False)
+        if config.lora_rank and config.frozen_weights == "int8":
+            hold_in_int8(reward_model.backbone)
+        self.reward_model = reward_model.to(device).eval()
         # With LoRA the critic's frozen layers are the reward model's own, beside which it gets adapters
         shared = {id(p): p for p in reward_model.backbone.parameters()} if config.lora_rank else {}
         critic = copy.deepcopy(reward_model, shared)

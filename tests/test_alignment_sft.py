@@ -236,15 +236,23 @@ def test_lora_trains_and_saves_adapters_only(folder, capsys):
     assert all(torch.equal(model.state_dict()[name], whole["model"][name]) for name in untouched)
 
 
-def test_an_interrupted_lora_run_continues_exactly(folder):
-    """Adapters, their optimiser and the dropout's random numbers; with activations recomputed in the backward pass."""
+@pytest.mark.parametrize("frozen_weights", ["fp32", "int8"])
+def test_an_interrupted_lora_run_continues_exactly(frozen_weights, folder):
+    """Adapters, their optimiser and the dropout's random numbers; with activations recomputed in the backward pass.
+    What is loaded afterwards has the loss of training, also where the frozen layers were held in 8 bits."""
     settings = dict(max_steps=6, batch_size=2, save_interval=3, lora_rank=2, lora_dropout=0.2, grad_accum_steps=2)
+    settings["frozen_weights"] = frozen_weights
     sft(output_dir="whole", **settings)
     sft(output_dir="parts", **settings, recompute_activations=True)
     (folder / "parts" / "checkpoints" / "step_00000006.pth").unlink()
-    sft(output_dir="parts", **settings, resume="auto", recompute_activations=True)
+    best = sft(output_dir="parts", **settings, resume="auto", recompute_activations=True)
     states = [load_checkpoint(f"{name}/checkpoints/step_00000006.pth")["model"] for name in ("whole", "parts")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(name.endswith(("lora_A", "lora_B")) for name in states[0])
+    model, tokenizer, _ = load_model("parts/sft_best.pth")
+    data = GPTSFTDataset([talk(question, answer) for question, answer in QUESTIONS.items()], tokenizer, 48)
+    with torch.no_grad():
+        assert model(**data.collate(data.samples))["loss"].item() == pytest.approx(best["val_loss"], abs=1e-5)
 
 
 def test_a_lora_run_is_not_continued_with_other_adapters_or_without(folder):

@@ -1,6 +1,7 @@
 """LoRA changes nothing until it has learned, and nothing but its adapters ever."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from alignment.reward_model import RewardModel
 from command_line import UserError, parse_config
+from inference.kernels.int8_weights import Int8Linear, round_to_int8
 from inference.quantizer import quantize_model_int8
 from lora import (
     LoRALinear,
@@ -25,6 +27,7 @@ from lora import (
     trained_state,
     unmerge_lora,
 )
+from machine import autocast
 from training.optimization import Updater, build_optimizers
 
 RANK_4 = LoRAOptions(lora_rank=4)
@@ -276,3 +279,75 @@ def test_adapters_work_beside_int8_weights(random_model):
             assert (quantized(ids)["logits"] - expected).norm() > 0.2 * expected.norm()
     with pytest.raises(UserError, match="cannot be merged into a quantized model"):
         merge_lora(quantized)
+
+
+# -- frozen weights of 8 bits ------------------------------------------------------------------------------------------
+
+INT8 = LoRAOptions(lora_rank=4, frozen_weights="int8")
+
+
+def rounded(model):
+    """A copy in full precision of the model that adapters beside frozen INT8 weights see."""
+    model = copy.deepcopy(model)
+    round_to_int8(model)
+    return model
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_gradients_beside_int8_are_those_beside_the_rounded_model(architecture, precision, random_model):
+    """Of every adapter, and the logits; nothing else gets any."""
+    base, ids, results = random_model(architecture), random_ids(2, 12), []
+    for model in (adapted(base, INT8), adapted(rounded(base))):
+        with autocast(torch.device("cpu"), precision):
+            output = model(ids, labels=ids)
+        output["loss"].backward()
+        with_gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert with_gradient.keys() == lora_state(model).keys()
+        results.append({"logits": output["logits"].detach(), **with_gradient})
+    near = dict(atol=1e-5, rtol=1e-5) if precision == torch.float32 else dict(atol=0.05, rtol=0.05)
+    torch.testing.assert_close(*results, **near)
+
+
+def test_frozen_int8_takes_a_quarter_and_no_expanded_copy_is_kept(random_model):
+    """Not for the backward pass either: what autograd keeps of a layer are the integers, the scales and its input."""
+    base = random_model("modern", d_model=64, vocab_size=72)
+    model = copy.deepcopy(base)
+    apply_lora(model, INT8, "base.pth")
+    before = sum(layer.weight.nbytes for layer in target_layers(base, "all").values())
+    held = [layer.base for layer in lora_layers(model).values()]
+    assert sum(p.nbytes for layer in held for p in layer.parameters()) < 0.3 * before
+    weights, kept = {layer.weight.shape for layer in held}, []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(random_ids(2, 12), labels=random_ids(2, 12))["loss"]
+    of_layers = [tensor for tensor in kept if {tensor.shape, tensor.shape[::-1]} & weights]
+    assert len(of_layers) == len(held) - 3, "all but the first three, before which nothing learns"
+    assert {tensor.dtype for tensor in of_layers} == {torch.int8}
+    loss.backward()
+
+
+def test_adapters_learn_beside_int8(random_model):
+    """As well as beside full precision, and layers without adapters are held in INT8, too."""
+    ends = []
+    for options in (RANK_4, INT8):
+        model, ids = copy.deepcopy(random_model("modern")), random_ids(4, 12)
+        torch.manual_seed(0)
+        apply_lora(model, dataclasses.replace(options, lora_targets="attention"), "base.pth")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(20):
+            loss = model(ids, labels=ids)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(loss.item())
+    assert all(isinstance(layer.feed_forward.up_proj, Int8Linear) for layer in model.layers)
+    assert ends[1] == pytest.approx(ends[0], rel=0.03)
+
+
+def test_frozen_weights_without_adapters_are_refused():
+    with pytest.raises(UserError, match="--frozen_weights int8 is for LoRA; give --lora_rank, such as 16"):
+        parse_config(LoRAOptions, ["--frozen_weights", "int8"], description="")

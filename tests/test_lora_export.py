@@ -160,6 +160,23 @@ def test_adapters_that_do_not_fit_are_refused(world, tokenizer):
 # -- beside a quantized base -------------------------------------------------------------------------------------------
 
 
+def test_adapters_trained_beside_int8_are_merged_with_what_they_saw(architecture, world, capsys):
+    """With the rounded base, in full precision; the quantized base, which is the same, has them beside it."""
+    model, ids = world(architecture, frozen_weights="int8"), random_ids(2, 9)
+    expected = logits(model, ids)
+    loaded, _, _ = load_model("models/lora/best.pth")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(loaded, ids), expected, **CLOSE)
+    torch.testing.assert_close(logits(load_any("models/lora/best.pth")[0], ids), expected, **CLOSE)
+    main(["--adapter", "models/lora/best.pth", "--output_path", "merged.pth"])
+    said = "merged with models/lora/../base/base.pth, in full precision, its linear layers rounded to INT8 first"
+    assert capsys.readouterr().out.startswith(said)
+    torch.testing.assert_close(logits(load_model("merged.pth")[0], ids), expected, **CLOSE)
+    quantizer.main(["--model_path", "models/base/base.pth", "--output_path", "int8.pth", "--num_threads", "1"])
+    beside = load_any("models/lora/best.pth", base="int8.pth")[0]
+    assert (logits(beside, ids) - expected).norm() < 0.02 * expected.norm()  # its embedding is of 8 bits, too
+
+
 def test_adapters_are_attached_to_the_quantized_base_and_to_no_other(world):
     """Given the INT8 version of their base, adapters work beside it; exported so, their file alone says it all."""
     model, ids = world(), random_ids(2, 9)

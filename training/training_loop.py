@@ -187,7 +187,9 @@ class TrainingLoop:
             self._remove_leftovers()
             if self.lora:
                 share = f"{self.n_trained / self.n_parameters:.2%} of the parameters"
-                print(f"LoRA beside {self.lora['base']}: training {self.n_trained:,} weights, {share}", flush=True)
+                held = " held in INT8" if self.lora["frozen_weights"] == "int8" else ""
+                base = f"{self.lora['base']}{held}"
+                print(f"LoRA beside {base}: training {self.n_trained:,} weights, {share}", flush=True)
         source = self.resume(config.resume) if config.resume else None
         if ranks.is_main() and (source is None or source.parent.resolve() != self.checkpoint_folder.resolve()):
             set_earlier_run_aside(self.folder, self.stage)
@@ -555,11 +557,13 @@ class TrainingLoop:
         if state is None:
             place = self.checkpoint_folder
             raise UserError(f"{path} holds a model only, no training state; resume from one in {place}")
-        differing = differing_inputs(state.get("inputs", {}), self._inputs)
+        differing, theirs = differing_inputs(state.get("inputs", {}), self._inputs), state["run"]
+        if theirs.get("lora_rank"):
+            theirs = {"frozen_weights": "fp32"} | theirs  # as in runs of before there was a choice
         differing += [
-            f"{name} {state['run'].get(name)} there, {value} here"
+            f"{name} {theirs.get(name)} there, {value} here"
             for name, value in self._run_identity().items()
-            if state["run"].get(name) != value
+            if theirs.get(name) != value
         ]
         if differing:
             raise UserError(f"{path} belongs to another run ({'; '.join(differing)}); use the same settings and data")
