@@ -324,7 +324,8 @@ class _LossOfChunks(torch.autograd.Function):
             logits = F.linear(states, weight)  # (n, V), under autocast in bf16
             log_probs = logits.float().log_softmax(dim=-1)  # (n, V)
             ignored, places = wanted.eq(IGNORED_LABEL).unsqueeze(1), wanted.clamp(min=0).unsqueeze(1)  # (n, 1), (n, 1)
-            total -= log_probs.gather(1, places).masked_fill(ignored, 0.0).sum()
+            # Not in place: compiled by PyTorch 2.11, a result that was changed in place would lose its gradient
+            total = total - log_probs.gather(1, places).masked_fill(ignored, 0.0).sum()
             errors = log_probs.exp_().scatter_add_(1, places, torch.full_like(places, -1.0, dtype=torch.float32))
             errors = errors.masked_fill_(ignored, 0.0).to(logits.dtype)  # (n, V): p − 1 at the target, p elsewhere
             of_hidden.append((errors @ weight).to(hidden.dtype))

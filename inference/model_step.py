@@ -178,14 +178,19 @@ class ModelStep:
 
 
 def default_cache_tokens(
-    config: GPTConfig, dtype: torch.dtype, device: torch.device, max_running: int, longest: int | None = None
+    config: GPTConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_running: int,
+    longest: int | None = None,
+    free_bytes: int | None = None,
 ) -> int:
     """How many cells a cache needs, as far as there is memory for them; for a whole context in any case.
 
-    Args: those of `Engine`; the `dtype` is the cells'.
+    Args: those of `Engine`; the `dtype` is the cells', and `free_bytes` a GPU's, if its own do not count.
     """
     token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
-    n_bytes = CACHE_BYTES if device.type != "cuda" else int(GPU_SHARE * free_gpu_bytes(device))
+    n_bytes = CACHE_BYTES if device.type != "cuda" else int(GPU_SHARE * (free_bytes or free_gpu_bytes(device)))
     longest = min(longest or config.max_seq_len, config.max_seq_len)
     needed = max_running * (-(-longest // BLOCK_SIZE) + 1) * BLOCK_SIZE  # a block is kept free for each that runs
     return max(config.max_seq_len, min(needed, n_bytes // token_bytes))

@@ -53,8 +53,8 @@ from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
 from inference.engine import Engine
 from inference.error_aware_rounding import rounded_layers
 from inference.kernels.int4_weights import GROUP
-from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, rounded
-from inference.kernels.linear_products import DTYPES, kind_of
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, rounded, tile_for_gpu
+from inference.kernels.linear_products import DTYPES, is_tiled, kind_of
 from inference.sampling import SamplingParams
 from machine import inference_dtype
 from seq2seq_model import Seq2SeqConfig, Transformer
@@ -157,6 +157,8 @@ def save_quantized_model(model: GPTModel, path: str | Path, checkpoint: dict[str
     kind = quantization_of(model)
     if kind is None:
         raise UserError("the model is not quantized; pass it through prepare_for_inference with int8 weights first")
+    if any(is_tiled(tensor) for tensor in model.parameters()):
+        raise UserError("the model's INT4 weights lie as a GPU reads them; save the model before it is placed there")
     inherited = {name: value for name, value in (checkpoint or {}).items() if name != "training_state"}
     content = {"stage": "pretrain", "step": 0, "metrics": {}, **inherited}
     own = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "quantization": kind}
@@ -211,7 +213,7 @@ def load_any(
     """The model of a checkpoint, quantized or not, prepared for inference; its tokenizer; and the checkpoint's dict.
 
     On a CPU, weights that came in as FP16 or BF16 (`exchange.import_model`) stay so, in the file until they are used.
-    On a GPU everything but INT8 weights and their scales is of one type.
+    On a GPU everything but INT8 and INT4 weights and their scales is of one type, see `place`.
 
     Args:
         precision: what to compute in, see `machine.inference_dtype`.
@@ -226,7 +228,17 @@ def load_any(
     model, tokenizer, content = _load_on_cpu(path, base)
     if device.type == "cuda" and dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32, as in training
-    return model.to(device, dtype), tokenizer, content
+    return place(model, device, dtype), tokenizer, content
+
+
+def place(model: GPTModel, device: torch.device, dtype: torch.dtype | None) -> GPTModel:
+    """A model that is for inference on its device, in the type that it is to compute in (None: as it is); INT4 weights
+    in the order that a GPU's kernel reads, where there is one: for bf16, from NVIDIA's Ampere on."""
+    model = model.to(device, dtype)
+    is_nvidias = device.type == "cuda" and not torch.version.hip
+    if is_nvidias and model.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
+        tile_for_gpu(model)
+    return model
 
 
 def _load_on_cpu(
