@@ -324,7 +324,9 @@ class _LossOfChunks(torch.autograd.Function):
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # with LoRA it is frozen
         for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             logits = F.linear(states, weight)  # (n, V), under autocast in bf16
-            total += transformer_components.kernels.cross_entropy_(logits, wanted).sum()  # logits: their gradients now
+            losses = transformer_components.kernels.cross_entropy_(logits, wanted)  # (n,); logits: their gradients now
+            # Not in place: compiled by PyTorch 2.11, a result that was changed in place would lose its gradient
+            total = total + losses.sum()
             of_hidden.append((logits @ weight).to(hidden.dtype))
             if of_weight is not None and logits.dtype == of_weight.dtype == states.dtype:
                 of_weight.addmm_(logits.mT, states)

@@ -537,7 +537,7 @@ class RMSNorm(nn.RMSNorm):
 
     Queries and keys come in bf16 there and the weight is fp32; the kernel wants both of one type, and takes the mean
     square in fp32 whatever that is. On CUDA, autocast would compute all of it in fp32, and queries and keys would come
-    out twice as large: `rms_norm` is on its list.
+    out twice as large: `rms_norm` is on its list in newer versions of PyTorch.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn as nn
@@ -22,10 +23,11 @@ from command_line import UserError, option, replacing
 from data_loader import Batch, GPTPPODataset
 from gpt_model import GPTConfig, GPTModel
 from inference.engine import Engine
+from inference.model_step import default_cache_tokens
 from inference.request import RequestFailed
 from inference.sampling import SamplingParams
 from lora import LoRAOptions, adapters_disabled, lora_layers
-from machine import to_host
+from machine import free_gpu_bytes, to_host
 from training import ranks
 from training.run_log import read_metrics
 from training.training_loop import TrainingLoop
@@ -80,8 +82,22 @@ def advice_on_prompts(config: RolloutConfig, model: GPTConfig) -> str:
     return f"lower --max_gen_len (now {config.max_gen_len}); or {room_advice(config, model)}"
 
 
+def engine_of(policy: GPTModel, n_answers: int, longest: int) -> Engine:
+    """What writes a policy's answers while it learns: made once, so that its cache, a GPU's recorded steps and what was
+    measured of kernels are, too.
+
+    Args:
+        n_answers: that are written at once.
+        longest: of them, prompts included, in tokens.
+    """
+    # Half of a GPU's free memory and not all of it, as the cache is there while the policy learns as well
+    free = free_gpu_bytes(policy.device) // 2 if policy.device.type == "cuda" else None
+    cells = default_cache_tokens(policy.config, policy.dtype, policy.device, n_answers, longest, free)
+    return Engine(policy, None, max_running=n_answers, cache_tokens=cells)
+
+
 def write_answers(
-    policy: GPTModel,
+    engine: Engine,
     prompts: Batch,
     *,
     end_token_ids: Sequence[int],
@@ -92,6 +108,7 @@ def write_answers(
     """Let the policy answer, from its whole distribution: probabilities are later taken of just that one.
 
     Args:
+        engine: of the policy; what it remembers of prompts is forgotten first, as it belongs to earlier weights.
         prompts: {"input_ids", "attention_mask"}, (B, P), padded on the left; on the CPU, as what is returned.
         end_token_ids: the tokens that end an answer.
         generator: on the CPU; where the seed of each answer comes from. None: torch's own.
@@ -109,9 +126,8 @@ def write_answers(
     ends = tuple(end_token_ids)
     settings = [SamplingParams(max_gen_len, temperature, stop_token_ids=ends, seed=seed) for seed in seeds]
     try:
-        # A new engine each time: what it remembers of prompts belongs to the weights of this moment
-        longest = max(map(len, rows)) + max_gen_len
-        written = Engine(policy, None, max_running=len(rows), longest=longest).run(rows, settings)
+        engine.forget()
+        written = engine.run(rows, settings)
     except RequestFailed as failure:
         raise UserError(
             f"the policy cannot write answers: {failure}; where training has made it so, lower --lr, and otherwise "
@@ -120,7 +136,7 @@ def write_answers(
     pad = torch.nn.utils.rnn.pad_sequence
     answers = [torch.tensor(generation.token_ids) for generation in written]
     answer_mask = pad([torch.ones_like(ids, dtype=torch.bool) for ids in answers], batch_first=True)  # (B, R)
-    answer_ids = pad(answers, batch_first=True, padding_value=policy.config.pad_token_id)  # (B, R)
+    answer_ids = pad(answers, batch_first=True, padding_value=engine.model.config.pad_token_id)  # (B, R)
     return {
         "input_ids": torch.cat((prompts["input_ids"], answer_ids), dim=1),
         "attention_mask": torch.cat((prompts["attention_mask"], answer_mask.long()), dim=1),
@@ -162,8 +178,10 @@ class RolloutLoop(TrainingLoop):
     shown = ("objective/scores", "objective/kl")
     epoch_figures = ("objective/scores", "val_reward")
     published = "policy"
+    order_fits_all = False  # a step's batch is of prompts; memory is measured when there are answers
     best_by = "val_reward"  # what the best policy has most of
     group_size = 1  # answers to each prompt
+    has_measured = False  # what memory holds
 
     def __init__(
         self,
@@ -203,6 +221,12 @@ class RolloutLoop(TrainingLoop):
 
     # ------------------------------------------------------------------------------------------------------- rollouts
 
+    @cached_property
+    def engine(self) -> Engine:
+        """See `engine_of`."""
+        longest = max(len(ids) for data in (self.train_data, self.val_data) for ids in data.samples)
+        return engine_of(self.model.policy, self.config.rollout_batch_size, longest + self.config.max_gen_len)
+
     @torch.no_grad()
     def rollout(self, data: GPTPPODataset, indices: Sequence[int], generator: torch.Generator | None = None) -> Batch:
         """Let the policy answer prompts, and score the answers.
@@ -213,7 +237,7 @@ class RolloutLoop(TrainingLoop):
         """
         prompts = data.collate([data[index] for index in indices])
         answers = write_answers(
-            self.model.policy,
+            self.engine,
             prompts,
             end_token_ids=self.tokenizer.end_token_ids,
             max_gen_len=self.config.max_gen_len,
@@ -221,11 +245,13 @@ class RolloutLoop(TrainingLoop):
             generator=generator,
         )
         answers["indices"] = torch.tensor(indices)
-        parts = []
-        for rows in torch.arange(len(indices)).split(self.config.batch_size):
-            part = select(answers, rows)
+
+        def judged() -> list[Batch]:
+            several = (select(answers, rows) for rows in torch.arange(len(indices)).split(self.evaluation_batch_size))
             with self.updater.autocast():
-                parts.append(self.judge(data, part, self._to_device(part)))
+                return [self.judge(data, part, self._to_device(part)) for part in several]
+
+        parts = self.within_memory(judged, "evaluation_batch_size")
         return answers | to_host({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def prepared(self, batch: Batch) -> Batch:
@@ -298,13 +324,20 @@ class RolloutLoop(TrainingLoop):
             the means over minibatches of the loss, the norm of its gradient and every other scalar of the model, and
             how many updates were made.
         """
-        config, n_answers, lr = self.config, len(rollout["input_ids"]), self.learning_rate()
-        size = config.batch_size * config.grad_accum_steps
-        shuffled = (rows for _ in range(n_epochs) for rows in torch.randperm(n_answers).split(size))
+        config, (n_answers, length), lr = self.config, rollout["input_ids"].shape, self.learning_rate()
+        if not self.has_measured:
+            self.has_measured, some = True, torch.arange(self.n_of_step) % n_answers
+            self.fit_memory(lambda n: self.minibatch(rollout, some[:n], 0), config.max_seq_len / length)
+        shuffled = (rows for _ in range(n_epochs) for rows in torch.randperm(n_answers).split(self.n_of_step))
         results, grad_norms = [], []
-        for rows in shuffled:
-            batches = [self.minibatch(rollout, part) for part in rows.split(config.batch_size)]
-            sums = self.accumulate(batches, [self.count(batch) for batch in batches])
+        for number, rows in enumerate(shuffled):
+
+            def gradients(rows: torch.Tensor = rows, start: int = number * self.n_of_step) -> dict[str, torch.Tensor]:
+                parts, size = rows.split(self.micro_batch_size), self.micro_batch_size
+                batches = [self.minibatch(rollout, part, start + i * size) for i, part in enumerate(parts)]
+                return self.accumulate(batches, [self.count(batch) for batch in batches])
+
+            sums = self.within_memory(gradients)
             results.append(self.means({**sums, "grad_norm": self.updater.clip_gradients()}))
             grad_norm = results[-1].pop("grad_norm")
             if grad_norms and 0 < config.target_kl < results[-1]["policy/approxkl_avg"]:
@@ -315,8 +348,8 @@ class RolloutLoop(TrainingLoop):
         means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         return {**means, "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr, "policy/updates": len(grad_norms)}
 
-    def minibatch(self, rollout: Batch, rows: torch.Tensor) -> Batch:
-        """The arguments of the model's `forward` for some rows of a rollout."""
+    def minibatch(self, rollout: Batch, rows: torch.Tensor, first: int) -> Batch:
+        """The arguments of the model's `forward` for some rows of a rollout, before which a step has seen `first`."""
         return select(rollout, rows)
 
     def count(self, batch: Batch) -> int:

@@ -53,9 +53,10 @@ from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
 from inference.engine import Engine
 from inference.error_aware_rounding import rounded_layers
 from inference.kernels.int4_weights import GROUP
-from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, rounded
-from inference.kernels.linear_products import DTYPES, kind_of
+from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, rounded, tile_for_gpu
+from inference.kernels.linear_products import DTYPES, is_tiled, kind_of
 from inference.sampling import SamplingParams
+from inference.tensor_parallel import Ranks, cut
 from machine import inference_dtype
 from seq2seq_model import Seq2SeqConfig, Transformer
 from text.account import Account
@@ -157,6 +158,8 @@ def save_quantized_model(model: GPTModel, path: str | Path, checkpoint: dict[str
     kind = quantization_of(model)
     if kind is None:
         raise UserError("the model is not quantized; pass it through prepare_for_inference with int8 weights first")
+    if any(is_tiled(tensor) for tensor in model.parameters()):
+        raise UserError("the model's INT4 weights lie as a GPU reads them; save the model before it is placed there")
     inherited = {name: value for name, value in (checkpoint or {}).items() if name != "training_state"}
     content = {"stage": "pretrain", "step": 0, "metrics": {}, **inherited}
     own = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "quantization": kind}
@@ -207,26 +210,43 @@ def load_any(
     device: torch.device | str = "cpu",
     base: str | Path | None = None,
     precision: str = "auto",
+    ranks: Ranks | None = None,
 ) -> tuple[GPTModel, ByteLevelBPETokenizer, dict[str, Any]]:
     """The model of a checkpoint, quantized or not, prepared for inference; its tokenizer; and the checkpoint's dict.
 
     On a CPU, weights that came in as FP16 or BF16 (`exchange.import_model`) stay so, in the file until they are used.
-    On a GPU everything but INT8 weights and their scales is of one type.
+    On a GPU everything but INT8 and INT4 weights and their scales is of one type, see `place`.
 
     Args:
         precision: what to compute in, see `machine.inference_dtype`.
         base: of adapters (LoRA), the model that they belong to, in full precision or quantized; None takes the recorded
             one. Into full precision they are merged, beside quantized layers they are attached.
+        ranks: the processes that share the model, all of which have to call this: each gets its share on its device.
 
     Raises:
-        UserError: as `checkpoint.load_model`.
+        UserError: as `checkpoint.load_model`; or the model cannot be cut into shares.
     """
     device = torch.device(device)
     dtype = inference_dtype(precision, device)
-    model, tokenizer, content = _load_on_cpu(path, base)
     if device.type == "cuda" and dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32, as in training
-    return model.to(device, dtype), tokenizer, content
+
+    def load() -> tuple[GPTModel, ByteLevelBPETokenizer, dict[str, Any]]:
+        model, tokenizer, content = _load_on_cpu(path, base)
+        model = cut(model, ranks.rank, ranks.n_ranks) if ranks else model
+        return place(model, device, dtype), tokenizer, content
+
+    return ranks.agreed(load) if ranks else load()
+
+
+def place(model: GPTModel, device: torch.device, dtype: torch.dtype | None) -> GPTModel:
+    """A model that is for inference on its device, in the type that it is to compute in (None: as it is); INT4 weights
+    in the order that a GPU's kernel reads, where there is one: for bf16, from NVIDIA's Ampere on."""
+    model = model.to(device, dtype)
+    is_nvidias = device.type == "cuda" and not torch.version.hip
+    if is_nvidias and model.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
+        tile_for_gpu(model)
+    return model
 
 
 def _load_on_cpu(

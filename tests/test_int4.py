@@ -1,5 +1,7 @@
 """INT4 weights: packed and unpacked, multiplied by every kernel, rounded with compensation, in and out of files."""
 
+import copy
+
 import gguf
 import numpy as np
 import pytest
@@ -15,18 +17,23 @@ from command_line import UserError
 from exchange.export_model import main as export_model
 from exchange.gguf_int4 import KINDS, int4_blocks, int4_from
 from exchange.import_model import main as import_model
+from inference.engine import Engine
 from inference.error_aware_rounding import round_with_compensation, rounded_layers
+from inference.kernels import gpu_products, linear_products
+from inference.kernels.int4_tiles import expand_tiles, int4_product, tile_int4
 from inference.kernels.int4_weights import expand_int4, pack_int4, quantize_int4, unpack_int4
-from inference.kernels.linear_layers import InferenceLinear
+from inference.kernels.linear_layers import InferenceLinear, tile_for_gpu
 from inference.kernels.linear_products import native_product, plain_linear
 from inference.quantizer import (
     load_any,
     load_quantized_model,
+    place,
     prepare_for_inference,
     save_quantized_model,
     weight_bytes,
 )
 from inference.quantizer import main as quantize
+from inference.sampling import SamplingParams
 
 WIDTHS = (32, 96, 512, 576, 768, 1568)  # groups that fill a block, several, and only a part of one
 
@@ -112,6 +119,144 @@ def test_the_compiled_step_is_the_models_forward_pass(architecture, native_level
     sizes = dict(d_model=64, n_heads=2, d_ff=96)
     model = prepare_for_inference(small_model(architecture, **sizes), "int4")
     assert largest_difference(model) < 0.02  # a last digit can decide between two numbers of 8 bits
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def tiles_of_the_kernel(numbers, n_together):
+    """Whole numbers (N, K) of 0 … 15 as PyTorch's `_convert_weight_to_int4pack` lays them out, thread by thread."""
+    n_rows, n_columns = numbers.shape
+    tiles = np.zeros((-(-n_rows // 8), n_columns // (16 * n_together), 32, n_together // 2), dtype=np.uint32)
+    for tile, outer, thread, pair in np.ndindex(tiles.shape):
+        row, first = 8 * tile + thread // 4, 16 * (n_together * outer + 2 * pair) + 2 * (thread % 4)
+        for digit, offset in enumerate((0, 8, 16, 24, 1, 9, 17, 25)):
+            number = int(numbers[row, first + offset]) if row < n_rows else 0
+            tiles[tile, outer, thread, pair] |= np.uint32(number << 4 * digit)
+    return torch.from_numpy(tiles.view(np.int32))
+
+
+def in_bf16(x, packed, scale, minimum=None):
+    """x Wᵀ with what a GPU makes of INT4 weights, by the kernel of the same convention that PyTorch has for the CPU."""
+    _, scales_and_zeros = tile_int4(packed, scale, minimum)
+    in_pairs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_int4(packed).int(), 2)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), in_pairs, 32, scales_and_zeros)
+
+
+@pytest.mark.parametrize("has_minima", [False, True])
+@pytest.mark.parametrize(("n_in", "n_out"), [(32, 8), (96, 21), (192, 16), (384, 48)])
+def test_tiles_are_those_of_pytorchs_kernel_and_hold_the_same_weights(n_in, n_out, has_minima):
+    """The numbers exactly, scales and offsets rounded to bf16."""
+    packed, scale, _, minimum = int4_layer(n_in, n_out, has_minima)
+    tiles, scales_and_zeros = tile_int4(packed, scale, minimum)
+    assert torch.equal(tiles, tiles_of_the_kernel(unpack_int4(packed), tiles.size(3) * 2))
+    made, expected = expand_tiles(tiles, scales_and_zeros).float(), expand_int4(packed, scale, minimum)
+    assert (made[:n_out] - expected).norm() < 2**-8 * expected.norm() and made[n_out:].eq(0).all()
+    rows = torch.tensor([[0, n_out - 1], [5, 0]])
+    assert torch.equal(expand_tiles(tiles, scales_and_zeros, rows).float(), made[rows])
+    if n_out % 16 == 0:  # which the CPU's kernel asks for
+        x = torch.randn(5, n_in, generator=torch.Generator().manual_seed(1)).bfloat16()
+        found, product = in_bf16(x, packed, scale, minimum).float(), x.float() @ made.T
+        assert (found - product).norm() < 2**-8 * product.norm()
+    signature = str(torch.ops.aten._weight_int4pack_mm.default._schema)
+    assert "(Tensor self, Tensor mat2, int qGroupSize, Tensor qScaleAndZeros) -> Tensor" in signature
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_a_model_in_tiles_computes_the_same(architecture, tmp_path, monkeypatch):
+    """As with expanded weights: the CPU's own kernel would round activations. With a vocabulary that does not fill its
+    last tile, tied to the embedding or not, with biases and minima."""
+    model = prepare_for_inference(random_model(architecture, d_ff=96, vocab_size=517), "int4")
+    model.layers[0].attention.query_proj.minimum = torch.full_like(model.layers[0].attention.query_proj.scale, 0.01)
+    ids, n_bytes = torch.arange(40)[None], weight_bytes(model)
+    tiled = copy.deepcopy(model)
+    with torch.no_grad():
+        tiled(ids)  # what was prepared for the other order is not used any more
+        monkeypatch.setattr(linear_products, "native_knows", lambda *_: False)
+        expected = model(ids)["logits"]
+        tile_for_gpu(tiled)
+        found = tiled(ids)["logits"], tiled.bfloat16()(ids)["logits"].float()
+    assert tiled.lm_head.weight.dtype == torch.int32
+    is_tied = [each.token_embedding.weight is each.lm_head.weight for each in (model, tiled)]
+    assert is_tied[0] == is_tied[1]
+    for logits, most in zip(found, (0.01, 0.03), strict=True):
+        assert logits.shape == expected.shape and (logits - expected).norm() < most * expected.norm()
+    assert weight_bytes(tiled) < 1.15 * n_bytes  # nothing is there twice; a scale comes with an offset
+    with pytest.raises(UserError, match="lie as a GPU reads them"):
+        save_quantized_model(tiled, tmp_path / "small.pth")
+
+
+def test_few_rows_are_multiplied_without_a_copy_of_the_weights(monkeypatch):
+    """Where that is faster; in bf16 alone, and not where gradients are wanted."""
+    packed, scale, bias, _ = int4_layer(96, 16)
+    tiles, scales_and_zeros = tile_int4(packed, scale)
+    used = []
+    monkeypatch.setattr(gpu_products, "_is_faster", lambda _, passes, *rest: passes < 8)
+    monkeypatch.setattr(gpu_products, "int4_product", lambda x, *_: used.append(len(x)) or in_bf16(x, packed, scale))
+    for n_rows in (1, 16, 60, 128, 129):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.randn(n_rows, 1, 96, generator=torch.Generator().manual_seed(n_rows)).to(dtype)
+            y = gpu_products.gpu_linear(x, tiles, scales_and_zeros, bias.to(dtype))
+            expected = x.float() @ expand_int4(packed, scale).T + bias
+            assert y.dtype == dtype and (y - expected).norm() < 0.01 * expected.norm()
+    assert used == [1, 16, 60]
+    x = torch.randn(2, 96).bfloat16().requires_grad_()
+    gpu_products.gpu_linear(x, tiles, scales_and_zeros, None).sum().backward()
+    assert x.grad is not None and used == [1, 16, 60]
+
+
+@pytest.mark.parametrize(("times", "error", "chosen"), [((1, 2), 0, True), ((2, 1), 0, False), ((1, 2), 0.1, False)])
+def test_what_is_faster_is_measured_once_and_said(times, error, chosen, monkeypatch, caplog):
+    """A kernel that gives something else is not used at all."""
+    packed, scale, _, _ = int4_layer(96, 16)
+    tiles, scales_and_zeros = tile_int4(packed, scale)
+    measured = []
+    monkeypatch.setattr(gpu_products, "_choices", {})
+    monkeypatch.setattr(gpu_products, "int4_product", lambda x, *_: in_bf16(x, packed, scale) * (1 + error))
+    monkeypatch.setattr(gpu_products, "_time", lambda *_: measured.append(1) or float(times[len(measured) - 1]))
+    x = torch.randn(3, 96).bfloat16()
+    with caplog.at_level("INFO"):
+        for rows in (x, x[:1], x):
+            gpu_products.gpu_linear(rows, tiles, scales_and_zeros, None)
+    (choice,) = gpu_products.choices()
+    assert len(measured) == 2 and choice.reads_directly == chosen
+    way = "read as they are" if chosen else "expanded at every call"
+    (record,) = caplog.records
+    assert record.message.startswith(f"int4 weights 96 → 16, 3 rows: {way} ({times[0]:.3f} ms directly")
+    assert (record.levelname == "WARNING") == ("differ" in record.message) == bool(error)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_minima", [False, True])
+@pytest.mark.parametrize(("n_in", "n_out"), [(96, 24), (192, 2051), (768, 3072)])
+def test_a_gpus_kernel_multiplies_tiles(n_in, n_out, has_minima):
+    """They are what PyTorch packs itself, and the product is that with the expanded weights."""
+    packed, scale, _, minimum = (x if x is None else x.cuda() for x in int4_layer(n_in, n_out, has_minima))
+    tiles, scales_and_zeros = tile_int4(packed, scale, minimum)
+    numbers = unpack_int4(packed)
+    in_pairs = numbers[:, ::2] << 4 | numbers[:, 1::2]  # as PyTorch wants them
+    assert torch.equal(tiles, torch.ops.aten._convert_weight_to_int4pack(in_pairs, tiles.size(3) * 2))
+    for n_rows in (1, 16, 17, 100):
+        x = torch.randn(n_rows, n_in, device="cuda").bfloat16()
+        found, expected = int4_product(x, tiles, scales_and_zeros), x @ expand_tiles(tiles, scales_and_zeros).T
+        assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_a_model_on_a_gpu_has_the_cpus_logits(architecture):
+    """And the graphs that are recorded give the tokens of steps from Python."""
+    model = prepare_for_inference(random_model(architecture, d_ff=96, vocab_size=517), "int4")
+    placed, ids = place(copy.deepcopy(model), torch.device("cuda"), torch.bfloat16), torch.arange(40)[None]
+    with torch.no_grad():
+        expected, found = model(ids)["logits"], placed(ids.cuda())["logits"].cpu().float()
+    assert placed.lm_head.weight.dtype == torch.int32 and (found - expected).norm() < 0.05 * expected.norm()
+    params = SamplingParams(12, temperature=0, ignore_eos=True)
+    played, plain = (
+        [each.token_ids for each in Engine(placed, None, cuda_graphs=graphs).run([[5, 6], [7]], params)]
+        for graphs in (True, False)
+    )
+    assert played == plain
 
 
 # -- rounding ----------------------------------------------------------------------------------------------------------

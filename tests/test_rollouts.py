@@ -3,17 +3,22 @@
 import json
 import shlex
 import statistics
+from functools import partial
 
 import pytest
 import torch
 from on_ranks import run_on_ranks
 from policy_loops import ALGORITHMS, COMMON, PROMPTS, fixed_rollout, letters, make_loop, two_steps
+from test_gpu_step import StandIn, graphs  # noqa: F401
 
 import finetune
+from alignment import rollouts
 from alignment.reward_model import RewardModel
 from alignment.rollouts import kl_terms, masked_mean, select, write_answers
 from checkpoint import load_checkpoint, load_model
 from command_line import UserError, complaints_about
+from inference.engine import Engine
+from inference.gpu_cache import GpuCache
 from lora import lora_layers
 from training.run_log import read_metrics
 
@@ -57,7 +62,7 @@ def test_answers_stand_behind_their_prompts_and_are_cut_at_the_stop_token(tokeni
     prompts["attention_mask"][::2, 0] = 0
     model.lm_head.weight.data[2] *= 3  # some rows end early, some do not
     torch.manual_seed(0)
-    answers = write_answers(model, prompts, end_token_ids=(2,), max_gen_len=6)
+    answers = write_answers(Engine(model, None), prompts, end_token_ids=(2,), max_gen_len=6)
     assert torch.equal(answers["input_ids"][:, :3], prompts["input_ids"])
     assert torch.equal(answers["attention_mask"][:, :3], prompts["attention_mask"])
     assert 0 < answers["ended"].float().mean() < 1
@@ -74,7 +79,8 @@ def test_answers_are_drawn_from_the_policys_whole_distribution(tokenizer, random
     model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=48)
     prompts = {"input_ids": torch.tensor([[5, 6, 7]] * 4000), "attention_mask": torch.ones(4000, 3).long()}
     torch.manual_seed(0)
-    first = write_answers(model, prompts, end_token_ids=(2,), max_gen_len=1, temperature=0.5)["input_ids"][:, 3]
+    answers = write_answers(Engine(model, None), prompts, end_token_ids=(2,), max_gen_len=1, temperature=0.5)
+    first = answers["input_ids"][:, 3]
     expected = (model(prompts["input_ids"][:1])["logits"][0, -1] / 0.5).softmax(-1)
     frequencies = torch.bincount(first, minlength=len(tokenizer)) / 4000
     assert (frequencies - expected).abs().sum() < 0.15, "total variation of chance alone is about 0.1"
@@ -86,7 +92,31 @@ def test_weights_that_are_not_finite_are_reported(tokenizer, random_model):
     model.final_norm.weight.data.fill_(float("nan"))
     prompts = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}
     with pytest.raises(UserError, match="the policy cannot write answers: .*not finite.*lower --lr"):
-        write_answers(model, prompts, end_token_ids=(2,), max_gen_len=3)
+        write_answers(Engine(model, None), prompts, end_token_ids=(2,), max_gen_len=3)
+
+
+@both
+@pytest.mark.usefixtures("graphs")
+def test_one_engine_writes_all_answers_as_new_ones_would(algorithm, tmp_path, tokenizer, monkeypatch):
+    """While the weights change; the cache is allocated once, and a GPU's steps are recorded once for each shape."""
+    made = []
+    monkeypatch.setattr(GpuCache, "_allocate", lambda *args, usual=GpuCache._allocate: made.append(1) or usual(*args))
+    monkeypatch.setattr(rollouts, "Engine", partial(Engine, gpu_step=True))
+    written, counts = [], []
+    for is_kept in (True, False):
+        loop = make_loop(algorithm, tmp_path / str(is_kept), tokenizer, lr=3e-3, warmup_steps=0)
+        written.append([])
+        for seed in range(3):
+            rollout = fixed_rollout(loop, seed)
+            written[-1].append(rollout["input_ids"].tolist())
+            loop.learn_from(rollout)
+            if not is_kept:
+                del loop.engine
+        counts.append((len(made), StandIn.made))
+    assert written[0] == written[1]
+    assert written[0][0] != written[0][1]
+    assert counts[0][0] == 1 and counts[1][0] == 1 + 3
+    assert 1 <= counts[0][1] <= 4, "of 1, 2, 4 and 8 answers"
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 
 from inference.kernels.fastest_way import ROW_BUCKETS, fastest_way
 from inference.kernels.gpu_products import gpu_linear
+from inference.kernels.int4_tiles import TILE_ROWS, expand_tiles, tile_int4
 from inference.kernels.int4_weights import expand_int4, quantize_int4
 from inference.kernels.int8_weights import quantize_rows
 from inference.kernels.linear_products import (
     DTYPES,
     Product,
+    is_tiled,
     kind_of,
     n_inputs,
     plain_linear,
@@ -94,7 +96,8 @@ class InferenceLinear(nn.Module):
         if not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
             inputs = round_inputs(x) if self.int8_inputs else x
             product = gpu_linear if x.is_cuda else plain_linear
-            return product(inputs, self.weight, self.scale, self.bias, self.minimum)
+            y = product(inputs, self.weight, self.scale, self.bias, self.minimum)
+            return y if y.size(-1) == self.out_features else y[..., : self.out_features]  # tiles are filled up
         # Nothing more than needed: of a small model's step, a fifth would go into views and conversions to what x is
         rows = x if x.dtype == torch.float32 else x.float()
         rows = rows if rows.is_contiguous() else rows.contiguous()
@@ -107,6 +110,8 @@ class InferenceLinear(nn.Module):
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _choose(self, bucket: int) -> Product:
+        if is_tiled(self.weight):
+            return lambda x: plain_linear(x, self.weight, self.scale, self.bias)[..., : self.out_features]
         ways = ways_to_multiply(self.weight, self.scale, self.bias, self.weights, self.minimum)
         name = next(iter(ways)) if len(ways) == 1 else fastest_way(ways, self.weights, self.weight.shape, bucket)
         if name not in self._prepared:
@@ -155,6 +160,8 @@ class InferenceEmbedding(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, T) int64 → (B, T, D) of `output_dtype`."""
+        if is_tiled(self.weight):
+            return expand_tiles(self.weight, self.scale, input_ids).to(self.output_dtype)
         rows = F.embedding(input_ids, self.weight)  # (B, T, D), or (B, T, D/2) of int4
         if self.weight.dtype == torch.uint8:
             minimum = None if self.minimum is None else self.minimum[input_ids]
@@ -170,6 +177,24 @@ class InferenceEmbedding(nn.Module):
     def _apply(self, fn: Conversion, recurse: bool = True) -> nn.Module:
         self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
         return _apply_except_scales(self, super()._apply, fn, recurse)
+
+
+def tile_for_gpu(model: nn.Module) -> None:
+    """Put a model's INT4 weights into the order in which PyTorch's kernel for GPUs reads them, in place of the order
+    that they have; scales become bf16. An embedding stays as it is unless it is tied to a linear layer.
+
+    A model in this order computes the same on any device; what saves models refuses it.
+    """
+    tables = {part.weight: part for part in model.modules() if isinstance(part, InferenceEmbedding)}
+    for layer in model.modules():
+        if isinstance(layer, InferenceLinear) and layer.weight.dtype == torch.uint8:
+            layer._forget_products()
+            tiles, scales_and_zeros = tile_int4(layer.weight, layer.scale, layer.minimum)
+            layer.weight.data = tiles
+            if layer.bias is not None:
+                layer.bias.data = F.pad(layer.bias, (0, -layer.out_features % TILE_ROWS))
+            for part in filter(None, (layer, tables.get(layer.weight))):
+                part.scale, part.minimum = scales_and_zeros, None
 
 
 def _expect_minimum(layer: InferenceLinear | InferenceEmbedding, state: dict[str, torch.Tensor], prefix: str) -> None:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from cpu_level import largest_cache_bytes
+from inference.kernels.int4_tiles import TILE_COLUMNS, expand_tiles
 from inference.kernels.int4_weights import expand_int4
 from machine.native_code import check_layout, load_native
 
@@ -48,11 +49,18 @@ Product = Callable[[torch.Tensor], torch.Tensor]  # x (…, K) fp32, contiguous 
 
 def kind_of(weight: torch.Tensor) -> str:
     """The name of a weight's type, the first such key of `DTYPES`."""
-    return next(name for name, dtype in DTYPES.items() if dtype == weight.dtype)
+    return "int4" if is_tiled(weight) else next(name for name, dtype in DTYPES.items() if dtype == weight.dtype)
+
+
+def is_tiled(weight: torch.Tensor) -> bool:
+    """Whether INT4 weights lie as a GPU reads them, see int4_tiles.py."""
+    return weight.dtype == torch.int32
 
 
 def n_inputs(weight: torch.Tensor) -> int:
-    """K of weights (N, K), or (N, K/2) with two a byte."""
+    """K of weights (N, K), (N, K/2) with two a byte, or in tiles."""
+    if is_tiled(weight):
+        return weight.size(1) * weight.size(3) * 2 * TILE_COLUMNS
     return weight.size(1) * (2 if weight.dtype == torch.uint8 else 1)
 
 
@@ -107,7 +115,9 @@ def plain_linear(
     if weight.dtype == x.dtype and scale is None:
         return F.linear(x, weight, bias)
     n_rows = max(1, EXPANDED_AT_ONCE // x.size(-1)) if x.device.type == "cpu" else len(weight)
-    if weight.dtype == torch.uint8:
+    if is_tiled(weight):
+        blocks, scale = iter([expand_tiles(weight, scale)]), None
+    elif weight.dtype == torch.uint8:
         parts = (None if part is None else part.split(n_rows) for part in (weight, scale, minimum))
         packed, scales, minima = ([None] * -(-len(weight) // n_rows) if part is None else part for part in parts)
         blocks = map(expand_int4, packed, scales, minima)
