@@ -123,7 +123,7 @@ class GpuStep:
             rows = {"wanted": np.array(asked.wanted, dtype=int), "continued": np.array(asked.continued, dtype=int)}
             arrays = {"ids": np.array(asked.ids), **self.cache.groups(), **rows, **followers}
             arrays |= numbers_of(samplers, len(samplers), vocab_size)
-            entered = upload(arrays, self.cache.device)
+            entered = self.enter(arrays)
             hidden, logits = self._forward(entered)
         return self._chosen(asked, hidden, logits, entered, choice, adjusted, reporting)
 
@@ -131,7 +131,16 @@ class GpuStep:
     def forward(self, ids: Sequence[int], wanted: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (N, D) of the tokens of the step that the cache has begun; logits of those that are wanted."""
         rows = {"ids": np.array(ids), "wanted": np.array(wanted, dtype=int)}
-        return self._forward(upload({**rows, **self.cache.groups()}, self.cache.device))
+        return self._forward(self.enter({**rows, **self.cache.groups()}))
+
+    @torch.inference_mode()
+    def repeat(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """The forward pass of a step that another process has entered, see tensor_parallel.py."""
+        self._forward(self.enter(arrays))
+
+    def enter(self, arrays: Mapping[str, np.ndarray]) -> Numbers:
+        """A step's numbers, on the GPU."""
+        return upload(arrays, self.cache.device)
 
     def _forward(self, numbers: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (N, D) of a step's tokens, and the logits (W, V) fp32 of those that are wanted."""
@@ -153,7 +162,7 @@ class GpuStep:
             return torch.stack([part.double() for part in choose(logits, numbers, choice)])
 
         if not self.records:
-            numbers = upload(arrays, self.cache.device)
+            numbers = self.enter(arrays)
             return compute(numbers), numbers
         key = choice, *(array.shape for array in arrays.values())
         if key not in self._recordings:
