@@ -526,10 +526,11 @@ class TrainingLoop:
         size = size_of(self.gpt_config)
         if size is None:
             return self.config.batch_size
-        frozen = self.lora["frozen_weights"] if self.lora else ""
-        settings = self.config.max_seq_len, self.config.recompute_activations, frozen
-        fitting = (n for n in divisors(self.n_of_step) if training_bytes(size, n, *settings) <= (1 - RESERVE) * limit)
-        return max(fitting, default=1)
+        config = self.config
+        kind = (self.lora["frozen_weights"], self.lora["lora_rank"]) if self.lora else ("", 0)
+        settings = config.max_seq_len, config.recompute_activations, *kind, config.optimizer
+        sizes = {n: training_bytes(size, n * config.rows_of_sample, *settings) for n in divisors(self.n_of_step)}
+        return max((n for n, needed in sizes.items() if needed <= (1 - RESERVE) * limit), default=1)
 
     def within_memory(self, compute: Callable[[], Result], batch: str = "micro_batch_size") -> Result:
         """What `compute` gives. Where memory runs out, it is computed again, with the same random numbers, in parts of
