@@ -11,6 +11,7 @@ an inner width F; V tokens in the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from command_line import option, parse_config, run_main
 
@@ -65,6 +66,14 @@ SIZES = (
 )
 
 
+def size_of(config: Any) -> Size | None:
+    """The sizes of a `GPTConfig`; None for models that this arithmetic does not know: experts, encoder–decoders."""
+    if getattr(config, "n_experts", 1) or not config.tie_embeddings:
+        return None
+    names = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")
+    return Size("the model", *(getattr(config, name) for name in names), is_gated=config.activation == "swiglu")
+
+
 def layer_bytes(size: Size) -> int:
     """What a layer keeps of a token for the backward pass, with flash attention."""
     query, key = size.n_heads * size.head_dim, size.n_kv_heads * size.head_dim
@@ -76,17 +85,31 @@ def layer_bytes(size: Size) -> int:
     return norms + inputs + heads + 2 * 2 * size.d_ff
 
 
-def training_bytes(size: Size, batch_size: int, context: int, recompute: bool, lora: bool = False) -> int:
-    """Bytes of a training step at their height, of LoRA with AdamW, and otherwise with Muon beside it."""
-    states = 6 * size.parameters  # weights in fp32, and in bf16 as autocast keeps them
-    if lora:
-        states += 12 * size.adapters  # gradients and AdamW's two moments
-    else:  # Muon has one moment; the loss computes the gradient of the head, which is the embedding's, too
-        states += 12 * size.parameters - 4 * size.matrices + 4 * size.vocab_size * size.d_model
+def state_bytes(size: Size, frozen: str = "") -> int:
+    """Bytes of what stays from step to step, with the gradients.
+
+    Args:
+        frozen: of LoRA, what the frozen linear layers are held in, fp32 or int8; empty: all is trained, with Muon.
+    """
+    head = size.vocab_size * size.d_model
+    if not frozen:  # weights in fp32, and in bf16 as autocast keeps them; gradients, and two moments or Muon's one;
+        # the loss computes the gradient of the head, which is the embedding's, too
+        return 18 * size.parameters - 4 * size.matrices + 4 * head
+    largest = size.d_model * max(size.d_ff, size.n_heads * size.head_dim)  # expanded for a product, in fp32 and in bf16
+    linear = 6 * size.matrices if frozen == "fp32" else size.matrices + 6 * largest
+    return linear + 6 * head + 18 * size.adapters
+
+
+def training_bytes(size: Size, batch_size: int, context: int, recompute: bool, frozen: str = "") -> int:
+    """Bytes of a training step at their height, of LoRA with AdamW, and otherwise with Muon beside it.
+
+    Args:
+        frozen: see `state_bytes`.
+    """
     kept = 4 * size.d_model * size.n_layers + layer_bytes(size) if recompute else layer_bytes(size) * size.n_layers
     tokens = batch_size * context
     backward = tokens * kept + A_LOGIT * min(CHUNK, tokens * size.vocab_size)
-    return states + max(backward, 0 if lora else MUON)
+    return state_bytes(size, frozen) + max(backward, 0 if frozen else MUON)
 
 
 def serving_bytes(size: Size, bytes_a_weight: int) -> int:
@@ -99,12 +122,12 @@ def cache_bytes(size: Size) -> int:
     return 2 * 2 * size.n_layers * size.n_kv_heads * size.head_dim
 
 
-def training_choice(size: Size, memory_gb: float, context: int, lora: bool = False) -> str:
+def training_choice(size: Size, memory_gb: float, context: int, frozen: str = "") -> str:
     """The options of the fastest way to train that fits; "–" if there is none."""
     room = (memory_gb - RESERVED) * 1e9
     for recompute in (False, True):
         for batch_size in BATCHES:
-            if training_bytes(size, batch_size, context, recompute, lora) <= room:
+            if training_bytes(size, batch_size, context, recompute, frozen) <= room:
                 return f"{batch_size}{' recomputed' * recompute}"
     return "–"
 
@@ -126,7 +149,8 @@ def table(cards_gb: tuple[float, ...], context: int) -> str:
     for size in SIZES:
         ways = {
             "train": lambda card, size=size: training_choice(size, card, context),
-            "LoRA": lambda card, size=size: training_choice(size, card, context, lora=True),
+            "LoRA": lambda card, size=size: training_choice(size, card, context, "fp32"),
+            "LoRA, INT8": lambda card, size=size: training_choice(size, card, context, "int8"),
             "serve": lambda card, size=size: serving_choice(size, card),
         }
         for way, choose in ways.items():

@@ -58,7 +58,9 @@ def test_more_of_anything_needs_more_memory():
     plain = training_bytes(size, 4, 1024, recompute=False)
     assert training_bytes(size, 8, 1024, recompute=False) > plain
     assert training_bytes(size, 4, 1024, recompute=True) < plain
-    assert training_bytes(size, 4, 1024, recompute=False, lora=True) < plain
+    lora, beside_int8 = (training_bytes(size, 4, 1024, recompute=False, frozen=kind) for kind in ("fp32", "int8"))
+    assert beside_int8 < lora < plain
+    assert lora - beside_int8 == 5 * size.matrices - 6 * size.d_model * size.d_ff
 
 
 @pytest.mark.parametrize("page", ["distributed.md", "distributed.zh-CN.md"])
