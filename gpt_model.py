@@ -171,6 +171,7 @@ class GPTModel(Part):
         labels: torch.Tensor | None = None,
         cache: KVCache | None = None,
         segments: torch.Tensor | None = None,
+        bounds: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor | None]:
         """Next-token logits and, with labels, their mean cross-entropy.
 
@@ -181,6 +182,7 @@ class GPTModel(Part):
             cache: see `hidden_states`.
             segments: (B, T) int64, which of several texts in a row each token is of, if these must not see each other;
                 texts are numbered in order, and each one's positions begin at 0. Not with a mask or a cache.
+            bounds: (S,) int32, `text_bounds` of the segments, where attention takes them in place of a mask.
 
         Returns:
             {"logits": (B, T, V), "loss": scalar in nats a token, or None without labels}; in eval mode, with labels,
@@ -190,7 +192,7 @@ class GPTModel(Part):
         if segments is None:
             hidden = self.hidden_states(input_ids, attention_mask, cache)  # (B, T, D)
         else:
-            hidden = self.hidden_states_at(input_ids, *places_in_segments(segments))  # (B, T, D)
+            hidden = self.hidden_states_at(input_ids, *places_in_segments(segments, bounds))  # (B, T, D)
         if labels is not None and self.training and not self.keeps_logits and type(self.lm_head) is nn.Linear:
             return {"logits": None, "loss": loss_in_chunks(hidden, self.lm_head.weight, labels)}
         logits = self.lm_head(hidden)  # (B, T, V)
@@ -275,11 +277,15 @@ def places_on_the_left(attention_mask: torch.Tensor) -> torch.Tensor:
     return torch.where(is_token, is_token.cumsum(dim=1), n_tokens + (~is_token).cumsum(dim=1)) - 1
 
 
-def places_in_segments(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions (B, T) and visible keys (B, 1, T, T) of several texts in a row, each as if it were alone."""
+def places_in_segments(
+    segments: torch.Tensor, bounds: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (B, T) and visible keys (B, 1, T, T), or else `bounds`, of several texts in a row, each as if alone."""
     place = torch.arange(segments.size(1), device=segments.device)  # (T,)
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # (B, T)
     start = torch.where(begins, place, 0).cummax(dim=1).values  # (B, T): where a token's text begins
+    if bounds is not None:
+        return place - start, bounds
     visible = (segments[:, :, None] == segments[:, None, :]) & (place[:, None] >= place)  # (B, T, T)
     return place - start, visible[:, None]
 

@@ -28,7 +28,7 @@ from inference.kernels.paged_attention import BLOCK_SIZE
 from inference.paged_cache import PagedCache
 from inference.request import Request, Span
 from inference.sampling import SampledTokens, TokenLogProb, log_probs_of
-from inference.speculation import verify
+from inference.speculation import one_a_row, right_tokens, verify
 from inference.tensor_parallel import Ranks, SharedCache, SharedStep
 from machine import free_gpu_bytes
 
@@ -151,9 +151,13 @@ class ModelStep:
         n_finite, rows_finite = [n_new for _, n_new in spans], []
         # What reaches the logits is looked at there. The other tokens leave keys and values that would spoil what comes
         # after them. A sum is not finite if one of its numbers is not
-        if self.gpu_step is not None and not any(drafts):
-            found = self.gpu_step(Asked(ids, wanted, continued, samplers, judged))
-            rows_finite, sampled, log_probs = found.finite, found.sampled, found.scored
+        is_one_choice = not any(draft and sampler.looks_back for sampler, draft in zip(samplers, drafts, strict=True))
+        if self.gpu_step is not None and is_one_choice:
+            found = self.gpu_step(Asked(ids, wanted, continued, one_a_row(samplers, drafts), judged))
+            rows_finite, sampled, log_probs = found.finite, right_tokens(found.sampled, drafts), found.scored
+            for sampler, draft, tokens in zip(samplers, drafts, sampled, strict=True):
+                for _ in tokens.token_ids if draft else ():
+                    sampler.uniform()  # as many as the copies' draws have counted
             before_sampling = time.perf_counter()
         else:
             hidden, logits = self.forward(ids, wanted)  # (N, D), (W, V)

@@ -54,7 +54,7 @@ from training.run_folder import alone_in, set_earlier_run_aside
 from training.run_identity import Inputs, changed_settings, differing_inputs, fingerprints
 from training.run_log import RunLog, training_flops_per_token
 from training.training_config import TrainingConfig
-from transformer_components import Positions, auxiliary_losses
+from transformer_components import Positions, auxiliary_losses, takes_text_bounds, text_bounds
 
 Result = TypeVar("Result")
 COMPILED_FROM = 300  # seconds that a run takes at least: to compile a model takes about one minute
@@ -532,10 +532,11 @@ class TrainingLoop:
         size = size_of(self.gpt_config)
         if size is None:
             return self.config.batch_size
-        frozen = self.lora["frozen_weights"] if self.lora else ""
-        settings = self.config.max_seq_len, self.config.recompute_activations, frozen
-        fitting = (n for n in divisors(self.n_of_step) if training_bytes(size, n, *settings) <= (1 - RESERVE) * limit)
-        return max(fitting, default=1)
+        config = self.config
+        kind = (self.lora["frozen_weights"], self.lora["lora_rank"]) if self.lora else ("", 0)
+        settings = config.max_seq_len, config.recompute_activations, *kind, config.optimizer
+        sizes = {n: training_bytes(size, n * config.rows_of_sample, *settings) for n in divisors(self.n_of_step)}
+        return max((n for n, needed in sizes.items() if needed <= (1 - RESERVE) * limit), default=1)
 
     def within_memory(self, compute: Callable[[], Result], batch: str = "micro_batch_size") -> Result:
         """What `compute` gives. Where memory runs out, it is computed again, with the same random numbers, in parts of
@@ -754,8 +755,12 @@ class TrainingLoop:
         return next(received for received in ranks.gather_objects(stop.received) if received)
 
     def prepared(self, batch: Batch) -> Batch:
-        """A batch as it goes to the device."""
-        return lengthened(batch, self.length_multiple, self.tokenizer.pad_token_id, self.config.max_seq_len)
+        """A batch as it goes to the device, with the bounds of several texts in a row if attention takes them."""
+        batch = lengthened(batch, self.length_multiple, self.tokenizer.pad_token_id, self.config.max_seq_len)
+        config = self.gpt_config
+        if "segments" in batch and takes_text_bounds(self.device, self.precision, config.head_dim, config.dropout):
+            batch["bounds"] = text_bounds(batch["segments"])
+        return batch
 
     def _to_device(self, batch: Batch) -> Batch:
         batch = self._pinned(self.prepared(batch))
