@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
+import transformer_components
 from byte_level_bpe import IGNORED_LABEL
 from inference.sampling import sample_next
 from transformer_components import ARCHITECTURES as ARCHITECTURES  # which users import from here
@@ -170,6 +171,7 @@ class GPTModel(Part):
         labels: torch.Tensor | None = None,
         cache: KVCache | None = None,
         segments: torch.Tensor | None = None,
+        bounds: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor | None]:
         """Next-token logits and, with labels, their mean cross-entropy.
 
@@ -180,6 +182,7 @@ class GPTModel(Part):
             cache: see `hidden_states`.
             segments: (B, T) int64, which of several texts in a row each token is of, if these must not see each other;
                 texts are numbered in order, and each one's positions begin at 0. Not with a mask or a cache.
+            bounds: (S,) int32, `text_bounds` of the segments, where attention takes them in place of a mask.
 
         Returns:
             {"logits": (B, T, V), "loss": scalar in nats a token, or None without labels}; in eval mode, with labels,
@@ -189,7 +192,7 @@ class GPTModel(Part):
         if segments is None:
             hidden = self.hidden_states(input_ids, attention_mask, cache)  # (B, T, D)
         else:
-            hidden = self.hidden_states_at(input_ids, *places_in_segments(segments))  # (B, T, D)
+            hidden = self.hidden_states_at(input_ids, *places_in_segments(segments, bounds))  # (B, T, D)
         if labels is not None and self.training and not self.keeps_logits:
             if type(self.lm_head) is nn.Linear:
                 return {"logits": None, "loss": loss_in_chunks(hidden, self.lm_head.weight, labels)}
@@ -276,11 +279,15 @@ def places_on_the_left(attention_mask: torch.Tensor) -> torch.Tensor:
     return torch.where(is_token, is_token.cumsum(dim=1), n_tokens + (~is_token).cumsum(dim=1)) - 1
 
 
-def places_in_segments(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions (B, T) and visible keys (B, 1, T, T) of several texts in a row, each as if it were alone."""
+def places_in_segments(
+    segments: torch.Tensor, bounds: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (B, T) and visible keys (B, 1, T, T), or else `bounds`, of several texts in a row, each as if alone."""
     place = torch.arange(segments.size(1), device=segments.device)  # (T,)
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # (B, T)
     start = torch.where(begins, place, 0).cummax(dim=1).values  # (B, T): where a token's text begins
+    if bounds is not None:
+        return place - start, bounds
     visible = (segments[:, :, None] == segments[:, None, :]) & (place[:, None] >= place)  # (B, T, T)
     return place - start, visible[:, None]
 
@@ -305,10 +312,11 @@ def next_tokens(labels: torch.Tensor) -> torch.Tensor:
 
 
 def loss_in_chunks(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, logits_at_once: int = 1 << 27
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, logits_at_once: int = 0
 ) -> torch.Tensor:
-    """`next_token_loss` of a head (V, D) after the states (B, T, D), of which at most so many logits exist at once: 2²⁷
-    are 512 MiB in fp32."""
+    """`next_token_loss` of a head (V, D) after the states (B, T, D), of which at most so many logits exist at once; 0:
+    512 MiB of them in fp32 on a GPU, and on a CPU 4 MiB, which its caches hold."""
+    logits_at_once = logits_at_once or (1 << 20 if hidden.device.type == "cpu" else 1 << 27)
     targets, size = next_tokens(labels), max(1, logits_at_once // weight.size(0))
     total = _LossOfChunks.apply(hidden.flatten(0, 1), weight, targets, size)
     return total / targets.ne(IGNORED_LABEL).sum().clamp(min=1)
@@ -324,15 +332,14 @@ class _LossOfChunks(torch.autograd.Function):
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # with LoRA it is frozen
         for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             logits = F.linear(states, weight)  # (n, V), under autocast in bf16
-            log_probs = logits.float().log_softmax(dim=-1)  # (n, V)
-            ignored, places = wanted.eq(IGNORED_LABEL).unsqueeze(1), wanted.clamp(min=0).unsqueeze(1)  # (n, 1), (n, 1)
+            losses = transformer_components.kernels.cross_entropy_(logits, wanted)  # (n,); logits: their gradients now
             # Not in place: compiled by PyTorch 2.11, a result that was changed in place would lose its gradient
-            total = total - log_probs.gather(1, places).masked_fill(ignored, 0.0).sum()
-            errors = log_probs.exp_().scatter_add_(1, places, torch.full_like(places, -1.0, dtype=torch.float32))
-            errors = errors.masked_fill_(ignored, 0.0).to(logits.dtype)  # (n, V): p − 1 at the target, p elsewhere
-            of_hidden.append((errors @ weight).to(hidden.dtype))
-            if of_weight is not None:
-                of_weight += errors.mT @ states
+            total = total + losses.sum()
+            of_hidden.append((logits @ weight).to(hidden.dtype))
+            if of_weight is not None and logits.dtype == of_weight.dtype == states.dtype:
+                of_weight.addmm_(logits.mT, states)
+            elif of_weight is not None:
+                of_weight += logits.mT @ states
         ctx.save_for_backward(torch.cat(of_hidden), of_weight)
         return total
 
@@ -347,13 +354,15 @@ class _LossOfChunks(torch.autograd.Function):
 def loss_of_any_head(
     hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, vocab_size: int, logits_at_once: int = 1 << 27
 ) -> torch.Tensor:
-    """`loss_in_chunks` of a head that is more than a matrix, such as one with an adapter: the backward pass computes
-    its logits once more."""
+    """`loss_in_chunks` of a head that is more than a matrix, such as one with an adapter: where there are more than so
+    many logits, the backward pass computes them once more."""
 
     def total_of(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(states).float(), wanted, ignore_index=IGNORED_LABEL, reduction="sum")
 
     targets, size = next_tokens(labels), max(1, logits_at_once // vocab_size)
+    if len(targets) <= size:
+        return next_token_loss(head(hidden), labels)
     parts = zip(hidden.flatten(0, 1).split(size), targets.split(size), strict=True)
     total = sum(recompute_in_backward(total_of, states, wanted, use_reentrant=False) for states, wanted in parts)
     return total / targets.ne(IGNORED_LABEL).sum().clamp(min=1)

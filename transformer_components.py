@@ -9,6 +9,7 @@ D = d_model, H heads, G key/value heads (G divides H), K = head_dim, V = vocabul
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +19,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from command_line import beyond_bounds, option
 
+# What makes PyTorch's attention to texts of different lengths causal, by the names of newer and of older versions
+IS_NEWER = "window_size" in inspect.signature(varlen_attn).parameters
+CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if IS_NEWER else {"is_causal": True}
 PartClass = TypeVar("PartClass", bound="Part")
 
 
@@ -35,9 +40,12 @@ def attend(
 
     Args:
         mask: boolean, broadcastable to (B, H, T, S), True where a query may look. None means causal among the new
-            tokens, which is right only without a past (or for a single new token).
+            tokens, which is right only without a past (or for a single new token). Whole numbers are the
+            `text_bounds` of texts that do not see each other, for which `takes_text_bounds`.
         dropout: the share of attention weights that are dropped.
     """
+    if mask is not None and mask.dtype == torch.int32:
+        return attend_within_texts(query, key, value, mask)
     groups = query.size(1) // key.size(1)
     is_grouped = groups > 1
     if is_grouped and not takes_groups(query.device.type, query.dtype, mask is not None):
@@ -67,6 +75,76 @@ def takes_groups(device_type: str, dtype: torch.dtype, masked: bool) -> bool:
     if device_type == "cuda":
         return not masked and dtype in (torch.bfloat16, torch.float16)
     return device_type == "cpu"
+
+
+def takes_text_bounds(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
+    """Whether flash attention computes several texts in a row by their bounds, without a mask. Elsewhere a mask says
+    which tokens see each other, and the memory-efficient kernel computes it, with the heads repeated."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
+        return False
+    return dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256 and not dropout
+
+
+def text_bounds(segments: torch.Tensor, multiple: int = 64) -> torch.Tensor:
+    """Where each text begins among the B · T tokens of rows of texts and, behind the last, where all end; (S,) int32.
+
+    Args:
+        segments: (B, T), which text of its row a token is of.
+        multiple: of the length, so that few shapes occur; the texts that fill it up are empty.
+    """
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # (B, T): no text goes on in the next row
+    starts = begins.flatten().nonzero().flatten()
+    missing = -(len(starts) + 1) % multiple + 1
+    return F.pad(starts, (0, missing), value=segments.numel()).int()
+
+
+def attend_within_texts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention of each text to itself, of queries (B, H, T, K), keys and values (B, G, T, K), as (B, H, T, K).
+
+    Args:
+        bounds: see `text_bounds`.
+    """
+    n_rows, length, groups = query.size(0), query.size(2), query.size(1) // key.size(1)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    tokens = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B · T, H, K) each
+    attended = varlen_attn(*tokens, bounds, bounds, length, length, **CAUSAL)  # no text is longer than a row
+    return attended.unflatten(0, (n_rows, length)).transpose(1, 2)
+
+
+class PartKernels:
+    """How parts that are no matrix products are computed: here by PyTorch, operation by operation. Training on a CPU
+    has faster ones, training/fused_parts.py."""
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) · up, of the same shape."""
+        return F.silu(gate) * up
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x (…, size) over its root mean square, times weight (size,)."""
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def rotate(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        """x (B, heads, T, K) by `rotary`, see `apply_rotary`."""
+        return apply_rotary(x, rotary)
+
+    def cross_entropy_(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The losses (n,) of logits (n, V), which become their gradients: probabilities, less 1 at the target.
+
+        Args:
+            targets: (n,) int64; a row without one, below 0, has loss and gradient 0.
+        """
+        log_probs = logits.float().log_softmax(dim=-1)  # (n, V)
+        ignored, places = targets.lt(0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)  # (n, 1), (n, 1)
+        losses = -log_probs.gather(1, places).masked_fill(ignored, 0.0).squeeze(1)  # (n,)
+        errors = log_probs.exp_().scatter_add_(1, places, torch.full_like(places, -1.0, dtype=torch.float32))
+        logits.copy_(errors.masked_fill_(ignored, 0.0))
+        return losses
+
+
+kernels = PartKernels()  # those that are in use
 
 
 class Cache(Protocol):
@@ -399,6 +477,7 @@ def make_positions(config: GPTConfig) -> Positions:
     is_dynamic = config.position == "rotary" and (config.rope_scaling or {}).get("rope_type") == "dynamic"
     return (DynamicRotaryPositions if is_dynamic else POSITIONS[config.position])(config)
 
+
 # -- the description of a model ----------------------------------------------------------------------------------------
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -510,9 +589,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, size) → (…, size), of the same type."""
         if x.dtype == self.weight.dtype:
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+            return kernels.rms_norm(x, self.weight, self.eps)
         with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+            return kernels.rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(kind: str, size: int, eps: float) -> nn.Module:
@@ -573,7 +652,7 @@ class MultiHeadAttention(Part):
         key = self.key_norm(self._split_heads(self.key_proj(x)))  # (B, G, T, K)
         value = self._split_heads(self.value_proj(x))  # (B, G, T, K)
         if rotary is not None:
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+            query, key = kernels.rotate(query, rotary), kernels.rotate(key, rotary)
         if cache is None:
             attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)  # (B, H, T, K)
         else:
@@ -599,7 +678,8 @@ class FeedForwardNetwork(Part):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) → (B, T, D)."""
         inner = self.up_proj(x)  # (B, T, d_ff)
-        inner = F.gelu(inner, approximate="tanh") if self.gate_proj is None else F.silu(self.gate_proj(x)) * inner
+        is_plain = self.gate_proj is None
+        inner = F.gelu(inner, approximate="tanh") if is_plain else kernels.swiglu(self.gate_proj(x), inner)
         return self.down_proj(self.dropout(inner))  # (B, T, D)
 
 

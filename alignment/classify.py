@@ -162,7 +162,7 @@ class ClassifyLoop(TrainingLoop):
     def evaluate(self) -> dict[str, float]:
         """See `label_figures`."""
         self.model.eval()
-        mine, size = range(self.data_rank, len(self.val_data), self.ranks), self.config.batch_size
+        mine, size = range(self.data_rank, len(self.val_data), self.ranks), self.evaluation_batch_size
         truth, logits = [torch.empty(0, dtype=torch.long)], [torch.empty(0, len(self.val_data.labels))]
         with self.updater.autocast():
             for start in range(0, len(mine), size):

@@ -215,10 +215,19 @@ class DPOLoop(TrainingLoop):
         """As `TrainingLoop.batches_of`; to each micro-batch comes as much of the instruction data."""
         batches = super().batches_of(step)
         if self.instructions is not None:
-            indices, size = self.instructions.order.batch(step), self.config.batch_size
+            indices, size = self.instructions.order.batch(step), self.micro_batch_size
             for number, batch in enumerate(batches):
                 batch |= self.instructions.batch(indices[(number * self.ranks + self.data_rank) * size :][:size])
         return batches
+
+    def largest_batch(self, n_samples: int) -> Batch:
+        """As `TrainingLoop.largest_batch`, with as much of the instruction data."""
+        batch = super().largest_batch(n_samples)
+        if self.instructions is not None:
+            data = self.instructions.data
+            longest = max(range(len(data)), key=data.lengths.__getitem__)
+            batch |= self.instructions.batch([longest] * n_samples)
+        return batch
 
 
 def without_dropout(model: nn.Module) -> None:

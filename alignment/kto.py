@@ -168,7 +168,7 @@ class KTOLoop(DPOLoop):
     def evaluate(self) -> dict[str, float]:
         """As `TrainingLoop.evaluate`, with the divergence over all held-out prompts."""
         self.parallel_model.eval()
-        mine, size = range(self.data_rank, len(self.val_data), self.ranks), self.config.batch_size
+        mine, size = range(self.data_rank, len(self.val_data), self.ranks), self.evaluation_batch_size
         parts = (mine[start : start + size] for start in range(0, len(mine), size))
         self.estimate_kl(self.val_data.collate([self.val_data[index] for index in part]) for part in parts)
         return of_each_kind(super().evaluate(), "val_")

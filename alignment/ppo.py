@@ -36,7 +36,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -72,6 +72,9 @@ LEAST_SPREAD = 1e-3
 @dataclass
 class PPOConfig(PreferenceData, InstructionsMixedIn, RolloutConfig):
     """Settings of PPO. A step is one batch of fresh answers and the updates that are made with them."""
+
+    models_in_memory: ClassVar = (2, 2)  # policy and critic; reference and reward model
+    rows_of_sample: ClassVar = 1
 
     reward_model: str = option(
         "", "a trained reward model; empty: train one in <output_dir>/reward first", reads="model"
@@ -338,7 +341,6 @@ class PPOLoop(RolloutLoop):
         _, spread = self.moments(batch["returns"][mask])
         if spread > LEAST_SPREAD:  # of returns that are all alike there is nothing to explain
             figures["val/explained_variance"] = 1 - (unexplained / spread) ** 2  # 1: the critic foresees returns
-        self.sft_batches = 0
         self.model.policy_weight = float(self.step >= config.critic_warmup_steps)
         figures |= self.update(batch, config.ppo_epochs)
         if config.kl_target and self.model.policy_weight:
@@ -347,14 +349,13 @@ class PPOLoop(RolloutLoop):
         self.step += 1
         return {**figures, "tokens": int(rollout["attention_mask"].sum()) * self.ranks}
 
-    def minibatch(self, rollout: Batch, rows: torch.Tensor) -> Batch:
+    def minibatch(self, rollout: Batch, rows: torch.Tensor, first: int) -> Batch:
         """Some rows of a rollout and, if it is mixed in, as many of the instruction data."""
-        batch = super().minibatch(rollout, rows)
+        batch = super().minibatch(rollout, rows, first)
         if self.instructions is None:
             return batch
         mine = self.instructions.order.batch(self.step)[ranks.rank() :: self.ranks]
-        first = self.sft_batches * len(rows) % len(mine)
-        self.sft_batches += 1
+        first %= len(mine)
         return batch | self.instructions.batch(mine[first : first + len(rows)])
 
     def evaluate(self) -> dict[str, float]:

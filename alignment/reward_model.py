@@ -155,7 +155,7 @@ class RewardLoop(TrainingLoop):
         """See `preference_figures`."""
         mine = range(self.data_rank, len(self.val_data), self.ranks)
         with self.updater.autocast():
-            parts = ranks.gather_objects(compare(self.model, self.val_data, mine, self.config.batch_size))
+            parts = ranks.gather_objects(compare(self.model, self.val_data, mine, self.evaluation_batch_size))
         margins, weights = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # (P,), (P,)
         return {f"val_{name}": value for name, value in preference_figures(margins, weights).items()}
 

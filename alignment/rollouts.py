@@ -178,8 +178,10 @@ class RolloutLoop(TrainingLoop):
     shown = ("objective/scores", "objective/kl")
     epoch_figures = ("objective/scores", "val_reward")
     published = "policy"
+    order_fits_all = False  # a step's batch is of prompts; memory is measured when there are answers
     best_by = "val_reward"  # what the best policy has most of
     group_size = 1  # answers to each prompt
+    has_measured = False  # what memory holds
 
     def __init__(
         self,
@@ -243,11 +245,13 @@ class RolloutLoop(TrainingLoop):
             generator=generator,
         )
         answers["indices"] = torch.tensor(indices)
-        parts = []
-        for rows in torch.arange(len(indices)).split(self.config.batch_size):
-            part = select(answers, rows)
+
+        def judged() -> list[Batch]:
+            several = (select(answers, rows) for rows in torch.arange(len(indices)).split(self.evaluation_batch_size))
             with self.updater.autocast():
-                parts.append(self.judge(data, part, self._to_device(part)))
+                return [self.judge(data, part, self._to_device(part)) for part in several]
+
+        parts = self.within_memory(judged, "evaluation_batch_size")
         return answers | to_host({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def prepared(self, batch: Batch) -> Batch:
@@ -320,13 +324,20 @@ class RolloutLoop(TrainingLoop):
             the means over minibatches of the loss, the norm of its gradient and every other scalar of the model, and
             how many updates were made.
         """
-        config, n_answers, lr = self.config, len(rollout["input_ids"]), self.learning_rate()
-        size = config.batch_size * config.grad_accum_steps
-        shuffled = (rows for _ in range(n_epochs) for rows in torch.randperm(n_answers).split(size))
+        config, (n_answers, length), lr = self.config, rollout["input_ids"].shape, self.learning_rate()
+        if not self.has_measured:
+            self.has_measured, some = True, torch.arange(self.n_of_step) % n_answers
+            self.fit_memory(lambda n: self.minibatch(rollout, some[:n], 0), config.max_seq_len / length)
+        shuffled = (rows for _ in range(n_epochs) for rows in torch.randperm(n_answers).split(self.n_of_step))
         results, grad_norms = [], []
-        for rows in shuffled:
-            batches = [self.minibatch(rollout, part) for part in rows.split(config.batch_size)]
-            sums = self.accumulate(batches, [self.count(batch) for batch in batches])
+        for number, rows in enumerate(shuffled):
+
+            def gradients(rows: torch.Tensor = rows, start: int = number * self.n_of_step) -> dict[str, torch.Tensor]:
+                parts, size = rows.split(self.micro_batch_size), self.micro_batch_size
+                batches = [self.minibatch(rollout, part, start + i * size) for i, part in enumerate(parts)]
+                return self.accumulate(batches, [self.count(batch) for batch in batches])
+
+            sums = self.within_memory(gradients)
             results.append(self.means({**sums, "grad_norm": self.updater.clip_gradients()}))
             grad_norm = results[-1].pop("grad_norm")
             if grad_norms and 0 < config.target_kl < results[-1]["policy/approxkl_avg"]:
@@ -337,8 +348,8 @@ class RolloutLoop(TrainingLoop):
         means = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         return {**means, "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr, "policy/updates": len(grad_norms)}
 
-    def minibatch(self, rollout: Batch, rows: torch.Tensor) -> Batch:
-        """The arguments of the model's `forward` for some rows of a rollout."""
+    def minibatch(self, rollout: Batch, rows: torch.Tensor, first: int) -> Batch:
+        """The arguments of the model's `forward` for some rows of a rollout, before which a step has seen `first`."""
         return select(rollout, rows)
 
     def count(self, batch: Batch) -> int:

@@ -1,6 +1,7 @@
 """What a GPU does with this project: decoding, prompts, many streams, training, and steps of PPO and GRPO.
 
     bash benchmarks/gpu.sh                               # the tests that need a GPU, then this; at most ten minutes
+    bash benchmarks/gpu.sh --nanogpt_dir ../nanoGPT      # with nanoGPT's training beside this project's
     python benchmarks/bench_gpu.py --smoke               # does everything work? on a CPU, too, through a GPU's code
 
 Weights are random, of GPT-2's shape with 124 million parameters; trainings are command lines that a user would type.
@@ -12,7 +13,11 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import re
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,11 +31,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import byte_level_bpe  # noqa: E402
 import finetune  # noqa: E402
 import pretrain_trainer  # noqa: E402
+from alignment.rollouts import RolloutLoop  # noqa: E402
 from alignment.transformers_names import in_transformers  # noqa: E402
 from benchmarks.bench_inference import BenchmarkConfig, random_model  # noqa: E402
 from benchmarks.peers import bytes_read  # noqa: E402
@@ -39,13 +46,18 @@ from benchmarks.turns import Report, memory_reader  # noqa: E402
 from command_line import UserError, option, parse_config, run_main  # noqa: E402
 from gpt_model import GPTModel  # noqa: E402
 from inference.engine import Engine  # noqa: E402
-from inference.quantizer import prepare_for_inference  # noqa: E402
+from inference.kernels.gpu_products import choices  # noqa: E402
+from inference.kernels.linear_layers import tile_for_gpu  # noqa: E402
+from inference.quantizer import place, prepare_for_inference  # noqa: E402
 from inference.sampling import SamplingParams  # noqa: E402
-from machine import inference_dtype, resolve_device, synchronize  # noqa: E402
+from machine import inference_dtype, peak_flops, resolve_device, resolve_precision, synchronize  # noqa: E402
 from training.run_log import read_metrics  # noqa: E402
 
 PARTS = ("decoding", "prefill", "streams", "training", "alignment")
 TINY = ["--d_model", "32", "--n_layers", "1", "--n_heads", "2", "--max_seq_len", "256", "--batch_size", "2"]
+STREAMS = (1, 16, 64, 256)
+TRAINED_SECONDS, USUAL_MFU, MOST_STEPS = 60, 0.35, 100  # of training `gpt2`, which sets the number of its steps
+GPT2_TOKENS, GPT2_PARAMETERS = 8 * 8 * 1024, 124e6  # tokens of a step: 8 rows, 8 times
 FIRST_WORD = 257
 
 
@@ -56,11 +68,15 @@ class GpuConfig:
     parts: list[str] = option(list, f"what to measure, of {', '.join(PARTS)}; none: everything")
     smoke: bool = option(False, "tiny models and few tokens, on a CPU where there is no GPU; no figures to quote")
     rounds: int = option(5, "how often each speed is measured; medians count", at_least=1)
+    nanogpt_dir: str = option("", "a clone of nanoGPT, whose training is measured, too; empty: it is left out")
     write: str = option("", "a Markdown page that takes the tables; empty: none")
 
     def validate(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
-        return [f"--parts must be of {', '.join(PARTS)}, not {part}" for part in self.parts if part not in PARTS]
+        complaints = [f"--parts must be of {', '.join(PARTS)}, not {part}" for part in self.parts if part not in PARTS]
+        if self.nanogpt_dir and not (Path(self.nanogpt_dir) / "train.py").is_file():
+            complaints.append(f"--nanogpt_dir {self.nanogpt_dir} holds no train.py; give a clone of nanoGPT")
+        return complaints
 
 
 @dataclass
@@ -81,14 +97,20 @@ class Bench:
         """The model in each kind of weights, on the device."""
         half = inference_dtype("auto", self.device) or torch.bfloat16
         name = {torch.bfloat16: "BF16", torch.float16: "FP16"}[half]
-        small = prepare_for_inference(self.model, "int8")
-        models = {"FP32": copy.deepcopy(self.model), name: copy.deepcopy(self.model).to(half), "INT8": small.to(half)}
-        return {name: model.to(self.device) for name, model in models.items()}
+        models = {
+            "FP32": copy.deepcopy(self.model).to(self.device),
+            name: copy.deepcopy(self.model).to(self.device, half),
+            "INT8": place(prepare_for_inference(self.model, "int8"), self.device, half),
+            "INT4": place(prepare_for_inference(self.model, "int4"), self.device, half),
+        }
+        if self.config.smoke:
+            tile_for_gpu(models["INT4"])  # on a CPU, too
+        return models
 
     def seconds(self, action: Callable[[], object]) -> float:
-        """How long an action takes, the median after one that warms up (and records graphs)."""
-        action()
-        action()
+        """How long an action takes, the median after two that warm up (and record graphs)."""
+        for _ in range(0 if self.config.smoke else 2):
+            action()
         times = []
         for _ in range(1 if self.config.smoke else self.config.rounds):
             synchronize(self.device)
@@ -160,20 +182,37 @@ def measure_prefill(bench: Bench) -> None:
 
 def measure_streams(bench: Bench) -> None:
     """Tokens a second of many streams at once, drawn with top-k and top-p."""
-    counts, n_tokens = ((1, 4), 4) if bench.config.smoke else ((1, 16, 64, 256), 64)
+    length, n_tokens = (4, 2) if bench.config.smoke else (32, 64)
     figures: dict[str, dict[str, float]] = {}
     for name, model in bench.candidates().items():
         figures[name] = {}
-        for count in counts:
+        for count in STREAMS:
             engine = bench.engine(model, count)
-            prompts = [bench.prompt(32, seed) for seed in range(count)]
+            prompts = [bench.prompt(length, seed) for seed in range(count)]
             params = [SamplingParams(n_tokens, 0.8, 50, 0.95, ignore_eos=True, seed=seed) for seed in range(count)]
             run = bench.seconds(lambda e=engine, prompts=prompts, params=params: e.run(prompts, params))
             figures[name][str(count)] = count * n_tokens / run
     rows = [[name, *(f"{speed:.0f}" for speed in row.values())] for name, row in figures.items()]
-    note = f"Prompts of 32 tokens, {n_tokens} new ones each at temperature 0.8, top-k 50, top-p 0.95; prompts included."
-    header = ["tokens/s", *(f"{count} streams" for count in counts)]
-    bench.report.add("streams", Table("The engine", note, header, rows), figures)
+    new = f"{n_tokens} new ones each at temperature 0.8, top-k 50, top-p 0.95"
+    header = ["tokens/s", *(f"{count} streams" for count in STREAMS)]
+    table = Table("The engine", f"Prompts of {length} tokens, {new}; prompts included.", header, rows)
+    bench.report.add("streams", table, figures)
+
+
+def report_products(bench: Bench) -> None:
+    """Which kernels the layers have taken, as measured at their first calls."""
+    made = choices()
+    if not made:  # no GPU
+        return
+    rows = [
+        [choice.kind, f"{choice.shape[1]} → {choice.shape[0]}", str(choice.n_rows)]
+        + [*(f"{each:.4f}" for each in choice.milliseconds), "directly" if choice.reads_directly else "expanded"]
+        for choice in made
+    ]
+    figures = [vars(choice) | {"reads_directly": choice.reads_directly} for choice in made]
+    note = "Weights read as they are, or expanded at every call: milliseconds of a product."
+    header = ["weights", "layer", "rows", "directly", "expanded", "taken"]
+    bench.report.add("products", Table("Products with small weights", note, header, rows), figures)
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:
@@ -192,38 +231,81 @@ def on_sample_text(bench: Bench, folder: Path) -> list[str]:
 
 
 def measure_training(bench: Bench, folder: Path) -> None:
-    """Pretraining of the presets: speed, share of the peak, memory."""
-    runs = {"small": 120, "gpt2": 12}  # presets and steps: about a minute each on a large GPU
-    figures = {}
-    for preset, steps in {"tiny": 2}.items() if bench.config.smoke else runs.items():
-        options = TINY if bench.config.smoke else ["--preset", preset]
-        run_of = folder / preset
+    """Pretraining of presets, and nanoGPT's of the same shape where it is given: speed, share of the peak, memory."""
+    figures: dict[str, dict[str, float | None]] = {}
+
+    def train(name: str, steps: int, *options: str) -> None:
         pretrain_trainer.main([
             *options, "--max_steps", str(steps), "--log_interval", "1", "--eval_interval", str(steps),
-            "--output_dir", str(run_of), *on_sample_text(bench, folder),
+            "--output_dir", str(folder / name), *on_sample_text(bench, folder),
         ])  # fmt: skip
-        figures[preset] = {name: last_metrics(run_of).get(name) for name in ("tokens_per_second", "mfu", "memory_mib")}
+        last = last_metrics(folder / name)
+        figures[name] = {each: last.get(each) for each in ("tokens_per_second", "mfu", "memory_mib")}
+
+    if bench.config.smoke:
+        ours, steps = "tiny", 2
+        sizes = dict(n_layer=1, n_head=2, n_embd=32, block_size=256, batch_size=2, gradient_accumulation_steps=1)
+        train(ours, steps, *TINY, "--architecture", "gpt2")
+    else:
+        train("small", 120, "--preset", "small")  # about a minute on a large GPU
+        ours, flops = "gpt2", 6 * GPT2_PARAMETERS * GPT2_TOKENS
+        peak = peak_flops(bench.device, resolve_precision("auto", bench.device))
+        steps = min(MOST_STEPS, max(8, int(TRAINED_SECONDS * USUAL_MFU * peak / flops)))
+        sizes = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=8, gradient_accumulation_steps=8)
+        train(ours, steps, "--preset", "gpt2", "--grad_accum_steps", "8", "--compile", "true")
+    if bench.config.nanogpt_dir:
+        speed = nanogpt_speed(bench, folder, sizes, 300 if bench.config.smoke else 2048, max(steps, 6))
+        mfu, our_speed = figures[ours]["mfu"], figures[ours]["tokens_per_second"]
+        figures["nanogpt"] = {"tokens_per_second": speed, "mfu": mfu and mfu * speed / our_speed, "memory_mib": None}
     rows = [[name, *(f"{value:.4g}" if value is not None else "" for value in row.values())]
             for name, row in figures.items()]  # fmt: skip
     note = "The last logged step of a short run on the sample text, whose vocabulary is smaller than the presets' own."
+    if "nanogpt" in figures:
+        note += f" nanoGPT: as large as {ours}, on random tokens; the median of its iterations after the fifth."
     bench.report.add("training", Table("Pretraining", note, ["", "tokens/s", "MFU", "MiB"], rows), figures)
 
 
+def nanogpt_speed(bench: Bench, folder: Path, sizes: dict[str, int], vocab_size: int, steps: int) -> float:
+    """Tokens a second of nanoGPT's train.py, with the settings that it has for a GPU.
+
+    Args:
+        sizes: its options of that name.
+    """
+    home, data = folder / "nanogpt", folder / "nanogpt/data/random"
+    data.mkdir(parents=True)  # the clone stays as it is
+    for name in ("train.py", "model.py", "configurator.py"):
+        shutil.copy(Path(bench.config.nanogpt_dir) / name, home)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 100_000, dtype=np.uint16)
+    for name in ("train.bin", "val.bin"):
+        tokens.tofile(data / name)
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+    options = {**sizes, "dataset": "random", "bias": True, "max_iters": steps, "eval_iters": 1}
+    if bench.device.type == "cpu":
+        options |= {"device": "cpu", "compile": False, "dtype": "float32"}
+    command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, cwd=home, text=True, capture_output=True)
+    times = [float(time) for time in re.findall(r"^iter \d+: .* time ([\d.]+)ms", done.stdout, re.MULTILINE)]
+    if done.returncode or len(times) <= 5:
+        raise UserError(f"nanoGPT's train.py failed: {done.stderr.strip()[-500:]}")
+    n_tokens = sizes["block_size"] * sizes["batch_size"] * sizes["gradient_accumulation_steps"]
+    return n_tokens / statistics.median(times[5:]) * 1000
+
+
 @contextmanager
-def timed(owner: type, name: str) -> Iterator[list[float]]:
-    """Collects the seconds that calls of a method take."""
-    seconds, method = [], getattr(owner, name)
+def timed(owner: type, name: str) -> Iterator[list[tuple[float, float]]]:
+    """Collects when calls of a method begin and end, in seconds."""
+    calls, method = [], getattr(owner, name)
 
     def call(*arguments: Any, **settings: Any) -> Any:
         start = time.perf_counter()
         try:
             return method(*arguments, **settings)
         finally:
-            seconds.append(time.perf_counter() - start)
+            calls.append((start, time.perf_counter()))
 
     setattr(owner, name, call)
     try:
-        yield seconds
+        yield calls
     finally:
         setattr(owner, name, method)
 
@@ -251,13 +333,15 @@ def measure_alignment(bench: Bench, folder: Path) -> None:
     reward = train("reward", *pairs, "--sft_model", str(sft), *short)
     runs = {"grpo": data, "ppo": [*pairs, "--reward_model", str(reward), "--sft_data", str(folder / "sft_data.json")]}
     for mode, options in runs.items():
-        with timed(Engine, "run") as generating:
-            start = time.perf_counter()
+        with timed(Engine, "run") as answering, timed(RolloutLoop, "train_step") as of_steps:
             train(mode, *options, *policy)
-            whole = time.perf_counter() - start
-        figures[mode] = {"seconds_a_step": whole / steps, "generating": sum(generating) / whole}
+        counted = of_steps[min(1, steps - 1) :]  # the first one warms up
+        whole = [end - start for start, end in counted]
+        writing = [end - start for start, end in answering if any(a <= start and end <= b for a, b in counted)]
+        figures[mode] = {"seconds_a_step": statistics.median(whole), "generating": sum(writing) / sum(whole)}
     rows = [[name, f"{row['seconds_a_step']:.2f}", f"{row['generating']:.0%}"] for name, row in figures.items()]
-    note = f"Of whole runs of {steps} steps from the sample data, loading and evaluation included."
+    answers = "8 answers of 4 tokens" if smoke else "64 answers of at most 32 tokens"
+    note = f"A step of {answers}, its updates included: the median of {len(counted)}, and the share of the answers."
     table = Table("PPO and GRPO", note, ["", "s a step", "of it generating"], rows)
     bench.report.add("alignment", table, figures)
 
@@ -277,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part in config.parts or PARTS:
             measure = globals()[f"measure_{part}"]
             measure(bench, *([Path(folder)] if part in ("training", "alignment") else []))
+    report_products(bench)
     bench.report.finish(config.write, "gpu", f"On {facts['gpu'] or facts['processor']}")
 
 

@@ -2,6 +2,7 @@
 
     python inference/api_service.py --model_path models/sft/sft_best.pth
     uvicorn inference.api_service:app --host 0.0.0.0 --port 8000
+    torchrun --nproc_per_node 2 -m inference.api_service  # a model on two GPUs, tensor_parallel.py
 
     curl -X POST http://localhost:8000/generate -H "Content-Type: application/json" \\
          -d '{"prefix": "解释什么是机器学习", "max_gen_len": 100, "top_k": 50, "temperature": 0.8}'
@@ -40,6 +41,7 @@ from pathlib import Path
 if not __package__:  # run as a file: modules are imported from the repository's root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -49,6 +51,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, run_main
+from inference.quantizer import load_any
 from inference.service import documentation, metrics, openai_api
 from inference.service.answers import EventStream, pieces_of, whole
 from inference.service.bodies import read_request
@@ -228,8 +231,8 @@ async def reload(request: Request) -> JSONResponse:
 async def health(request: Request) -> HealthResponse:
     """Whether the process is sound, also while the model is being loaded; what is served, and how busy it is."""
     service: Service = request.state.service
-    if service.health is FAILED:
-        raise unavailable(FAILED.sentence)
+    if service.health.name == FAILED.name:
+        raise unavailable(service.health.sentence)
     settings, served = service.settings, service.served
     about = HealthResponse(
         status="healthy",
@@ -259,8 +262,11 @@ async def ready(request: Request) -> JSONResponse:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the service until Ctrl-C or SIGTERM."""
     settings = ServiceSettings.read(sys.argv[1:] if argv is None else argv)
-    settings.torch_device  # noqa: B018  refuses a device that is not there
+    settings.join_ranks()  # refuses a device that is not there
     install(settings.log_format)
+    if settings.ranks and settings.ranks.rank:
+        follow(settings)
+        return
     print(f"settings:\n{settings.described()}", flush=True)
     try:
         listener = listening_socket(settings.host, settings.port)
@@ -272,6 +278,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.workers > 1:
         sys.exit(Workers(serve, settings, listener).run())
     serve(settings, listener)
+    if settings.ranks:
+        settings.ranks.leave()
+
+
+def follow(settings: ServiceSettings) -> None:
+    """Compute a share of the model for the process that answers, until that one ends."""
+    torch.set_num_threads(settings.num_threads)
+    device, ranks = settings.torch_device, settings.ranks
+    model, _, _ = load_any(settings.model_path, device, precision=settings.precision, ranks=ranks)
+    ranks.follow(model)
+    ranks.leave()
 
 
 def serve(settings: ServiceSettings, listener: socket.socket) -> None:

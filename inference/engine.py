@@ -44,6 +44,7 @@ from inference.model_step import Computed, ModelStep
 from inference.request import Generation, Prompt, QueueFull, Request, RequestFailed, Span, checked_ids
 from inference.sampling import SampledTokens, SamplingParams, TokenLogProb
 from inference.speculation import Drafter, Speculation
+from inference.tensor_parallel import RankLost, Ranks
 from inference.text_stream import TextStream
 from machine import is_device_lost
 
@@ -71,6 +72,7 @@ class Engine:
         longest: of the requests, prompt and answer together, as far as it is known; None: the model's context.
         gpu_step: whether to compute as on a GPU, see gpu_step.py; None: on a GPU.
         cuda_graphs: whether a GPU's steps are recorded.
+        ranks: the processes that share the model, of which this is the first; see tensor_parallel.py.
 
     Raises:
         UserError: an impossible setting, or a model that computes its logits in another way than `GPTModel`.
@@ -90,6 +92,7 @@ class Engine:
         longest: int | None = None,
         gpu_step: bool | None = None,
         cuda_graphs: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         self.device = model.device
         if prefill_chunk is None:
@@ -105,7 +108,7 @@ class Engine:
         self.end_token_ids = () if tokenizer is None else tokenizer.end_token_ids
         self.max_running, self.max_waiting, self.prefill_chunk = max_running, max_waiting, prefill_chunk
         self.model_step = ModelStep(
-            model, max_running, cache_tokens, cache_dtype, reuse_prefixes, longest, gpu_step, cuda_graphs
+            model, max_running, cache_tokens, cache_dtype, reuse_prefixes, longest, gpu_step, cuda_graphs, ranks
         )
         self.cache = self.model_step.cache
         self.speculation = None if drafter is None else Speculation(drafter)
@@ -121,6 +124,9 @@ class Engine:
         self._stepping = threading.RLock()
         self._thread: threading.Thread | None = None
         self._closed = self._broken = False
+        self.failure = ""  # why it is broken, a sentence
+        if ranks:
+            ranks.watch(self._break)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -252,8 +258,8 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        """Whether nothing can be computed any more: the engine's thread has ended because of a mistake in it, or the
-        GPU has failed."""
+        """Whether nothing can be computed any more: the engine's thread has ended because of a mistake in it, the GPU
+        has failed, or a process that shares the model has ended."""
         return self._broken or (self._thread is not None and not self._thread.is_alive())
 
     @property
@@ -283,6 +289,7 @@ class Engine:
             self._thread.join()
             self._thread = None
         self._fail_all("the engine was closed before the answer was complete")
+        self.model_step.close()
 
     def __enter__(self) -> Engine:
         self.start()
@@ -301,10 +308,21 @@ class Engine:
                     if self._closed:
                         return
                 self.step()
+        except RankLost:  # all who wait have been told
+            return
         except BaseException:  # a mistake in this file: nobody may be left waiting for ever
             self._closed = self._broken = True  # before anybody hears of it and asks
             self._fail_all("the engine has stopped because of an internal error")
             raise
+
+    def _break(self, sentence: str) -> None:
+        """Nothing can be computed any more; may be called while a step is stuck."""
+        if self.started and not self.failure:  # otherwise the caller's step raises it
+            logger.critical(sentence)
+        with self._changed:
+            self.failure = self.failure or sentence
+            self._closed = self._broken = True
+            self._changed.notify_all()
 
     def _fail_all(self, reason: str) -> None:
         with self._stepping, self._changed:
@@ -333,11 +351,14 @@ class Engine:
             except Exception as error:
                 if not spans:  # a mistake in this file, which the next step would make again
                     raise
-                logger.exception("a step of the engine failed")
                 statistics.failed_steps += 1
-                if is_device_lost(error):
-                    self._closed = self._broken = True
-                    self._fail_all(f"the GPU has failed: {error}")
+                is_rank_lost = isinstance(error, RankLost)
+                if not is_rank_lost:
+                    logger.exception("a step of the engine failed")
+                if is_rank_lost or is_device_lost(error) or self.model_step.is_lost:
+                    sentence = str(error) if is_rank_lost else f"the GPU has failed: {error}"
+                    self._break(sentence)
+                    self._fail_all(sentence)
                     raise
                 failure = RequestFailed(f"the computation failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error

@@ -67,10 +67,13 @@ class GpuCache(PagedCache):
 
     def scrub(self, sequence: CachedSequence) -> None:
         """See `PagedCache.scrub`."""
-        suspect = sequence.blocks[sequence.length // BLOCK_SIZE :]
+        self.clear(sequence.blocks[sequence.length // BLOCK_SIZE :])
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Write zeros into blocks."""
         for cells in (self.keys, self.values, self.key_scales, self.value_scales):
             if cells is not None:
-                cells[:, suspect] = 0
+                cells[:, blocks] = 0
 
     # -- what the GPU is told of a step: numbers only ------------------------------------------------------------------
 

@@ -59,12 +59,12 @@ class Found:
 
     Attributes:
         finite: for each of its tokens, whether the hidden state is; empty where the logits say it.
-        sampled: the chosen tokens, one of each of `Asked.samplers`.
+        sampled: the chosen tokens, one a row, of each of `Asked.samplers`.
         scored: how likely the tokens were that follow in prompts, a list for each of `Asked.scored`.
     """
 
     finite: list[bool]
-    sampled: list[SampledTokens]
+    sampled: SampledTokens
     scored: list[list[TokenLogProb]]
 
 
@@ -108,14 +108,15 @@ class GpuStep:
         adjusted = [row for row, sampler in enumerate(samplers) if sampler.penalizes or sampler.bias or sampler.form]
         reporting = [row for row, sampler in enumerate(samplers) if sampler.params.logprobs is not None]
         choice = Choice.of(samplers, vocab_size)
-        if len(asked.continued) == n and not asked.scored:  # single tokens of answers, or of prompts that have one
+        # Single tokens of answers, or of prompts that have one
+        if len(asked.continued) == len(self.cache.spans) == n and not asked.scored:
             n_rows = bucket(n)
             arrays = {"ids": padded(asked.ids, n_rows), **self.cache.singles(n_rows)}
             arrays |= numbers_of(samplers, n_rows, vocab_size)
             if not adjusted and not reporting:
                 chosen, _ = self._played(arrays, choice)
                 ids, finite = download(chosen[:, :n])  # (n,) each
-                return Found([], one_each(ids, finite, [None] * n), [])
+                return Found([], SampledTokens(ids.astype(int).tolist(), (finite > 0).tolist(), [None] * n), [])
             logits, entered = self._played(arrays, None)
             hidden, logits, entered = logits[:0], logits[:n], {name: tensor[:n] for name, tensor in entered.items()}
         else:
@@ -123,7 +124,7 @@ class GpuStep:
             rows = {"wanted": np.array(asked.wanted, dtype=int), "continued": np.array(asked.continued, dtype=int)}
             arrays = {"ids": np.array(asked.ids), **self.cache.groups(), **rows, **followers}
             arrays |= numbers_of(samplers, len(samplers), vocab_size)
-            entered = upload(arrays, self.cache.device)
+            entered = self.enter(arrays)
             hidden, logits = self._forward(entered)
         return self._chosen(asked, hidden, logits, entered, choice, adjusted, reporting)
 
@@ -131,7 +132,16 @@ class GpuStep:
     def forward(self, ids: Sequence[int], wanted: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (N, D) of the tokens of the step that the cache has begun; logits of those that are wanted."""
         rows = {"ids": np.array(ids), "wanted": np.array(wanted, dtype=int)}
-        return self._forward(upload({**rows, **self.cache.groups()}, self.cache.device))
+        return self._forward(self.enter({**rows, **self.cache.groups()}))
+
+    @torch.inference_mode()
+    def repeat(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """The forward pass of a step that another process has entered, see tensor_parallel.py."""
+        self._forward(self.enter(arrays))
+
+    def enter(self, arrays: Mapping[str, np.ndarray]) -> Numbers:
+        """A step's numbers, on the GPU."""
+        return upload(arrays, self.cache.device)
 
     def _forward(self, numbers: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (N, D) of a step's tokens, and the logits (W, V) fp32 of those that are wanted."""
@@ -153,7 +163,7 @@ class GpuStep:
             return torch.stack([part.double() for part in choose(logits, numbers, choice)])
 
         if not self.records:
-            numbers = upload(arrays, self.cache.device)
+            numbers = self.enter(arrays)
             return compute(numbers), numbers
         key = choice, *(array.shape for array in arrays.values())
         if key not in self._recordings:
@@ -195,7 +205,7 @@ class GpuStep:
             (log_probs[row],) = told(parts[-1][row : row + 1], [token_ids[row]], k)
         for row in adjusted:
             samplers[row].record(token_ids[row])
-        return Found((parts[0] > 0).tolist(), one_each(ids, finite, log_probs), scored)
+        return Found((parts[0] > 0).tolist(), SampledTokens(token_ids, (finite > 0).tolist(), log_probs), scored)
 
 
 class Recording:
@@ -235,12 +245,6 @@ class Recording:
                 self._output = self._compute(self.numbers)
         self._graph.replay()
         return self._output
-
-
-def one_each(ids: np.ndarray, finite: np.ndarray, log_probs: Sequence[TokenLogProb | None]) -> list[SampledTokens]:
-    """The token of each request, from ids and whether the scores were finite, (B,) each."""
-    rows = zip(ids.astype(int).tolist(), (finite > 0).tolist(), log_probs, strict=True)
-    return [SampledTokens([token_id], [is_finite], [log_prob]) for token_id, is_finite, log_prob in rows]
 
 
 def fused_attention(device: torch.device, head_dim: int) -> AbstractContextManager:

@@ -5,6 +5,7 @@
     print(generate_with_kv_cache(model, tokenizer, "法国的首都是哪里?", chat=True))
 
     python -m inference.kv_cache_infer --model_path models/sft/sft_best.pth --prompt "法国的首都是哪里?"
+    torchrun --nproc_per_node 2 -m inference.kv_cache_infer --model_path …  # a model on two GPUs, tensor_parallel.py
 
 Sampling is the engine's work (engine.py), the search for the likeliest answer that of beam_search.py.
 """
@@ -32,6 +33,7 @@ from inference.engine import Engine
 from inference.quantizer import load_any
 from inference.request import Prompt, RequestFailed, encode_prompt, recommended_sampling
 from inference.sampling import OVERFLOWS, SamplingParams
+from inference.tensor_parallel import RankLost, Ranks
 from machine import PRECISIONS, resolve_device
 from transformer_components import KVCache
 
@@ -231,15 +233,41 @@ def take_defaults(config: GenerationConfig, tokenizer: ByteLevelBPETokenizer) ->
         print(f"as the model's makers recommend: {listed}", file=sys.stderr)
 
 
+def require_sampling(config: GenerationConfig) -> None:
+    """Refuse a search, which is no work of the engine, where several processes share the model."""
+    if config.num_beams > 1:
+        raise UserError("--num_beams is for one process; start it without torchrun")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the model's answers as they are made, and at the end how fast that was."""
     config = parse_config(GenerationConfig, argv, description="Let a model answer questions or continue texts.")
-    torch.set_num_threads(config.num_threads or torch.get_num_threads())
-    model, tokenizer, checkpoint = load_any(
-        config.model_path, resolve_device(config.device), precision=config.precision
-    )
+    device = resolve_device(config.device)
+    ranks = Ranks.start(device)
+    torch.set_num_threads(config.num_threads or (ranks.n_threads if ranks else torch.get_num_threads()))
+    if ranks:
+        ranks.agreed(lambda: require_sampling(config))
+    try:
+        model, tokenizer, checkpoint = load_any(config.model_path, device, precision=config.precision, ranks=ranks)
+        if ranks and ranks.rank:
+            ranks.follow(model)
+        else:
+            answer(config, model, tokenizer, checkpoint["stage"], ranks)
+    except RankLost as lost:
+        sys.exit(f"error: {lost}")
+    finally:
+        if ranks and not ranks.rank:
+            ranks.end()
+    if ranks:
+        ranks.leave()
+
+
+def answer(
+    config: GenerationConfig, model: GPTModel, tokenizer: ByteLevelBPETokenizer, stage: str, ranks: Ranks | None
+) -> None:
+    """Print the answers of a model of this stage, and how fast they came."""
     take_defaults(config, tokenizer)
-    chat = checkpoint["stage"] != "pretrain" if config.chat is None else config.chat
+    chat = stage != "pretrain" if config.chat is None else config.chat
     if config.num_beams > 1:
         for prompt in config.prompt:
             print(*_searched(model, tokenizer, prompt, config.params, config.beams, chat), sep="\n")
@@ -248,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     cache_dtype = torch.int8 if config.cache_dtype == "int8" else None
     drafter = config.drafter(model, tokenizer, MAX_RUNNING, config.precision)
     engine = Engine(
-        model, tokenizer, MAX_RUNNING, max_waiting=n_answers, cache_dtype=cache_dtype, drafter=drafter
+        model, tokenizer, MAX_RUNNING, max_waiting=n_answers, cache_dtype=cache_dtype, drafter=drafter, ranks=ranks
     )
     began = time.perf_counter()
     requests = [

@@ -5,7 +5,7 @@ cells in the cache the engine has reserved; from it come the next tokens of thos
 likely the tokens of prompts were, and what is not finite. Three ways lead there, with the same result:
 
     compiled   decoder_step.py, for a few tokens of a model of known parts on a CPU
-    GPU        gpu_step.py, one copy there and one back
+    GPU        gpu_step.py, one copy there and one back; of a model that several processes share, on CPUs, too
     PyTorch    whatever the model's own `forward` is
 """
 
@@ -28,7 +28,8 @@ from inference.kernels.paged_attention import BLOCK_SIZE
 from inference.paged_cache import PagedCache
 from inference.request import Request, Span
 from inference.sampling import SampledTokens, TokenLogProb, log_probs_of
-from inference.speculation import verify
+from inference.speculation import one_a_row, right_tokens, verify
+from inference.tensor_parallel import Ranks, SharedCache, SharedStep
 from machine import free_gpu_bytes
 
 # The cache of an engine that is told no size has at most
@@ -61,7 +62,7 @@ class ModelStep:
     Args:
         model: in evaluation mode while it computes.
         max_running: sequences that the cache holds at once.
-        cache_tokens, cache_dtype, reuse_prefixes, longest, gpu_step, cuda_graphs: those of `Engine`.
+        cache_tokens, cache_dtype, reuse_prefixes, longest, gpu_step, cuda_graphs, ranks: those of `Engine`.
 
     Raises:
         UserError: the cache is too small.
@@ -77,19 +78,28 @@ class ModelStep:
         longest: int | None = None,
         gpu_step: bool | None = None,
         cuda_graphs: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.model, self.device = model, model.device
+        self.model, self.device, self._ranks = model, model.device, ranks
         config, dtype = model.config, cache_dtype or model.dtype
         if cache_tokens is None:
-            cache_tokens = default_cache_tokens(config, dtype, self.device, max_running, longest)
+            free_bytes = ranks.free_bytes if ranks else None
+            cache_tokens = default_cache_tokens(config, dtype, self.device, max_running, longest, free_bytes)
         if cache_tokens < config.max_seq_len:
             context = config.max_seq_len
             raise UserError(f"cache_tokens is {cache_tokens}; one request may need the model's context, {context}")
         gpu_step = self.device.type == "cuda" if gpu_step is None else gpu_step
-        kind = GpuCache if gpu_step else PagedCache
-        self.cache = kind(config, cache_tokens, max_running, dtype, self.device, reuse_prefixes)
-        self.gpu_step = GpuStep(model, self.cache, cuda_graphs) if gpu_step else None
+        sizes = config, cache_tokens, max_running, dtype, self.device, reuse_prefixes
+        self.gpu_step: GpuStep | None = None
         self.decoder_step: DecoderStep | None = None
+        if ranks:
+            self.cache = SharedCache(ranks, *sizes)
+            self.gpu_step = SharedStep(model, self.cache)
+        elif gpu_step:
+            self.cache = GpuCache(*sizes)
+            self.gpu_step = GpuStep(model, self.cache, cuda_graphs)
+        else:
+            self.cache = PagedCache(*sizes)
 
     def look_at_model(self) -> None:
         """Weights may have moved between two requests, and layers may have been replaced or gained adapters."""
@@ -98,6 +108,16 @@ class ModelStep:
             self.gpu_step.look_at_model()
         else:
             self.decoder_step = DecoderStep.of(self.model, self.cache.native, self.decoder_step)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing can be computed any more, as the processes that share the model are out of step."""
+        return self._ranks is not None and self._ranks.is_split
+
+    def close(self) -> None:
+        """Compute no more; the processes that share the model end."""
+        if self._ranks:
+            self._ranks.end()
 
     @torch.inference_mode()
     def compute(self, spans: Sequence[Span]) -> Computed:
@@ -131,9 +151,13 @@ class ModelStep:
         n_finite, rows_finite = [n_new for _, n_new in spans], []
         # What reaches the logits is looked at there. The other tokens leave keys and values that would spoil what comes
         # after them. A sum is not finite if one of its numbers is not
-        if self.gpu_step is not None and not any(drafts):
-            found = self.gpu_step(Asked(ids, wanted, continued, samplers, judged))
-            rows_finite, sampled, log_probs = found.finite, found.sampled, found.scored
+        is_one_choice = not any(draft and sampler.looks_back for sampler, draft in zip(samplers, drafts, strict=True))
+        if self.gpu_step is not None and is_one_choice:
+            found = self.gpu_step(Asked(ids, wanted, continued, one_a_row(samplers, drafts), judged))
+            rows_finite, sampled, log_probs = found.finite, right_tokens(found.sampled, drafts), found.scored
+            for sampler, draft, tokens in zip(samplers, drafts, sampled, strict=True):
+                for _ in tokens.token_ids if draft else ():
+                    sampler.uniform()  # as many as the copies' draws have counted
             before_sampling = time.perf_counter()
         else:
             hidden, logits = self.forward(ids, wanted)  # (N, D), (W, V)

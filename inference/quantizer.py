@@ -56,6 +56,7 @@ from inference.kernels.int4_weights import GROUP
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, rounded, tile_for_gpu
 from inference.kernels.linear_products import DTYPES, is_tiled, kind_of
 from inference.sampling import SamplingParams
+from inference.tensor_parallel import Ranks, cut
 from machine import inference_dtype
 from seq2seq_model import Seq2SeqConfig, Transformer
 from text.account import Account
@@ -209,6 +210,7 @@ def load_any(
     device: torch.device | str = "cpu",
     base: str | Path | None = None,
     precision: str = "auto",
+    ranks: Ranks | None = None,
 ) -> tuple[GPTModel, ByteLevelBPETokenizer, dict[str, Any]]:
     """The model of a checkpoint, quantized or not, prepared for inference; its tokenizer; and the checkpoint's dict.
 
@@ -219,16 +221,22 @@ def load_any(
         precision: what to compute in, see `machine.inference_dtype`.
         base: of adapters (LoRA), the model that they belong to, in full precision or quantized; None takes the recorded
             one. Into full precision they are merged, beside quantized layers they are attached.
+        ranks: the processes that share the model, all of which have to call this: each gets its share on its device.
 
     Raises:
-        UserError: as `checkpoint.load_model`.
+        UserError: as `checkpoint.load_model`; or the model cannot be cut into shares.
     """
     device = torch.device(device)
     dtype = inference_dtype(precision, device)
-    model, tokenizer, content = _load_on_cpu(path, base)
     if device.type == "cuda" and dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32, as in training
-    return place(model, device, dtype), tokenizer, content
+
+    def load() -> tuple[GPTModel, ByteLevelBPETokenizer, dict[str, Any]]:
+        model, tokenizer, content = _load_on_cpu(path, base)
+        model = cut(model, ranks.rank, ranks.n_ranks) if ranks else model
+        return place(model, device, dtype), tokenizer, content
+
+    return ranks.agreed(load) if ranks else load()
 
 
 def place(model: GPTModel, device: torch.device, dtype: torch.dtype | None) -> GPTModel:

@@ -179,9 +179,14 @@ class TokenSampler:
             self.random = random.Random(f"{seed}/{index}")
 
     @property
+    def looks_back(self) -> bool:
+        """Whether a choice depends on the choices before it, and not on its scores and its random number alone."""
+        return self.penalizes or self.form is not None
+
+    @property
     def is_stateless(self) -> bool:
-        """Whether each choice depends on its scores alone, and not on the choices before it."""
-        return self.greedy and not self.penalizes and self.form is None
+        """Whether each choice depends on its scores alone."""
+        return self.greedy and not self.looks_back
 
     def uniform(self) -> float:
         """The random number of the next step, in [0, 1); a greedy request needs none."""

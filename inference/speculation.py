@@ -119,18 +119,9 @@ def verify(
     for draft in drafts:
         first_rows.append(n_rows)
         n_rows += 1 + len(draft)
-    chosen = [SampledTokens([], [], []) for _ in samplers]
     if all(sampler.is_stateless for sampler in samplers):  # one choice for all rows is quicker than one a token
-        sampled = sample_batch(logits, [s for s, draft in zip(samplers, drafts, strict=True) for _ in (0, *draft)])
-        for tokens, row, draft in zip(chosen, first_rows, drafts, strict=True):
-            for following in (*draft, None):
-                tokens.token_ids.append(sampled.token_ids[row])
-                tokens.finite.append(sampled.finite[row])
-                tokens.log_probs.append(sampled.log_probs[row])
-                if not sampled.finite[row] or sampled.token_ids[row] != following:
-                    break
-                row += 1
-        return chosen
+        return right_tokens(sample_batch(logits, one_a_row(samplers, drafts)), drafts)
+    chosen = [SampledTokens([], [], []) for _ in samplers]
     going = list(range(len(samplers)))  # the requests whose draft was right so far
     step = 0  # how many tokens these have
     while going:
@@ -146,6 +137,32 @@ def verify(
             if finite and step < len(draft) and draft[step] == token_id:
                 still_going.append(index)
         going, step = still_going, step + 1
+    return chosen
+
+
+def one_a_row(samplers: Sequence[TokenSampler], drafts: Sequence[Sequence[int]]) -> list[TokenSampler]:
+    """The samplers of the rows of `verify`, for one choice of them all: where there is a draft, a copy that draws with
+    the request's next random numbers and takes none. None of them may look back."""
+    rows = []
+    for sampler, draft in zip(samplers, drafts, strict=True):
+        if draft and not sampler.greedy:
+            sampler, own = sampler.ahead(), sampler
+            sampler.params = own.params
+        rows += [sampler] * (1 + len(draft))
+    return rows
+
+
+def right_tokens(rows: SampledTokens, drafts: Sequence[Sequence[int]]) -> list[SampledTokens]:
+    """What `verify` returns, of the choices of all rows at once."""
+    chosen, row = [], 0
+    for draft in drafts:
+        end = row
+        for following in (*draft, None):
+            end += 1
+            if not rows.finite[end - 1] or rows.token_ids[end - 1] != following:
+                break
+        chosen.append(SampledTokens(rows.token_ids[row:end], rows.finite[row:end], rows.log_probs[row:end]))
+        row += 1 + len(draft)
     return chosen
 
 

@@ -164,7 +164,7 @@ def test_the_gpus_benchmark_runs_through_a_gpus_code_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["decoding"]["INT8, graphs"]["tokens_per_second"] > 0 and figures["prefill"]["BF16"] > 0
-    assert set(figures["streams"]["FP32"]) == {"1", "4"} and figures["training"]["tiny"]["memory_mib"] > 0
+    assert set(figures["streams"]["INT4"]) == {"1", "16", "64", "256"} and figures["training"]["tiny"]["memory_mib"] > 0
     assert 0 < figures["alignment"]["grpo"]["generating"] < 1 and "### PPO and GRPO" in page.read_text()
 
 

@@ -18,6 +18,7 @@ from inference.gpu_sampling import Choice, choose, numbers_of
 from inference.gpu_step import PLAYED_BEFORE, GpuStep, download
 from inference.quantizer import prepare_for_inference
 from inference.sampling import SamplingParams, TokenSampler, sample_batch
+from inference.service.structured import json_form
 
 DRAWN = [
     replace(SamplingParams(20, seed=seed, ignore_eos=True), **changes)
@@ -134,10 +135,20 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("params", [GREEDY, DRAWN, SPECIAL], ids=["greedy", "drawn", "special"])
-def test_a_step_copies_once_to_the_gpu_and_once_back(model, params, monkeypatch):
-    """Prompts, decoding, and both in one step: one look at a number of the GPU each, all numbers together."""
+@pytest.mark.parametrize("kind", ["greedy", "drawn", "special", "drafted", "formed"])
+def test_a_step_copies_once_to_the_gpu_and_once_back(model, random_model, tokenizer, kind, monkeypatch):
+    """Prompts, decoding, and both in one step: one look at a number of the GPU each, all numbers together. So it is
+    with drafts, and with answers of a form, as that follows from tokens that are known."""
+    params = {"greedy": GREEDY, "drawn": DRAWN, "special": SPECIAL}.get(kind, DRAWN)
     engine = Engine(model, None, gpu_step=True, prefill_chunk=64)
+    if kind == "drafted":
+        expected = tokens_of(Engine(model, None).run(PROMPTS, DRAWN))
+        drafter = knowing(list(zip(PROMPTS, expected, strict=True)), mistake_every=3)
+        engine = speculating(model, drafter, gpu_step=True, prefill_chunk=64)
+    elif kind == "formed":
+        talker = random_model("modern", max_seq_len=CONTEXT, vocab_size=tokenizer.vocab_size)
+        engine = Engine(talker, tokenizer, gpu_step=True, prefill_chunk=64)
+        params = [replace(each, form=json_form(tokenizer, {"type": "array"}), ignore_eos=False) for each in DRAWN]
     settings = params if isinstance(params, list) else [params] * len(PROMPTS)
     requests = [engine.submit(ids, each) for ids, each in zip(PROMPTS, settings, strict=True)]
     counts = dict.fromkeys(("up", "down", "looks"), 0)
@@ -175,7 +186,7 @@ def test_a_step_copies_once_to_the_gpu_and_once_back(model, params, monkeypatch)
         while engine.running or engine.waiting:
             engine.step()
             steps += 1
-    assert counts["up"] == counts["down"] == steps > 20 and counts["looks"] == 0 and reads.found == []
+    assert counts["up"] == counts["down"] == steps > 5 and counts["looks"] == 0 and reads.found == []
     assert all(request.finished for request in requests)
 
 

@@ -27,7 +27,7 @@ from alignment.kto import KTOConfig, KTODataset, KTOLoop
 from alignment.log_probabilities import token_log_probs
 from alignment.reward_model import RewardConfig, RewardLoop, RewardModel
 from alignment.sft import SFTConfig
-from data_loader import GPTPretrainDataset, GPTSFTDataset, PreferenceDataset, lengthened
+from data_loader import GPTPretrainDataset, GPTSFTDataset, PackedDataset, PreferenceDataset, lengthened
 from gpt_model import IGNORED_LABEL, places_on_the_left, visible_keys
 from inference.service.text_classifier import TextClassifier
 from pretrain_trainer import PretrainConfig
@@ -35,7 +35,7 @@ from text.conversation_data import parse_preference, parse_unpaired
 from text.token_shards import tokenize_to_shards
 from training import optimization, parallel_model
 from training.training_loop import TrainingLoop
-from transformer_components import attend, takes_groups
+from transformer_components import attend, takes_groups, takes_text_bounds, text_bounds
 
 META = torch.device("meta")
 COMMON = dict(device="cpu", precision="fp32", num_threads=1, batch_size=4, grad_accum_steps=2, max_steps=4)
@@ -157,6 +157,76 @@ def test_where_no_kernel_takes_groups_heads_are_repeated(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
     assert torch.allclose(attend(query, key, value), expected, atol=1e-6)
     assert heads == [(4, 4, 4, False)]
+
+
+# -- several texts in a row --------------------------------------------------------------------------------------------
+
+
+def one_by_one(query, key, value, starts, ends, longest, _, **causal):
+    """What flash attention computes of texts of different lengths, (tokens, H, K) each; `ends` are the starts, too."""
+    assert longest >= (starts[1:] - starts[:-1]).max()
+    parts = [slice(start, end) for start, end in zip(starts.tolist(), ends[1:].tolist(), strict=False) if start < end]
+    alone = [attend(*(x[part].transpose(0, 1)[None] for x in (query, key, value)))[0] for part in parts]
+    return torch.cat(alone, dim=1).transpose(0, 1)
+
+
+def packed_loop(folder, tokenizer, random_model, device="cpu", **settings):
+    """SFT on conversations of different lengths, several in a row."""
+    config = SFTConfig(**{**COMMON, "output_dir": str(folder), "max_seq_len": 128, "device": device, **settings})
+    chats = [[{"role": "user", "content": "x" * k}, {"role": "assistant", "content": "y" * k}] for k in range(1, 13)]
+    data = PackedDataset(GPTSFTDataset(chats, tokenizer, 128), 128)
+    model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=128)
+    rest = model.config, tokenizer, "sft", data, data, torch.device(device), data.lengths
+    return TrainingLoop(config, model, *rest)
+
+
+def test_bounds_of_texts_are_where_segments_change_and_rows_end():
+    segments = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, -1, -1]])
+    assert text_bounds(segments, 1).tolist() == [0, 2, 5, 8, 10]
+    assert text_bounds(segments, 8).tolist() == [0, 2, 5, 8, 10, 10, 10, 10]
+    assert text_bounds(segments, 5).dtype == torch.int32 and len(text_bounds(segments, 5)) == 5
+
+
+def test_packed_texts_need_no_mask(tmp_path, tokenizer, random_model, monkeypatch):
+    """Steps and evaluations by bounds, of grouped heads, are those by masks."""
+    results = []
+    monkeypatch.setattr(transformer_components, "varlen_attn", one_by_one)
+    for by_bounds in (False, True):
+        monkeypatch.setattr("training.training_loop.takes_text_bounds", lambda *_, takes=by_bounds: takes)
+        loop, masks = packed_loop(tmp_path / str(by_bounds), tokenizer, random_model, lr=1e-3), []
+        assert max(map(len, loop.train_data.rows)) > 1
+
+        def seen(query, key, value, mask=None, dropout=0.0, masks=masks):
+            masks.append(None if mask is None else mask.dtype)
+            return attend(query, key, value, mask, dropout)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(transformer_components, "attend", seen)
+            results.append([loop.train_step(), loop.train_step(), loop.evaluate()])
+        assert set(masks) == {torch.int32 if by_bounds else torch.bool}
+    for theirs, ours in zip(*results, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_pytorchs_attention_to_texts_is_called_as_it_wants_to_be():
+    """Its shapes, forwards and backwards, on PyTorch's meta device; grouped heads are repeated before."""
+    query = torch.empty(2, 4, 48, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    key = torch.empty(2, 2, 48, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    attended = attend(query, key, key, torch.empty(64, dtype=torch.int32, device="meta"))
+    assert attended.shape == query.shape
+    attended.sum().backward()
+    assert (query.grad.shape, key.grad.shape) == (query.shape, key.shape)
+
+
+def test_only_flash_attention_takes_bounds(monkeypatch):
+    assert not takes_text_bounds(torch.device("cpu"), torch.bfloat16, 64, 0.0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    cuda = torch.device("cuda")
+    assert takes_text_bounds(cuda, torch.bfloat16, 64, 0.0)
+    unfit = [(torch.float32, 64, 0.0), (torch.bfloat16, 12, 0.0), (torch.bfloat16, 512, 0.0), (torch.float16, 64, 0.1)]
+    assert not any(takes_text_bounds(cuda, *case) for case in unfit)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not takes_text_bounds(cuda, torch.float16, 64, 0.0)
 
 
 # -- autocast ----------------------------------------------------------------------------------------------------------
@@ -488,6 +558,21 @@ def test_on_a_gpu_no_grouped_heads_come_to_the_kernel_that_keeps_all_weights(dty
         ours = attend(query, key, value, mask)
     expected = attend(query.cpu().float(), key.cpu().float(), value.cpu().float())
     assert torch.allclose(ours.cpu().float(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_packed_texts_never_come_to_the_kernel_that_keeps_all_weights(
+    precision, tmp_path, tokenizer, random_model
+):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    losses = []
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        for device in ("cpu", "cuda"):
+            kind = "fp32" if device == "cpu" else precision
+            loop = packed_loop(tmp_path / device, tokenizer, random_model, device, precision=kind, lr=1e-4)
+            losses.append([loop.train_step()["loss"], loop.evaluate()["val_loss"]])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if precision == "bf16" else 1e-3)
 
 
 @pytest.mark.gpu

@@ -212,7 +212,7 @@ def test_a_model_or_batch_that_no_memory_holds_is_refused_with_advice(folder):
     """Really asked for: petabytes."""
     with pytest.raises(UserError, match="out of memory for a model of --d_model 100000000 and --n_layers 1; lower"):
         pretrain("--d_model", 10**8)
-    with pytest.raises(UserError, match="out of memory at --batch_size 1000000000000 and --max_seq_len 16; halve"):
+    with pytest.raises(UserError, match="of memory with micro-batches of 1000000000000 and --max_seq_len 16; lower"):
         pretrain("--batch_size", 10**12)
 
 

@@ -315,7 +315,8 @@ class GreedyModel(GPTModel):
 def test_out_of_memory_names_the_settings_to_lower(tmp_path):
     loop = make_loop(tmp_path)
     loop.model.__class__ = GreedyModel
-    with pytest.raises(UserError, match="out of memory at --batch_size 2 and --max_seq_len 16; halve --batch_size"):
+    advice = "out of memory with micro-batches of 1 and --max_seq_len 16; add --recompute_activations true, or lower"
+    with pytest.raises(UserError, match=advice):
         loop.train()
 
 

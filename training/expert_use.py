@@ -35,6 +35,11 @@ class ExpertUse:
         self.shares.append(shares.cpu())
         return {"experts_least_used": shares.min().item(), "experts_most_used": shares.max().item()}
 
+    def forget(self) -> None:
+        """Take back what was counted since the last call of `figures`."""
+        for layer in self.layers:
+            layer.n_chosen = None
+
     def plot(self, path: Path) -> None:
         """Draw the use of each expert, a panel a layer, over the times of logging; without experts nothing."""
         if not self.shares:

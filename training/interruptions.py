@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import torch
@@ -37,14 +37,14 @@ class StopSignal:
 
 
 @contextlib.contextmanager
-def advice_if_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn a lack of memory into one sentence: "out of memory" and what to do."""
+def advice_if_out_of_memory(advice: str | Callable[[], str]) -> Iterator[None]:
+    """Turn a lack of memory into one sentence: "out of memory" and what to do, which may be made when it is needed."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory {advice}") from error
+        raise UserError(f"out of memory {advice if isinstance(advice, str) else advice()}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

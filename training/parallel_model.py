@@ -35,6 +35,7 @@ from lora import trained_state
 from training.optimization import by_mesh, like, whole
 from training.pipeline_stages import Pipeline, PipelinePart, layers_of
 from training.ranks import is_main, rank, sum_over_ranks, world_size
+from training.tensor_plan import BY_INPUTS, BY_OUTPUTS, indivisible
 from transformer_components import AuxiliaryLoss
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, on the CPU of rank 0
@@ -342,12 +343,11 @@ class ParallelModel:
 
     def _require_suitable(self, model: GPTModel, mode: str) -> None:
         layout, config = self.layout, model.config
-        for name in ("n_heads", "n_kv_heads", "d_ff"):
-            if getattr(config, name) % layout.tp:
-                raise UserError(
-                    f"--parallel {mode} cuts each layer in {layout.tp} and {name} is {getattr(config, name)}; "
-                    f"make it a multiple of {layout.tp}, or lower tp"
-                )
+        if name := indivisible(config, layout.tp):
+            raise UserError(
+                f"--parallel {mode} cuts each layer in {layout.tp} and {name} is {getattr(config, name)}; "
+                f"make it a multiple of {layout.tp}, or lower tp"
+            )
         if config.n_experts and layout.tp > 1:
             raise UserError(f"--parallel {mode} cuts no experts; use ddp or fsdp")
         if config.n_layers < layout.pp:
@@ -368,20 +368,16 @@ class ParallelModel:
 
 
 def cut_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Tensor parallelism of every layer (Megatron-LM, arXiv:1909.08053, section 3).
+    """Tensor parallelism of every layer, as tensor_plan.py has it; the head stays whole, too.
 
-    The first matrices of both branches are cut by columns, so a rank has whole heads, and the last by rows; one
-    all-reduce a branch adds the parts up. Embeddings, head and the norms of the residual stream stay whole.
+    One all-reduce a branch adds the parts up.
     """
     x, rest = Replicate(), (None,) * 4  # attention also takes mask, rotary, cache and layer
     plan = {
         "attention": PrepareModuleInput(input_layouts=(x, *rest), desired_input_layouts=(x, *rest)),
         "feed_forward": PrepareModuleInput(input_layouts=x, desired_input_layouts=x),
-        "attention.output_proj": RowwiseParallel(),
-        "feed_forward.down_proj": RowwiseParallel(),
     }
-    plan |= {f"attention.{name}_proj": ColwiseParallel() for name in ("query", "key", "value")}
-    plan |= {f"feed_forward.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    plan |= dict.fromkeys(BY_OUTPUTS, ColwiseParallel()) | dict.fromkeys(BY_INPUTS, RowwiseParallel())
     # The weights of the QK-norms are shared by all heads: each rank applies them to its own, (B, heads, T, K)
     own_heads = SequenceParallel(sequence_dim=1, use_local_output=True)
     plan |= {f"attention.{name}_norm": own_heads for name in ("query", "key")}

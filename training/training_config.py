@@ -20,12 +20,21 @@ class TrainingConfig:
     """Settings that all trainers share."""
 
     given: ClassVar[frozenset[str]] = frozenset()  # names of the options that the user gave, see `parse_config`
+    # What training holds of a model's size: how many learn, and how many are asked beside them
+    models_in_memory: ClassVar[tuple[int, int]] = (1, 0)
+    rows_of_sample: ClassVar[int] = 1
 
     output_dir: str = option("models/run", "folder for checkpoints, metrics and curves")
     epochs: float = option(1.0, "passes over the training data, if --max_steps is 0", above=0)
     max_steps: int = option(0, "optimiser steps; 0 means as many as --epochs needs", at_least=0)
     batch_size: int = option(16, "samples of one forward pass on one rank", at_least=1)
     grad_accum_steps: int = option(1, "forward passes for one optimiser step", at_least=1)
+    micro_batch_size: int = option(
+        0,
+        "samples that are computed at once, of the --batch_size times --grad_accum_steps of a step; 0: on a GPU the "
+        "most that fit, elsewhere --batch_size",
+        at_least=0,
+    )
     max_seq_len: int = option(256, "longest sequence, in tokens", at_least=0)
     lr: float = option(1e-3, "peak learning rate", above=0, below=10)
     min_lr_ratio: float = option(0.1, "final learning rate as a share of the peak", at_least=0, at_most=1)
@@ -58,7 +67,13 @@ class TrainingConfig:
 
     def validate(self) -> list[str]:
         """What does not fit together, a sentence each."""
-        return check_parallel_option(self.parallel)
+        complaints, of_step = check_parallel_option(self.parallel), self.batch_size * self.grad_accum_steps
+        if self.micro_batch_size and of_step % self.micro_batch_size:
+            complaints.append(
+                f"--micro_batch_size {self.micro_batch_size} must divide the {of_step} samples of --batch_size times "
+                "--grad_accum_steps"
+            )
+        return complaints
 
 
 def prepare_machine(config: TrainingConfig) -> torch.device:

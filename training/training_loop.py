@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn as nn
@@ -29,19 +29,34 @@ from data_loader import Batch, BatchOrder, length_multiple, lengthened
 from gpt_model import GPTConfig
 from lora import lora_settings
 from machine import peak_flops, peak_memory_bytes, resolve_precision
+from machine.what_fits import size_of, training_bytes
 from progress import Progress, Transcript, listening, tracked
 from text.account import Account
 from training import ranks
 from training.expert_use import ExpertUse
+from training.fused_parts import fused_parts
 from training.interruptions import StopSignal, advice_if_out_of_memory
+from training.micro_batches import (
+    RESERVE,
+    GpuMemory,
+    Memory,
+    bytes_to_come,
+    divisors,
+    failed_for_memory,
+    largest_within,
+    measure,
+    next_smaller,
+    said,
+)
 from training.optimization import Updater, build_optimizers, learning_rate_factor
 from training.parallel_model import ParallelModel
 from training.run_folder import alone_in, set_earlier_run_aside
 from training.run_identity import Inputs, changed_settings, differing_inputs, fingerprints
 from training.run_log import RunLog, training_flops_per_token
 from training.training_config import TrainingConfig
-from transformer_components import Positions, auxiliary_losses
+from transformer_components import Positions, auxiliary_losses, takes_text_bounds, text_bounds
 
+Result = TypeVar("Result")
 COMPILED_FROM = 300  # seconds that a run takes at least: to compile a model takes about one minute
 USUAL_MFU = 0.3  # the share of a GPU's peak that such estimates reckon with
 
@@ -75,6 +90,7 @@ class TrainingLoop:
     shown = ("loss", "lr")  # what stands beside the progress
     epoch_figures = ("loss", "val_loss")  # of training and of validation, for the line of an epoch
     extra: dict[str, Any] = {}  # what else every checkpoint says
+    order_fits_all = True  # whether what `largest_batch` gives is a step's, so that memory can be measured by it
     published = ""  # the part of the model that the best checkpoint consists of; empty: all of it
 
     def __init__(
@@ -109,7 +125,7 @@ class TrainingLoop:
             if hasattr(module, "recompute_activations"):
                 module.recompute_activations = config.recompute_activations
             if hasattr(module, "keeps_logits"):  # fp16 needs them: its scaler has no part in a loss in chunks
-                module.keeps_logits = device.type != "cuda" or self.precision == torch.float16
+                module.keeps_logits = self.precision == torch.float16
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         positions = [module for module in model.modules() if isinstance(module, Positions)]
@@ -136,6 +152,10 @@ class TrainingLoop:
             self.parallel_model.clip_gradients,
         )
         self.length_multiple = length_multiple(device)
+        self.n_of_step = config.batch_size * config.grad_accum_steps  # samples of a step on this rank
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.evaluation_batch_size = min(config.batch_size, self.micro_batch_size)
+        self.memory: Memory | None = GpuMemory(device) if device.type == "cuda" else None  # what limits the two
         self.reads_ahead = device.type == "cuda"
         self._reader = ThreadPoolExecutor(1, "batches")  # its thread starts with the first task
         self._ahead: tuple[int, Future[list[Batch]]] | None = None  # a step, and its micro-batches
@@ -164,7 +184,7 @@ class TrainingLoop:
 
     def global_batch(self) -> int:
         """Samples of one step over all accumulation steps and data-parallel ranks."""
-        return self.config.batch_size * self.config.grad_accum_steps * self.ranks
+        return self.n_of_step * self.ranks
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -176,7 +196,12 @@ class TrainingLoop:
             UserError: no sound checkpoint to resume from, disk full, out of memory, training diverged, or another
                 process is training into the same folder.
         """
-        with listening() as transcript, alone_in(self.folder) if ranks.is_main() else contextlib.nullcontext():
+        nothing = contextlib.nullcontext()
+        with (
+            listening() as transcript,
+            alone_in(self.folder) if ranks.is_main() else nothing,
+            fused_parts() if self.device.type == "cpu" else nothing,
+        ):
             return self._train(transcript)
 
     def _train(self, transcript: Transcript) -> dict[str, float]:
@@ -197,6 +222,8 @@ class TrainingLoop:
         if self.step == 0:
             with Progress("before the first step", unit="", shown=ranks.is_main()):
                 self.before_first_step()
+        if self.order_fits_all:
+            self.fit_memory(self.largest_batch)
         if config.compile == "true" or (config.compile == "auto" and self._is_worth_compiling()):
             self.compile()
         log = RunLog(
@@ -219,13 +246,8 @@ class TrainingLoop:
         tokens = skipped_seconds = 0.0
         interval_start = start = time.perf_counter()
         elapsed_before = self.seconds
-        memory_advice = f"at --batch_size {config.batch_size} and --max_seq_len {config.max_seq_len}; " + ", or ".join(
-            ["halve --batch_size and double --grad_accum_steps"] * (config.batch_size > 1)
-            + ["add --recompute_activations true"] * (not config.recompute_activations)
-            + ["lower --max_seq_len", "take a smaller model"]
-        )
         try:
-            with StopSignal() as stop, advice_if_out_of_memory(memory_advice):
+            with StopSignal() as stop, advice_if_out_of_memory(self._memory_advice):
                 while self.step < self.max_steps and not self._patience_is_over():
                     record = self.train_step()
                     tokens += record.pop("tokens")
@@ -276,20 +298,24 @@ class TrainingLoop:
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns the global `loss`, `lr`, `grad_norm` and the number of `tokens` read."""
         self.parallel_model.train()
-        batches = self._take_batches()
-        lr, sums = self.learning_rate(), self.accumulate(batches, [self.train_data.count(batch) for batch in batches])
+        self.order.batch(self.step)  # a batch whose numbers alone are too many does not become smaller in parts
+        lr, (batches, sums) = self.learning_rate(), self.within_memory(self._gradients)
         figures = self.means({**sums, "grad_norm": self.updater.clip_gradients()})
         self.updater.apply(lr, figures["grad_norm"], figures["loss"])
         self.step += 1
         tokens = sum(int(batch["input_ids"].ne(self.tokenizer.pad_token_id).sum()) for batch in batches)
         return {**figures, "lr": lr, "tokens": tokens * self.ranks}
 
+    def _gradients(self) -> tuple[list[Batch], dict[str, torch.Tensor]]:
+        batches = self._take_batches()
+        return batches, self.accumulate(batches, [self.train_data.count(batch) for batch in batches])
+
     def batches_of(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the CPU."""
-        size, accumulation = self.config.batch_size, self.config.grad_accum_steps
-        indices = self.order.batch(step)
+        size, indices = self.micro_batch_size, self.order.batch(step)
         # Micro-batch k of all ranks is one stretch of the global batch, and this rank's share one piece of that
-        parts = [indices[(k * self.ranks + self.data_rank) * size :][:size] for k in range(accumulation)]
+        starts = [(k * self.ranks + self.data_rank) * size for k in range(self.n_of_step // size)]
+        parts = [indices[start : start + size] for start in starts]
         return [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
 
     def _take_batches(self) -> list[Batch]:
@@ -327,15 +353,20 @@ class TrainingLoop:
         sums: dict[str, torch.Tensor] = {}
         for number, (batch, count, weight) in enumerate(zip(batches, counts, weights, strict=True), start=1):
             with self.parallel_model.synchronised(last=number == len(batches)):
-                with self.updater.autocast(), auxiliary_losses() as of_layers:
-                    output = self.parallel_model(**self._to_device(batch))
-                if of_layers:
-                    output["aux_loss"] = torch.stack(of_layers).sum()
-                    output["loss"] = output["loss"] + output["aux_loss"]
-                self.updater.backward(output["loss"] * weight)
+                output = self._forward_and_backward(batch, weight)
             for name, value in scalars(output).items():
                 sums[name] = sums.get(name, 0.0) + value * (count / total)
         return sums
+
+    def _forward_and_backward(self, batch: Batch, weight: float) -> dict[str, torch.Tensor]:
+        """Add a micro-batch's gradients, weighted; returns the model's output."""
+        with self.updater.autocast(), auxiliary_losses() as of_layers:
+            output = self.parallel_model(**self._to_device(batch))
+        if of_layers:
+            output["aux_loss"] = torch.stack(of_layers).sum()
+            output["loss"] = output["loss"] + output["aux_loss"]
+        self.updater.backward(output["loss"] * weight)
+        return output
 
     def means(self, parts: dict[str, torch.Tensor]) -> dict[str, float]:
         """The figures of a step, of which `accumulate` gave this rank's parts."""
@@ -369,7 +400,7 @@ class TrainingLoop:
         the perplexity of a model of tokens."""
         if self.val_data is None:
             return {}
-        size, n_samples = self.config.batch_size, len(self.val_data)
+        size, n_samples = self.evaluation_batch_size, len(self.val_data)
         starts = list(range(self.data_rank * size, n_samples, self.ranks * size))
         rounds = -(-n_samples // (self.ranks * size))  # as many on every rank, which exchange weights in each
         sums: dict[str, torch.Tensor] = {}
@@ -396,7 +427,7 @@ class TrainingLoop:
     def _evaluate_and_keep_best(self, log: RunLog) -> None:
         """Evaluate, and keep the best model."""
         with self.parallel_model.as_written():
-            metrics = self.evaluate()
+            metrics = self.within_memory(self.evaluate, "evaluation_batch_size")
             self.latest = {**metrics, "step": self.step}
             if self.score is not None:
                 metrics |= self.score(self.model, metrics)
@@ -444,6 +475,102 @@ class TrainingLoop:
     def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
         """Whether an evaluation beats the best one so far."""
         return metrics["val_loss"] < best["val_loss"] or math.isnan(best["val_loss"])
+
+    # ------------------------------------------------------------------------------------------------------- memory
+
+    def fit_memory(self, batch_of: Callable[[int], Batch], stretch: float = 1.0) -> None:
+        """Where memory is limited and the user chose no micro-batch, measure the largest that fits, and say which.
+
+        Weights, random numbers and figures stay as they are. All ranks choose the same. Models that are cut among ranks
+        are left as `--batch_size` says: measuring them, one rank could wait for another that is out of memory.
+
+        Args:
+            batch_of: a batch of so many samples, the longest if possible.
+            stretch: how many times as long rows may become.
+        """
+        if self.memory is None or self.config.micro_batch_size or self.parallel_model.is_sharded:
+            return
+        random, sizes, limit = random_state(self.device), divisors(self.n_of_step), self.memory.limit()
+
+        def peak_of(size: int) -> float:
+            self.memory.forget_peak()
+            batch = batch_of(size)
+            failed = failed_for_memory(lambda: self._measured_pass(batch))
+            self._forget_gradients()
+            return max(ranks.gather_objects(math.inf if failed else self.memory.peak()))
+
+        self.parallel_model.train()
+        measured = measure(sizes, self._guess(limit), peak_of)
+        room = (1 - RESERVE) * limit - bytes_to_come(self.optimizers)
+        chosen = largest_within(room, sizes, measured, stretch)
+        self.micro_batch_size, self.evaluation_batch_size = (
+            min(ranks.gather_objects(size)) for size in (chosen, min(self.config.batch_size, chosen))
+        )
+        self._ahead = None  # batches that were read for another size
+        self.expert_use.forget()
+        set_random_state(random, self.device)
+        self.memory.forget_peak()
+        if ranks.is_main():
+            print(said(self.micro_batch_size, self.n_of_step, measured, limit), flush=True)
+
+    def largest_batch(self, n_samples: int) -> Batch:
+        """A batch of the longest samples, of which there may be fewer."""
+        lengths = self.order.lengths
+        longest = range(len(self.train_data)) if lengths is None else lengths.argsort(descending=True).tolist()
+        return self.train_data.collate([self.train_data[longest[i % len(longest)]] for i in range(n_samples)])
+
+    def _measured_pass(self, batch: Batch) -> None:
+        with self.parallel_model.synchronised(last=False):  # no exchange between ranks
+            self._forward_and_backward(batch, 1.0)
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _guess(self, limit: float) -> int:
+        """The micro-batch that arithmetic takes for the largest; of models that it does not know `--batch_size`."""
+        size = size_of(self.gpt_config)
+        if size is None:
+            return self.config.batch_size
+        config = self.config
+        kind = (self.lora["frozen_weights"], self.lora["lora_rank"]) if self.lora else ("", 0)
+        settings = config.max_seq_len, config.recompute_activations, *kind, config.optimizer
+        sizes = {n: training_bytes(size, n * config.rows_of_sample, *settings) for n in divisors(self.n_of_step)}
+        return max((n for n, needed in sizes.items() if needed <= (1 - RESERVE) * limit), default=1)
+
+    def within_memory(self, compute: Callable[[], Result], batch: str = "micro_batch_size") -> Result:
+        """What `compute` gives. Where memory runs out, it is computed again, with the same random numbers, in parts of
+        half the size.
+
+        Of several ranks one may run out alone, while others wait for its gradients: then the run ends with advice.
+
+        Args:
+            batch: the attribute that says how many samples are computed at once.
+        """
+        while True:
+            random, results = random_state(self.device), []
+            if ranks.world_size() > 1 or getattr(self, batch) == 1:
+                return compute()
+            if not failed_for_memory(lambda results=results: results.append(compute())):
+                return results[0]
+            size = getattr(self, batch)
+            half = next_smaller(size, self.n_of_step) if batch == "micro_batch_size" else size // 2
+            setattr(self, batch, half)
+            self._ahead = None  # batches that were read for the size of before
+            self._forget_gradients()
+            self.expert_use.forget()
+            set_random_state(random, self.device)
+            what = "micro-batches" if batch == "micro_batch_size" else "evaluations"
+            print(f"step {self.step}: out of memory with {what} of {size}; computing it again with {half}", flush=True)
+
+    def _memory_advice(self) -> str:
+        config, size = self.config, self.micro_batch_size
+        several = f"give --micro_batch_size {next_smaller(size, self.n_of_step)}" if size > 1 else ""
+        remedies = [several if ranks.world_size() > 1 else "lower --batch_size" * (size > 1)]
+        remedies.append("add --recompute_activations true" * (not config.recompute_activations))
+        remedies += ["lower --max_seq_len", "take a smaller model"]
+        sizes = f"micro-batches of {size} and --max_seq_len {config.max_seq_len}"
+        return f"with {sizes}; {', or '.join(filter(None, remedies))}"
 
     # --------------------------------------------------------------------------------------------- saving, resuming
 
@@ -628,8 +755,12 @@ class TrainingLoop:
         return next(received for received in ranks.gather_objects(stop.received) if received)
 
     def prepared(self, batch: Batch) -> Batch:
-        """A batch as it goes to the device."""
-        return lengthened(batch, self.length_multiple, self.tokenizer.pad_token_id, self.config.max_seq_len)
+        """A batch as it goes to the device, with the bounds of several texts in a row if attention takes them."""
+        batch = lengthened(batch, self.length_multiple, self.tokenizer.pad_token_id, self.config.max_seq_len)
+        config = self.gpt_config
+        if "segments" in batch and takes_text_bounds(self.device, self.precision, config.head_dim, config.dropout):
+            batch["bounds"] = text_bounds(batch["segments"])
+        return batch
 
     def _to_device(self, batch: Batch) -> Batch:
         batch = self._pinned(self.prepared(batch))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from byte_level_bpe import ByteLevelBPETokenizer
+from checkpoint import config_of
 from command_line import UserError
 from gpt_model import GPTModel
 from inference.engine import Engine
@@ -48,13 +49,13 @@ class ServedModel:
     def __init__(self, path: str, settings: ServiceSettings) -> None:
         self.path, self.created, self.marks = path, int(time.time()), settings.template_marks
         self.model, self.tokenizer, checkpoint = load_any(
-            path, settings.torch_device, precision=settings.precision
+            path, settings.torch_device, precision=settings.precision, ranks=settings.ranks
         )
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
         self.recommended = recommended_sampling(self.tokenizer)  # what requests leave out
         with torch.device("meta"):  # counted from the configuration, as quantized weights are no parameters
-            self.parameters = GPTModel.from_config(self.model.config).num_parameters()
+            self.parameters = GPTModel.from_config(config_of(checkpoint, path)).num_parameters()
         torch.set_num_threads(settings.num_threads)  # the engine's thread will have as many
         self.engine = Engine(
             self.model,
@@ -62,6 +63,7 @@ class ServedModel:
             max_running=settings.max_batch,
             max_waiting=settings.max_queue,
             drafter=settings.drafter(self.model, self.tokenizer, settings.max_batch, settings.precision),
+            ranks=settings.ranks,
         )
         self.engine.start()
         try:  # a model that cannot generate fails here
@@ -285,9 +287,9 @@ class Service:
         """End the process when the engine is dead, so that a supervisor starts it anew."""
         while not (self.served and self.served.engine.dead):
             await asyncio.sleep(WATCH_SECONDS)
-        logger.critical(FAILED.sentence)
+        logger.critical(self.health.sentence)
         await asyncio.sleep(2 * WATCH_SECONDS)  # those who wait are told first
-        end_process(FAILED.sentence, 1)
+        end_process(self.health.sentence, 1)
 
     async def _read_edits(self) -> None:
         """Take over what operators edit in the filters' files."""
@@ -322,7 +324,8 @@ class Service:
     def health(self) -> Health:
         """How things stand."""
         if self.served and self.served.engine.dead:
-            return FAILED
+            why = self.served.engine.failure
+            return replace(FAILED, sentence=f"{FAILED.sentence} ({why})") if why else FAILED
         if self._is_draining:
             return DRAINING
         return LOADED if self.served else LOADING
@@ -450,8 +453,10 @@ class Service:
         """Load a model beside the present one, then let new requests go to it; the old one ends what it has.
 
         Raises:
-            ApiError: 400 it cannot be served, 409 a reload is going on.
+            ApiError: 400 it cannot be served, 409 a reload is going on, or several processes share the model.
         """
+        if self.settings.ranks:
+            raise ApiError(409, "several processes share the model and cannot exchange it; start them anew instead")
         if self._reloading.locked():
             raise ApiError(409, "another reload is going on; wait for it")
         async with self._reloading:

@@ -14,6 +14,7 @@ import torch
 
 from command_line import UserError, option, parse_config, require_file
 from inference.draft_model import SpeculationOptions
+from inference.tensor_parallel import Ranks
 from machine import PRECISIONS, resolve_device
 
 MARK_POLICIES = ("escape", "refuse", "keep")
@@ -72,6 +73,7 @@ class ServiceSettings(SpeculationOptions):
 
     def __post_init__(self) -> None:
         self.model_reason = "MODEL_PATH names it"  # why this model is served
+        self.ranks: Ranks | None = None  # the processes that share the model, where it is on several devices
 
     @classmethod
     def read(cls, argv: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> ServiceSettings:
@@ -96,6 +98,22 @@ class ServiceSettings(SpeculationOptions):
         settings.model_path, settings.model_reason = model_to_serve(settings.model_path)
         settings.num_threads = settings.num_threads or max(1, available_cores() - 1)
         return settings
+
+    def join_ranks(self) -> None:
+        """Join the other processes, if torchrun has started several; unless they are chosen, threads are shared out.
+
+        Raises:
+            UserError: they cannot serve together.
+        """
+        self.ranks = Ranks.start(self.torch_device)
+        if self.ranks:
+            self.ranks.agreed(self._require_one_worker)
+        if self.ranks and "num_threads" not in self.given:
+            self.num_threads = self.ranks.n_threads
+
+    def _require_one_worker(self) -> None:
+        if self.workers > 1:
+            raise UserError("--workers are engines of their own, and torchrun's processes share one; leave one out")
 
     @functools.cached_property
     def torch_device(self) -> torch.device:

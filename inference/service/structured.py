@@ -108,21 +108,21 @@ class AnswerState:
         """See `FormState.restrict`."""
         if self.way is None and self.room <= self.next_look:
             self._look_for_the_way()
-        if self.way is not None:
-            allowed = np.array([self.way[0] if self.way else self.form.tokenizer.eos_token_id])
-        else:
-            bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
-            allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")[: len(scores)])
-        if not len(allowed):  # the grammar leads nowhere
-            allowed = np.array([self.form.tokenizer.eos_token_id])
-        values = scores.cpu().numpy()  # of a CPU's scores these are the very numbers
-        kept = values[allowed]
-        if not (kept > -np.inf).any():  # bans leave nothing of the form: the form is what was asked for
-            kept = np.zeros_like(kept)
-        values.fill(-np.inf)
-        values[allowed] = kept
-        if scores.device.type != "cpu":
-            scores.copy_(torch.from_numpy(values))
+        allowed = np.zeros(len(scores), dtype=bool)  # (V,)
+        if self.way is None:
+            bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+            allowed[: len(bits)] = bits[: len(scores)]
+        elif self.way:
+            allowed[self.way[0]] = True
+        if not allowed.any():  # the way is at its end, or the grammar leads nowhere
+            allowed[self.form.tokenizer.eos_token_id] = True
+        forbidden = torch.from_numpy(~allowed)
+        if scores.is_cuda:  # what is allowed follows from tokens that are known: no score is waited for
+            forbidden = forbidden.pin_memory().to(scores.device, non_blocking=True)
+        kept = scores.masked_fill(forbidden, -torch.inf)
+        # Where bans leave nothing of the form, the form is what was asked for
+        plain = torch.zeros_like(scores).masked_fill_(forbidden, -torch.inf)
+        scores.copy_(torch.where((kept > -torch.inf).any(), kept, plain))
 
     def accept(self, token_id: int) -> None:
         """See `FormState.accept`."""
