@@ -30,6 +30,7 @@ from progress import Progress, Transcript, listening, tracked
 from text.account import Account
 from training import ranks
 from training.expert_use import ExpertUse
+from training.fused_parts import fused_parts
 from training.interruptions import StopSignal, advice_if_out_of_memory
 from training.micro_batches import MicroBatches
 from training.optimization import Updater, build_optimizers, learning_rate_factor
@@ -93,7 +94,7 @@ class TrainingLoop(MicroBatches, SavedRun):
             if hasattr(module, "recompute_activations"):
                 module.recompute_activations = config.recompute_activations
             if hasattr(module, "keeps_logits"):  # fp16 needs them: its scaler has no part in a loss in chunks
-                module.keeps_logits = device.type != "cuda" or self.precision == torch.float16
+                module.keeps_logits = self.precision == torch.float16
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         positions = [module for module in model.modules() if isinstance(module, Positions)]
@@ -161,7 +162,12 @@ class TrainingLoop(MicroBatches, SavedRun):
             UserError: no sound checkpoint to resume from, disk full, out of memory, training diverged, or another
                 process is training into the same folder.
         """
-        with listening() as transcript, alone_in(self.folder) if ranks.is_main() else contextlib.nullcontext():
+        nothing = contextlib.nullcontext()
+        with (
+            listening() as transcript,
+            alone_in(self.folder) if ranks.is_main() else nothing,
+            fused_parts() if self.device.type == "cpu" else nothing,
+        ):
             return self._train(transcript)
 
     def _train(self, transcript: Transcript) -> dict[str, float]:
