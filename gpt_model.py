@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
+import transformer_components
 from byte_level_bpe import IGNORED_LABEL
 from inference.sampling import sample_next
 from transformer_components import ARCHITECTURES as ARCHITECTURES  # which users import from here
@@ -309,10 +310,11 @@ def next_tokens(labels: torch.Tensor) -> torch.Tensor:
 
 
 def loss_in_chunks(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, logits_at_once: int = 1 << 27
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, logits_at_once: int = 0
 ) -> torch.Tensor:
-    """`next_token_loss` of a head (V, D) after the states (B, T, D), of which at most so many logits exist at once: 2²⁷
-    are 512 MiB in fp32."""
+    """`next_token_loss` of a head (V, D) after the states (B, T, D), of which at most so many logits exist at once; 0:
+    512 MiB of them in fp32 on a GPU, and on a CPU 4 MiB, which its caches hold."""
+    logits_at_once = logits_at_once or (1 << 20 if hidden.device.type == "cpu" else 1 << 27)
     targets, size = next_tokens(labels), max(1, logits_at_once // weight.size(0))
     total = _LossOfChunks.apply(hidden.flatten(0, 1), weight, targets, size)
     return total / targets.ne(IGNORED_LABEL).sum().clamp(min=1)
@@ -328,15 +330,14 @@ class _LossOfChunks(torch.autograd.Function):
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # with LoRA it is frozen
         for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             logits = F.linear(states, weight)  # (n, V), under autocast in bf16
-            log_probs = logits.float().log_softmax(dim=-1)  # (n, V)
-            ignored, places = wanted.eq(IGNORED_LABEL).unsqueeze(1), wanted.clamp(min=0).unsqueeze(1)  # (n, 1), (n, 1)
+            losses = transformer_components.kernels.cross_entropy_(logits, wanted)  # (n,); logits: their gradients now
             # Not in place: compiled by PyTorch 2.11, a result that was changed in place would lose its gradient
-            total = total - log_probs.gather(1, places).masked_fill(ignored, 0.0).sum()
-            errors = log_probs.exp_().scatter_add_(1, places, torch.full_like(places, -1.0, dtype=torch.float32))
-            errors = errors.masked_fill_(ignored, 0.0).to(logits.dtype)  # (n, V): p − 1 at the target, p elsewhere
-            of_hidden.append((errors @ weight).to(hidden.dtype))
-            if of_weight is not None:
-                of_weight += errors.mT @ states
+            total = total + losses.sum()
+            of_hidden.append((logits @ weight).to(hidden.dtype))
+            if of_weight is not None and logits.dtype == of_weight.dtype == states.dtype:
+                of_weight.addmm_(logits.mT, states)
+            elif of_weight is not None:
+                of_weight += logits.mT @ states
         ctx.save_for_backward(torch.cat(of_hidden), of_weight)
         return total
 

@@ -25,6 +25,7 @@ from text.text_files import ReadingOptions, iter_documents, parse_sources, resol
 from text.token_shards import TokenShards, joined_shards, tokenize_to_shards
 from training import ranks
 from training.interruptions import advice_if_out_of_memory
+from training.memory_options import fit_options
 from training.training_config import TrainingConfig, prepare_machine
 from training.training_loop import TrainingLoop
 
@@ -189,6 +190,9 @@ class GPTTrainer:
                 train_shards, self.val_shards = self._tokenize()
             ranks.barrier()
         gpt_config = config.model_config(len(self.tokenizer), self.tokenizer.pad_token_id)
+        said = fit_options(config, gpt_config, self.device)
+        if said and ranks.is_main():
+            print(said, flush=True)
         end = self.tokenizer.eos_token_id if config.separate_documents else None
         weights = [weight for _, weight in self.sources]
         if weights[0] is None or len(weights) == 1:

@@ -114,6 +114,39 @@ def attend_within_texts(
     return attended.unflatten(0, (n_rows, length)).transpose(1, 2)
 
 
+class PartKernels:
+    """How parts that are no matrix products are computed: here by PyTorch, operation by operation. Training on a CPU
+    has faster ones, training/fused_parts.py."""
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) · up, of the same shape."""
+        return F.silu(gate) * up
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x (…, size) over its root mean square, times weight (size,)."""
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def rotate(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        """x (B, heads, T, K) by `rotary`, see `apply_rotary`."""
+        return apply_rotary(x, rotary)
+
+    def cross_entropy_(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The losses (n,) of logits (n, V), which become their gradients: probabilities, less 1 at the target.
+
+        Args:
+            targets: (n,) int64; a row without one, below 0, has loss and gradient 0.
+        """
+        log_probs = logits.float().log_softmax(dim=-1)  # (n, V)
+        ignored, places = targets.lt(0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)  # (n, 1), (n, 1)
+        losses = -log_probs.gather(1, places).masked_fill(ignored, 0.0).squeeze(1)  # (n,)
+        errors = log_probs.exp_().scatter_add_(1, places, torch.full_like(places, -1.0, dtype=torch.float32))
+        logits.copy_(errors.masked_fill_(ignored, 0.0))
+        return losses
+
+
+kernels = PartKernels()  # those that are in use
+
+
 class Cache(Protocol):
     """What attention asks of a cache: to remember the new keys and values, and to attend to all that it remembers."""
 
@@ -444,6 +477,7 @@ def make_positions(config: GPTConfig) -> Positions:
     is_dynamic = config.position == "rotary" and (config.rope_scaling or {}).get("rope_type") == "dynamic"
     return (DynamicRotaryPositions if is_dynamic else POSITIONS[config.position])(config)
 
+
 # -- the description of a model ----------------------------------------------------------------------------------------
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -555,9 +589,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, size) → (…, size), of the same type."""
         if x.dtype == self.weight.dtype:
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+            return kernels.rms_norm(x, self.weight, self.eps)
         with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+            return kernels.rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(kind: str, size: int, eps: float) -> nn.Module:
@@ -618,7 +652,7 @@ class MultiHeadAttention(Part):
         key = self.key_norm(self._split_heads(self.key_proj(x)))  # (B, G, T, K)
         value = self._split_heads(self.value_proj(x))  # (B, G, T, K)
         if rotary is not None:
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+            query, key = kernels.rotate(query, rotary), kernels.rotate(key, rotary)
         if cache is None:
             attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)  # (B, H, T, K)
         else:
@@ -644,7 +678,8 @@ class FeedForwardNetwork(Part):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) → (B, T, D)."""
         inner = self.up_proj(x)  # (B, T, d_ff)
-        inner = F.gelu(inner, approximate="tanh") if self.gate_proj is None else F.silu(self.gate_proj(x)) * inner
+        is_plain = self.gate_proj is None
+        inner = F.gelu(inner, approximate="tanh") if is_plain else kernels.swiglu(self.gate_proj(x), inner)
         return self.down_proj(self.dropout(inner))  # (B, T, D)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -53,6 +53,7 @@ from training.run_identity import Inputs, content_fingerprint
 class GRPOConfig(InstructionData, RolloutConfig):
     """Settings of GRPO. A step is one batch of fresh answers and the updates that are made with them."""
 
+    models_in_memory: ClassVar = (1, 1)  # policy and reference
     val_fraction: float = 0.02
     reward: str = option(SAMPLE_REWARD, "PATH.py:FUNCTION(prompts, responses, records)")
     output_dir: str = "models/grpo"

@@ -36,7 +36,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -72,6 +72,9 @@ LEAST_SPREAD = 1e-3
 @dataclass
 class PPOConfig(PreferenceData, InstructionsMixedIn, RolloutConfig):
     """Settings of PPO. A step is one batch of fresh answers and the updates that are made with them."""
+
+    models_in_memory: ClassVar = (2, 2)  # policy and critic; reference and reward model
+    rows_of_sample: ClassVar = 1
 
     reward_model: str = option(
         "", "a trained reward model; empty: train one in <output_dir>/reward first", reads="model"

@@ -28,6 +28,7 @@ from text.account import Account
 from text.conversation_data import RecordOptions, load_conversations, parse_columns
 from text.text_files import RECORD_ENDINGS, resolve_files
 from training import ranks
+from training.memory_options import fit_options
 from training.training_config import TrainingConfig, prepare_machine
 from training.training_loop import TrainingLoop
 
@@ -79,6 +80,8 @@ class SFTStart:
 class PreferenceData(SFTStart):
     """Options of the stages that learn from preferences."""
 
+    rows_of_sample: ClassVar[int] = 2
+
     data: ClassVar[str] = "pairwise_data"
     pairwise_data: str = option(
         "data/sft/rlhf_pairwise.json", "preference data, see the README for its shapes", reads="records"
@@ -114,6 +117,9 @@ def open_stage(config: StageConfig) -> tuple[GPTModel, ByteLevelBPETokenizer, to
     device = prepare_machine(config)
     model, tokenizer, _ = load_model(path)
     fit_context(config, model)
+    said = fit_options(config, model.config, device)
+    if said and ranks.is_main():
+        print(said, flush=True)
     apply_lora(model, config, path)
     return model, tokenizer, device
 

@@ -164,6 +164,12 @@ def fastest(speeds: Mapping[str, float], found: Contestants, bits: int | None = 
     return max((name for name in names if bits in (None, found[name].bits)), key=speeds.get, default="")
 
 
+def our_fastest(speeds: Mapping[str, float], bits: int) -> str:
+    """The name of our fastest contestant with so many bits a weight; at 8, inputs may be rounded, too, as peers do."""
+    names = [f"ours {name}" for name, kind in OURS.items() if kind[1] == bits]
+    return max((name for name in names if name in speeds), key=speeds.get)
+
+
 def measure_decoding(report: Report, found: Contestants, n_tokens: int, rounds: int, quick: bool) -> None:
     """Tokens a second of one stream."""
     actions = {name: lambda c=c: c.generator.generate([FIRST_WORD], n_tokens) for name, c in found.items()}
@@ -210,13 +216,10 @@ def measure_decoding(report: Report, found: Contestants, n_tokens: int, rounds: 
     report.goal("decoding FP32 ÷ llama.cpp F32", speedup(times, "ours FP32", "llama.cpp F32"), 1.0)
     report.goal("decoding INT8 ÷ transformers FP32", speedup(times, "ours INT8", base), 6.0)
     report.goal("decoding INT8, share of the bandwidth", figures["ours INT8"]["share_of_bandwidth"], 0.6)
-    for name, bits in (("INT8", 8), ("INT4", 4)):
-        peer = fastest(speeds, found, bits)
-        report.goal(
-            f"decoding {name} ÷ the fastest peer at {bits} bits ({peer or 'none'})",
-            speedup(times, f"ours {name}", peer),
-            1.1,
-        )
+    for bits in (8, 4):
+        ours, peer = our_fastest(speeds, bits), fastest(speeds, found, bits)
+        goal = f"decoding {ours.removeprefix('ours ')} ÷ the fastest peer at {bits} bits ({peer or 'none'})"
+        report.goal(goal, speedup(times, ours, peer), 1.1)
     report.goal("decoding INT4 ÷ INT8", speedup(times, "ours INT4", "ours INT8"), 1.5)
 
 
@@ -267,9 +270,10 @@ def measure_batches(report: Report, found: Contestants, loads: Mapping[str, Load
     title = f"{n_streams} streams, beside the peers that batch"
     report.add("batches", Table(title, note, [f"{n_streams} streams", "tokens/s"], rows), speeds)
     peer = fastest(speeds, found)
-    for precision in ("INT8", "INT4"):
-        gain = speedup(times, f"ours {precision}", peer)
-        report.goal(f"{n_streams} streams, {precision} ÷ the fastest peer that batches ({peer or 'none'})", gain, 1.3)
+    for bits in (8, 4):
+        ours = our_fastest(speeds, bits)
+        goal = f"{n_streams} streams, {ours.removeprefix('ours ')} ÷ the fastest peer that batches ({peer or 'none'})"
+        report.goal(goal, speedup(times, ours, peer), 1.3)
 
 
 @torch.inference_mode()
@@ -373,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
         models = {name: found[f"ours {name}"].generator.model for name in OURS}
         loads = {
             name: Load(models[name], files.tokenizer, texts[:n_streams], new_tokens)
-            for name in ("FP32", "INT8", "INT4")
+            for name in ("FP32", "INT8", "INT8 dynamic", "INT4")
             if name in models
         }
         measure_decoding(report, found, 16 if quick else 64, rounds, quick)

@@ -30,11 +30,11 @@ import torch
 from command_line import UserError, option, parse_config, replacing, run_main
 from inference.draft_model import SpeculationOptions
 from inference.engine import Engine
-from inference.kernels.native_code import cache_folder
 from inference.quantizer import load_any
 from inference.request import RequestFailed, encode_prompt, recommended_sampling
 from inference.sampling import SamplingParams
 from machine import PRECISIONS, resolve_device
+from machine.native_code import cache_folder
 from text.chat_template import Message
 
 COMMANDS = """\

@@ -25,9 +25,8 @@ from packaging.requirements import Requirement
 
 from command_line import run_main
 from cpu_level import cpu_level, possible_levels
-from inference.kernels import native_code
 from inference.kernels.linear_products import integer_kernel_limit
-from machine import peak_flops, resolve_device, resolve_precision, usable_cores
+from machine import native_code, peak_flops, resolve_device, resolve_precision, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = (3, 10), (3, 14)
@@ -244,7 +243,7 @@ def about_kernels() -> Iterator[Finding]:
         yield Finding("kernels", f"none compiled; {integer_products()}")
         return
     yield Finding("compiler", f"{' '.join(command)}: {output_of([*command, '--version']).partition(chr(10))[0]}")
-    sources = sorted(Path(native_code.__file__).parent.glob("*.c"))
+    sources = native_code.c_files()
     compiled = [source.stem for source in sources if native_code.load_native(source) is not None]
     reasons = {native_code.why_not(source) for source in sources} - {None}
     value = [f"compiled: {', '.join(compiled) or 'none'}", *map(str, reasons), integer_products()]

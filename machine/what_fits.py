@@ -10,6 +10,7 @@ an inner width F; V tokens in the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,18 @@ CHUNK = 2**27  # logits of the loss that exist at once
 MUON = 5 * 2**28  # bytes that Muon's step takes for a moment, when what the backward pass needed is gone
 BATCHES = (32, 16, 8, 4, 2, 1)
 LORA_RANK = 16
+# Options that save memory, and what they are if nobody asks for them; the ways to set them, the one that changes least
+# of what is learned and costs least time first
+AS_IT_IS: dict[str, Any] = {"lora_rank": 0, "frozen_weights": "fp32", "recompute_activations": False}
+WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"frozen_weights": "int8"},
+    {"recompute_activations": True},
+    {"lora_rank": LORA_RANK},
+    {"lora_rank": LORA_RANK, "frozen_weights": "int8"},
+    {"frozen_weights": "int8", "recompute_activations": True},
+    {"lora_rank": LORA_RANK, "frozen_weights": "int8", "recompute_activations": True},
+)
 
 
 @dataclass(frozen=True)
@@ -85,31 +98,41 @@ def layer_bytes(size: Size) -> int:
     return norms + inputs + heads + 2 * 2 * size.d_ff
 
 
-def state_bytes(size: Size, frozen: str = "") -> int:
+def state_bytes(size: Size, frozen: str = "", rank: int = LORA_RANK, optimizer: str = "muon") -> int:
     """Bytes of what stays from step to step, with the gradients.
 
     Args:
-        frozen: of LoRA, what the frozen linear layers are held in, fp32 or int8; empty: all is trained, with Muon.
+        frozen: of LoRA, what the frozen linear layers are held in, fp32 or int8; empty: all is trained.
+        rank: of LoRA's adapters, which AdamW trains.
+        optimizer: of what is trained otherwise, adamw or muon beside it.
     """
     head = size.vocab_size * size.d_model
     if not frozen:  # weights in fp32, and in bf16 as autocast keeps them; gradients, and two moments or Muon's one;
         # the loss computes the gradient of the head, which is the embedding's, too
-        return 18 * size.parameters - 4 * size.matrices + 4 * head
+        return 18 * size.parameters - 4 * size.matrices * (optimizer == "muon") + 4 * head
     largest = size.d_model * max(size.d_ff, size.n_heads * size.head_dim)  # expanded for a product, in fp32 and in bf16
     linear = 6 * size.matrices if frozen == "fp32" else size.matrices + 6 * largest
-    return linear + 6 * head + 18 * size.adapters
+    return linear + 6 * head + 18 * size.adapters * rank // LORA_RANK
 
 
-def training_bytes(size: Size, batch_size: int, context: int, recompute: bool, frozen: str = "") -> int:
-    """Bytes of a training step at their height, of LoRA with AdamW, and otherwise with Muon beside it.
+def training_bytes(
+    size: Size,
+    batch_size: int,
+    context: int,
+    recompute: bool,
+    frozen: str = "",
+    rank: int = LORA_RANK,
+    optimizer: str = "muon",
+) -> int:
+    """Bytes of a training step at their height.
 
     Args:
-        frozen: see `state_bytes`.
+        frozen, rank, optimizer: see `state_bytes`.
     """
     kept = 4 * size.d_model * size.n_layers + layer_bytes(size) if recompute else layer_bytes(size) * size.n_layers
     tokens = batch_size * context
     backward = tokens * kept + A_LOGIT * min(CHUNK, tokens * size.vocab_size)
-    return state_bytes(size, frozen) + max(backward, 0 if frozen else MUON)
+    return state_bytes(size, frozen, rank, optimizer) + max(backward, 0 if frozen or optimizer != "muon" else MUON)
 
 
 def serving_bytes(size: Size, bytes_a_weight: int) -> int:
@@ -120,6 +143,57 @@ def serving_bytes(size: Size, bytes_a_weight: int) -> int:
 def cache_bytes(size: Size) -> int:
     """Bytes of keys and values of one token in bf16."""
     return 2 * 2 * size.n_layers * size.n_kv_heads * size.head_dim
+
+
+def first_that_fits(
+    room: float, asked: dict[str, Any], is_open: Container[str], needed: Callable[[dict[str, Any]], float]
+) -> dict[str, Any] | None:
+    """Of `WAYS`, the options of the first that fits; {} changes nothing, and None means that none fits.
+
+    Args:
+        room: bytes.
+        asked: what the options are that ways may change.
+        is_open: the names of those that they may indeed.
+        needed: the bytes that training takes with all options.
+    """
+    for way in WAYS:
+        options = asked | way
+        is_allowed = all(name in is_open for name in way) and (options["lora_rank"] or "frozen_weights" not in way)
+        if is_allowed and needed(options) <= room:
+            return way
+    return None
+
+
+def in_words(options: dict[str, Any]) -> str:
+    """Options as they are given on a command line."""
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in options.items())
+
+
+def fine_tuning(size: Size, memory_gb: float, context: int) -> str:
+    """The command that trains the whole model or, where it does not fit, adapters; "–" if there is none."""
+
+    def needed(options: dict[str, Any], batch_size: int = 1) -> int:
+        frozen = options["frozen_weights"] if options["lora_rank"] else ""
+        return training_bytes(size, batch_size, context, options["recompute_activations"], frozen)
+
+    room = (memory_gb - RESERVED) * 1e9
+    way = first_that_fits(room, AS_IT_IS, AS_IT_IS, needed)
+    if way is None:
+        return "–"
+    batch_size = next(number for number in BATCHES if needed(AS_IT_IS | way, number) <= room)
+    return f"python finetune.py --mode sft {in_words({'micro_batch_size': batch_size} | way)}"
+
+
+def commands(cards_gb: tuple[float, ...], context: int) -> str:
+    """For each model and card the command of `fine_tuning`; cards that have the same share a line."""
+    lines = []
+    for size in SIZES:
+        lines.append(f"{size.name}:")
+        by_command: dict[str, list[str]] = {}
+        for card in cards_gb:
+            by_command.setdefault(fine_tuning(size, card, context), []).append(f"{card:g}")
+        lines += [f"  {', '.join(cards) + ' GB':12} {command}" for command, cards in by_command.items()]
+    return "\n".join(lines)
 
 
 def training_choice(size: Size, memory_gb: float, context: int, frozen: str = "") -> str:
@@ -169,12 +243,17 @@ class FitConfig:
 def main(argv: list[str] | None = None) -> None:
     """Print the table, and how to read it."""
     config: FitConfig = parse_config(FitConfig, argv, description="What fits into a GPU's memory, by arithmetic.")
-    print(table((config.memory_gb,) if config.memory_gb else CARDS_GB, config.context))
+    cards_gb = (config.memory_gb,) if config.memory_gb else CARDS_GB
+    print(table(cards_gb, config.context))
     print(
-        f"\ntrain (with Muon), LoRA (rank {LORA_RANK}): the largest --batch_size of rows of {config.context} tokens; "
-        "recomputed: with --recompute_activations true; –: none fits"
+        f"\ntrain (with Muon), LoRA (rank {LORA_RANK}): the largest --micro_batch_size of rows of {config.context} "
+        "tokens; recomputed: with --recompute_activations true; –: none fits"
         f"\nserve: the weights' type, and how many tokens of cache in BF16 fit beside them; {RESERVED:g} GB stays free"
+        "\n\nWhat to give for SFT, or to leave: on a GPU the trainers choose the same by themselves, by what it has "
+        "free.\nLines without LoRA are right for pretraining, too. Precision (bf16), the loss in chunks and --compile "
+        "auto need no option.\n"
     )
+    print(commands(cards_gb, config.context))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
 
 import finetune
+from alignment import stage
 from alignment.sft import SFTConfig, add_embedding_noise, sft_finetune
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -14,9 +16,12 @@ from command_line import UserError, complaints_about
 from data_loader import GPTSFTDataset
 from gpt_model import IGNORED_LABEL, GPTConfig, GPTModel
 from inference.text_generation import generate_texts
+from machine.what_fits import size_of, training_bytes
 from text.text_files import iter_records
+from training.memory_options import fit_options
+from training.micro_batches import RESERVE
 from training.run_log import read_metrics
-from training.training_loop import newest_sound
+from training.saved_run import newest_sound
 
 QUESTIONS = {"法国的首都": "巴黎", "意大利的首都": "罗马", "Two plus two?": "four", "Three plus three?": "six",
              "日本的首都": "东京", "埃及的首都": "开罗", "One plus one?": "two", "Capital of Peru?": "Lima.",
@@ -253,6 +258,18 @@ def test_an_interrupted_lora_run_continues_exactly(frozen_weights, folder):
     data = GPTSFTDataset([talk(question, answer) for question, answer in QUESTIONS.items()], tokenizer, 48)
     with torch.no_grad():
         assert model(**data.collate(data.samples))["loss"].item() == pytest.approx(best["val_loss"], abs=1e-5)
+
+
+def test_where_memory_is_small_a_run_saves_some_by_itself_and_says_how(folder, monkeypatch, capsys):
+    """Here as much is there as LoRA beside INT8 takes with activations recomputed, and not a byte more."""
+    size = size_of(load_model("base.pth")[0].config)
+    needed = training_bytes(size, 1, 48, recompute=True, frozen="int8", rank=2)
+    monkeypatch.setattr(stage, "fit_options", partial(fit_options, limit=(needed + 1) / (1 - RESERVE)))
+    sft(max_steps=2, lora_rank=2, max_seq_len=48)
+    out = capsys.readouterr().out
+    assert ", by arithmetic: taking --frozen_weights int8 --recompute_activations true, for 0.0 GiB\n" in out
+    assert "LoRA beside base.pth held in INT8: training" in out
+    assert load_checkpoint("sft/sft_best.pth")["lora"]["frozen_weights"] == "int8"
 
 
 def test_a_lora_run_is_not_continued_with_other_adapters_or_without(folder):

@@ -228,8 +228,9 @@ def shared_work(folder):
         results[f"matrices of {mode}"] = ranks.gather_objects(sum(counts))
     optimization.newton_schulz = usual
     loop, types = make_loop("modern", folder / "shared", "fsdp", 4, 1, precision="bf16"), set()
-    for module in (loop.model.layers[0].feed_forward.up_proj, loop.model.lm_head):
+    for module in (loop.model.layers[0].feed_forward.up_proj, loop.model.final_norm):
         module.register_forward_pre_hook(lambda module, inputs: types.add(str((module.weight.dtype, inputs[0].dtype))))
+    loop.model.final_norm.register_forward_hook(lambda *_: types.add(f"head {loop.model.lm_head.weight.dtype}"))
     record = loop.train_step()
     results["bf16"] = {"loss": record["loss"], "grad_norm": record["grad_norm"], "types": sorted(types)}
     return results
@@ -254,7 +255,7 @@ def signal_to_one_rank(folder):
 def fine_tuning(folder):
     """SFT, then a reward model and PPO, on two ranks."""
     sft_finetune(sft_settings(folder, folder / "sft", batch_size=2))
-    sft_finetune(replace(sft_settings(folder, folder / "lora", batch_size=2), lora_rank=2))
+    sft_finetune(replace(sft_settings(folder, folder / "lora", batch_size=2), lora_rank=2, frozen_weights="int8"))
     best = rlhf_ppo(
         PPOConfig(
             sft_model=str(folder / "one" / "sft" / "sft_best.pth"),
@@ -339,7 +340,7 @@ def folder(tmp_path_factory):
         stage="pretrain",
     )  # fmt: skip
     sft_finetune(sft_settings(path, path / "one" / "sft", batch_size=4))
-    sft_finetune(replace(sft_settings(path, path / "one" / "lora", batch_size=4), lora_rank=2))
+    sft_finetune(replace(sft_settings(path, path / "one" / "lora", batch_size=4), lora_rank=2, frozen_weights="int8"))
     return path
 
 
@@ -426,7 +427,9 @@ def test_ranks_share_muons_work(on_two):
 def test_in_bf16_shards_are_gathered_in_bf16(on_two, tmp_path):
     """The layers' only: head and embedding, and what passes between layers, stay in fp32. The step is one rank's."""
     record = make_loop("modern", tmp_path, precision="bf16").train_step()
-    assert on_two["bf16"]["types"] == ["(torch.bfloat16, torch.float32)", "(torch.float32, torch.float32)"]
+    assert on_two["bf16"]["types"] == [
+        "(torch.bfloat16, torch.float32)", "(torch.float32, torch.float32)", "head torch.float32",
+    ]  # fmt: skip
     assert on_two["bf16"]["loss"] == pytest.approx(record["loss"], rel=5e-3)
     assert on_two["bf16"]["grad_norm"] == pytest.approx(record["grad_norm"], rel=2e-2)
 
@@ -439,7 +442,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(on_two, folder):
 
 @pytest.mark.parametrize("run", ["sft", "lora"])
 def test_fine_tuning_on_two_ranks_equals_one(on_two, folder, run):
-    """SFT under DDP, of the whole model and of adapters, whose frozen base takes no part in the exchange."""
+    """SFT under DDP, of the whole model and of adapters, whose frozen base in INT8 takes no part in the exchange."""
     assert deviation(logged(folder / run), logged(folder / "one" / run)) < TOLERANCE
     ours, theirs = (load_checkpoint(place / run / "sft_best.pth")["model"] for place in (folder, folder / "one"))
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)

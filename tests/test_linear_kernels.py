@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import NO_COMPILER, shown_levels, stand_in_for
 
-from inference.kernels import fastest_way, gpu_products, linear_products, native_code
+from inference.kernels import fastest_way, gpu_products, linear_products
 from inference.kernels.int4_weights import expand_int4
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, quantize_rows
 from inference.kernels.linear_products import (
@@ -27,6 +27,7 @@ from inference.kernels.linear_products import (
     round_inputs,
     ways_to_multiply,
 )
+from machine import native_code
 
 WEIGHT_ONLY = [name for name in DTYPES if name not in ("int8_dynamic", "int4")]
 needs_native = pytest.mark.skipif(not native_knows("int8", 64), reason="no compiler")

@@ -197,7 +197,7 @@ def test_a_memory_for_not_even_one_sample_ends_with_advice(tmp_path, tokenizer, 
 def test_on_a_gpu_the_size_is_measured_and_changes_no_figure(trainer, tmp_path, tokenizer, random_model, capsys):
     results = []
     for size in (1, 0):
-        settings = dict(device="cuda", precision="fp32", lr=1e-3, micro_batch_size=size)
+        settings = dict(lr=1e-3, micro_batch_size=size)
         loop = make_loop(trainer, tmp_path / str(size), tokenizer, random_model, torch.device("cuda"), **settings)
         loop.fit_memory(loop.largest_batch)
         results.append([loop.train_step() for _ in range(2)])

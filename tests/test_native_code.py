@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cpu_level import possible_levels
-from inference.kernels import native_code
-from inference.kernels.native_code import check_layout, load_native, why_not
+from machine import native_code
+from machine.native_code import check_layout, load_native, why_not
 
 SOURCE = """
 void add(const float *x, const float *y, float *sum, long n, int threads) {
@@ -21,6 +21,7 @@ void add(const float *x, const float *y, float *sum, long n, int threads) {
     for (long i = 0; i < n; i++) sum[i] = x[i] + y[i];
 }
 """
+KERNELS = Path(__file__).resolve().parent.parent / "inference" / "kernels"
 HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no compiler")
 
@@ -150,7 +151,7 @@ import os, sys
 from pathlib import Path
 import at_once
 from cpu_level import possible_levels
-from inference.kernels import native_code
+from machine import native_code
 from test_native_code import is_right
 source = Path(sys.argv[1])
 
@@ -208,7 +209,7 @@ LAYOUT(Point, FIELD(Point, x), FIELD(Point, y));
 )
 def test_a_struct_that_python_sees_otherwise_is_refused(source, change):
     """Other order, size, or a field more or less; a field that fits into a gap is listed or it changes nothing."""
-    (source.parent / "layout.h").write_text((Path(native_code.__file__).parent / "layout.h").read_text())
+    (source.parent / "layout.h").write_text((KERNELS / "layout.h").read_text())
     source.write_text(POINT)
     check_layout(load_native(source), Point=Point)
     forget()
@@ -225,7 +226,7 @@ def test_openmp_is_the_one_that_torch_has_loaded(source):
     program = f"""
 import os, re, torch
 from pathlib import Path
-from inference.kernels.native_code import load_native
+from machine.native_code import load_native
 from tests.test_native_code import is_right
 torch.set_num_threads(2)
 torch.ones(1000000).exp().sum()
@@ -248,7 +249,7 @@ def test_a_write_beyond_the_end_is_seen(source):
     program = f"""
 import torch
 from pathlib import Path
-from inference.kernels.native_code import load_native
+from machine.native_code import load_native
 from tests.test_native_code import is_right
 add = load_native(Path({str(source)!r})).add
 assert is_right(load_native(Path({str(source)!r})))

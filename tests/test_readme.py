@@ -72,6 +72,7 @@ INSTEAD = {
         "a whole run is too long here (.ci/run makes one, with --smoke); the arguments are read and the stages planned",
     ),
     "bash run_tests.sh": ("bash -n run_tests.sh #", "this test is part of it"),
+    "bash benchmarks/gpu.sh": ("bash -n benchmarks/gpu.sh #", "no GPU; tests/test_benchmarks.py runs it with --smoke"),
     "python data/build_sample_data.py": (
         "python data/build_sample_data.py --help #",
         "tests/test_sample_data.py runs it and compares its files byte for byte",

@@ -5,10 +5,28 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignment.dpo import DPOConfig
+from alignment.ppo import PPOConfig
+from alignment.sft import SFTConfig
+from command_line import parse_config
 from gpt_model import GPTConfig, GPTModel
 from lora import LoRAOptions, attach_lora
 from machine import autocast
-from machine.what_fits import CARDS_GB, SIZES, Size, layer_bytes, main, table, training_bytes
+from machine.what_fits import (
+    AS_IT_IS,
+    CARDS_GB,
+    RESERVED,
+    SIZES,
+    Size,
+    fine_tuning,
+    first_that_fits,
+    layer_bytes,
+    main,
+    table,
+    training_bytes,
+)
+from training.memory_options import fit_options
+from training.micro_batches import RESERVE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,6 +79,69 @@ def test_more_of_anything_needs_more_memory():
     lora, beside_int8 = (training_bytes(size, 4, 1024, recompute=False, frozen=kind) for kind in ("fp32", "int8"))
     assert beside_int8 < lora < plain
     assert lora - beside_int8 == 5 * size.matrices - 6 * size.d_model * size.d_ff
+
+
+# -- options that are chosen -------------------------------------------------------------------------------------------
+
+
+def test_ways_that_change_nothing_of_what_is_learned_come_first():
+    """And only options that nobody has set are changed."""
+    needs = {(0, "fp32", False): 9, (0, "fp32", True): 7, (16, "fp32", False): 6, (16, "int8", False): 5,
+             (16, "int8", True): 2, (16, "fp32", True): 5}  # fmt: skip
+
+    def chosen(room, open_options=AS_IT_IS, **given):
+        return first_that_fits(room, AS_IT_IS | given, open_options, lambda options: needs[tuple(options.values())])
+
+    assert chosen(9) == {}
+    assert chosen(7) == {"recompute_activations": True}
+    assert chosen(6) == {"lora_rank": 16}
+    assert chosen(5) == {"lora_rank": 16, "frozen_weights": "int8"}
+    assert chosen(4) == {"lora_rank": 16, "frozen_weights": "int8", "recompute_activations": True}
+    assert chosen(1) is None
+    assert chosen(6, ["recompute_activations"]) is None
+    assert chosen(5, ["frozen_weights", "recompute_activations"], lora_rank=16) == {"frozen_weights": "int8"}
+    assert chosen(2, ["recompute_activations"], lora_rank=16, frozen_weights="int8") == {"recompute_activations": True}
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+@pytest.mark.parametrize("card", CARDS_GB)
+def test_the_trainers_choose_what_the_command_prints(size, card):
+    """For each model and card, by the room that the page reckons with; and the printed options are known."""
+    command = fine_tuning(size, card, 1024)
+    config, limit = SFTConfig(max_seq_len=1024), (card - RESERVED) * 1e9 / (1 - RESERVE)
+    said = fit_options(config, config_of(size), torch.device("cpu"), limit)
+    if command == "–":
+        assert "it may run out of memory; lower --max_seq_len" in said
+        return
+    printed = parse_config(SFTConfig, command.split()[4:], description="")
+    assert printed.micro_batch_size >= 1
+    names = list(AS_IT_IS)
+    assert [getattr(config, name) for name in names] == [getattr(printed, name) for name in names]
+    assert bool(said) == (printed.given != {"micro_batch_size"})
+    assert all(f"--{name} " in said for name in printed.given - {"micro_batch_size"})
+
+
+def test_what_the_user_gave_stays():
+    size = SIZES[3]  # 1.7 billion parameters do not fit into 8 GB
+    for given in ({"lora_rank": 8}, {"recompute_activations": True}):
+        config = SFTConfig(max_seq_len=1024, **given)
+        config.given = frozenset({"lora_rank"})
+        fit_options(config, config_of(size), torch.device("cpu"), 8e9)
+        assert all(getattr(config, name) == value for name, value in given.items())
+    assert config.lora_rank == 0
+    untouched = SFTConfig(max_seq_len=1024)
+    assert fit_options(untouched, config_of(size), torch.device("cpu")) == "", "a CPU's memory is no such limit"
+    assert untouched == SFTConfig(max_seq_len=1024)
+
+
+def test_ppo_needs_more_than_sft():
+    shape, device = config_of(SIZES[0]), torch.device("cpu")
+
+    def least(kind):
+        return next(gb for gb in range(40) if not fit_options(kind(max_seq_len=1024), shape, device, gb * 1e9))
+
+    limits = [least(kind) for kind in (SFTConfig, DPOConfig, PPOConfig)]
+    assert limits == sorted(limits) and len(set(limits)) == 3
 
 
 @pytest.mark.parametrize("page", ["distributed.md", "distributed.zh-CN.md"])

@@ -15,6 +15,6 @@ if [ ! -e "$library" ] || ! echo 'int main(void) { return 0; }' | $CC $flags -x 
 fi
 export NATIVE_CFLAGS=$flags OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 # Python itself never gives all of its memory back
-[ $# -gt 0 ] || set -- tests/test_{linear_kernels,decoder_step,paged_cache}.py tests/test_native_code.py::test_a_write_beyond_the_end_is_seen
+[ $# -gt 0 ] || set -- tests/test_{linear_kernels,decoder_step,paged_cache,int4,fused_parts}.py tests/test_native_code.py::test_a_write_beyond_the_end_is_seen
 # The C++ library comes with it, as PyTorch's exceptions pass through; without --capture the report would be lost
 LD_PRELOAD="$library $($CC -print-file-name=libstdc++.so.6)" exec python -m pytest --capture=sys "$@"

@@ -20,6 +20,9 @@ class TrainingConfig:
     """Settings that all trainers share."""
 
     given: ClassVar[frozenset[str]] = frozenset()  # names of the options that the user gave, see `parse_config`
+    # What training holds of a model's size: how many learn, and how many are asked beside them
+    models_in_memory: ClassVar[tuple[int, int]] = (1, 0)
+    rows_of_sample: ClassVar[int] = 1
 
     output_dir: str = option("models/run", "folder for checkpoints, metrics and curves")
     epochs: float = option(1.0, "passes over the training data, if --max_steps is 0", above=0)

@@ -1,10 +1,10 @@
 """What is compiled on the machine that runs it, and what takes its place where there is no compiler.
 
-In order: native_code (a C file → functions that Python calls; layout.h describes structs for it) and prebuilt
-(compiles all of them beforehand, for an image). The products with the weights: int4_weights (two of them in a byte),
-int4_tiles (as a GPU reads them), int8_weights (a byte each, and the layer that training has them in), linear_products
-(the ways to compute one, the first of them linear_products.c and int4_products.h), fastest_way (which of them is
-taken), gpu_products (those of a GPU), linear_layers (the modules that do so), stacked_experts (experts on a GPU).
+machine.native_code makes functions of the C files; layout.h describes structs for it, and prebuilt compiles all of them
+beforehand, for an image. In order: the products with the weights: int4_weights (two of them in a byte), int4_tiles (as
+a GPU reads them), int8_weights (a byte each, and the layer that training has them in), linear_products (the ways to
+compute one, the first of them linear_products.c and int4_products.h), fastest_way (which of them is taken),
+gpu_products (those of a GPU), linear_layers (the modules that do so), stacked_experts (experts on a GPU).
 paged_attention (attention to the engine's cache). known_parts (which models decoder_step can compute) and decoder_step
 (their whole forward pass in one call, of all C files).
 """

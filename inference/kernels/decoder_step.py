@@ -23,8 +23,8 @@ from gpt_model import GPTModel
 from inference.kernels.known_parts import UnknownPart, check_numbers, facts_of, weights_of
 from inference.kernels.linear_layers import InferenceEmbedding
 from inference.kernels.linear_products import NativeLinear, n_inputs, native_library
-from inference.kernels.native_code import check_layout, load_native
 from inference.kernels.paged_attention import BLOCK_SIZE, NativeCache, PagedAttention
+from machine.native_code import check_layout, load_native
 from transformer_components import (
     FeedForwardNetwork,
     LearnedPositions,

@@ -18,7 +18,7 @@ import torch
 
 from command_line import replacing
 from inference.kernels.linear_products import Product
-from inference.kernels.native_code import cache_folder, cpu_fingerprint
+from machine.native_code import cache_folder, cpu_fingerprint
 
 ROW_BUCKETS = (1, 4, 16, 64)  # measured are 1, 2–4, 5–16, 17–64 and more rows of x
 TOLERANCE = 1e-5  # relative error of a product that counts as the same

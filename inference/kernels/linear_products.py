@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from cpu_level import largest_cache_bytes
 from inference.kernels.int4_tiles import TILE_COLUMNS, expand_tiles
 from inference.kernels.int4_weights import expand_int4
-from inference.kernels.native_code import check_layout, load_native
+from machine.native_code import check_layout, load_native
 
 DTYPES = {  # in the order of the types in linear_products.c
     "fp32": torch.float32,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from inference.kernels.native_code import check_layout, load_native
+from machine.native_code import check_layout, load_native
 
 SOURCE = Path(__file__).with_suffix(".c")
 BLOCK_SIZE = 16  # cells; the C file knows this number, too

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from command_line import UserError, option, parse_config, run_main
 from cpu_level import ARM, ARM_LEVELS, X86_LEVELS
-from inference.kernels.native_code import prebuild
+from machine.native_code import c_files, prebuild
 
 HERE = [level.name for level in (ARM_LEVELS if ARM else X86_LEVELS)]
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     """Compile, and say what was made."""
     config = parse_config(PrebuildConfig, argv, description="Compile the kernels for several levels of instructions.")
     levels = [level for level in config.levels or HERE if level in HERE] or HERE
-    for source in sorted(Path(__file__).parent.glob("*.c")):
+    for source in c_files():
         for level in levels:
             try:
                 path = prebuild(source, level, Path(config.output_dir))

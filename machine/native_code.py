@@ -59,9 +59,15 @@ def load_native(source: Path) -> ctypes.CDLL | None:
                 _loaded[key] = _load(source.resolve())
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 if not _reasons:
-                    logger.warning("generation takes the slower way through PyTorch: %s", error)
+                    logger.warning("computing takes the slower way through PyTorch: %s", error)
                 _loaded[key], _reasons[key] = None, str(error)
         return _loaded[key]
+
+
+def c_files() -> list[Path]:
+    """Those of the project."""
+    root = Path(__file__).resolve().parent.parent
+    return sorted(path for folder in ("training", "inference/kernels") for path in (root / folder).glob("*.c"))
 
 
 def why_not(source: Path) -> str | None:
