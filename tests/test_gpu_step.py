@@ -35,6 +35,16 @@ SPECIAL = [
 ]  # fmt: skip
 
 
+def with_stacked_experts(model):
+    """The experts are as on a GPU; all other parts compute through PyTorch, which is what is counted and played."""
+    prepared = prepare_for_inference(model)
+    stack_experts(prepared)
+    for layer, ready in zip(model.layers, prepared.layers, strict=True):
+        ready.feed_forward.router = layer.feed_forward.router
+        layer.feed_forward = ready.feed_forward
+    return model
+
+
 # -- the numbers -------------------------------------------------------------------------------------------------------
 
 
@@ -147,8 +157,7 @@ def test_a_step_copies_once_to_the_gpu_and_once_back(model, random_model, tokeni
         drafter = knowing(list(zip(PROMPTS, expected, strict=True)), mistake_every=3)
         engine = speculating(model, drafter, gpu_step=True, prefill_chunk=64)
     elif kind == "experts":
-        mixture = prepare_for_inference(random_model("moe", max_seq_len=CONTEXT))
-        stack_experts(mixture)
+        mixture = with_stacked_experts(random_model("moe", max_seq_len=CONTEXT))
         engine = Engine(mixture, None, gpu_step=True, prefill_chunk=64)
     elif kind == "formed":
         talker = random_model("modern", max_seq_len=CONTEXT, vocab_size=tokenizer.vocab_size)
@@ -201,8 +210,7 @@ def test_a_recorded_step_asks_for_no_number(random_model, architecture, dtype):
     """On tensors without numbers, where asking for one raises: all is computed where the model is."""
     model = random_model(architecture, max_seq_len=CONTEXT)
     if architecture == "moe":
-        model = prepare_for_inference(model)
-        stack_experts(model)
+        with_stacked_experts(model)
     vocab_size = model.config.vocab_size
     model = copy.deepcopy(model).to("meta", dtype)
     engine = Engine(model, None, gpu_step=True)
@@ -301,11 +309,7 @@ def test_a_graph_is_played_only_while_the_model_is_the_one_that_was_recorded(gpt
     experts = Engine(mixture, None, gpu_step=True)
     (expected,) = experts.run([ids], GREEDY)
     assert StandIn.made == 3 and not experts.model_step.gpu_step.records
-    stacked = prepare_for_inference(mixture)
-    stack_experts(stacked)
-    for layer, ready in zip(mixture.layers, stacked.layers, strict=True):  # the stand-in sees PyTorch's products only
-        ready.feed_forward.router = layer.feed_forward.router
-        layer.feed_forward = ready.feed_forward
+    with_stacked_experts(mixture)
     experts.forget()
     assert experts.run([ids], GREEDY)[0].token_ids == expected.token_ids
     assert StandIn.made == 4 and experts.model_step.gpu_step.records
