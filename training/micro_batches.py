@@ -196,7 +196,6 @@ class MicroBatches:
             self._forget_gradients()
             return max(ranks.gather_objects(math.inf if failed else self.memory.peak()))
 
-        self.parallel_model.train()
         measured = measure(sizes, self._guess(limit), peak_of)
         room = (1 - RESERVE) * limit - bytes_to_come(self.optimizers)
         chosen = largest_within(room, sizes, measured, stretch)

@@ -189,6 +189,7 @@ class TrainingLoop(MicroBatches, SavedRun):
             with Progress("before the first step", unit="", shown=ranks.is_main()):
                 self.before_first_step()
         if self.measures_at_start:
+            self.parallel_model.train()
             self.fit_memory(self.largest_batch)
         if config.compile == "true" or (config.compile == "auto" and self._is_worth_compiling()):
             self.compile()
