@@ -34,8 +34,9 @@ from text.token_shards import tokenize_to_shards
 from training import ranks
 from training.run_folder import set_earlier_run_aside
 from training.run_identity import fingerprints
+from training.saved_run import TrainingData
 from training.training_config import prepare_machine
-from training.training_loop import TrainingData, TrainingLoop
+from training.training_loop import TrainingLoop
 
 
 @dataclass

@@ -178,7 +178,7 @@ class RolloutLoop(TrainingLoop):
     shown = ("objective/scores", "objective/kl")
     epoch_figures = ("objective/scores", "val_reward")
     published = "policy"
-    order_fits_all = False  # a step's batch is of prompts; memory is measured when there are answers
+    measures_at_start = False  # a step's batch is of prompts; memory is measured when there are answers
     best_by = "val_reward"  # what the best policy has most of
     group_size = 1  # answers to each prompt
     has_measured = False  # what memory holds

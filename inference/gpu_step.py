@@ -88,6 +88,7 @@ class GpuStep:
             return
         try:
             facts = facts_of(self.model)
+            # Experts that are not stacked, see stacked_experts.py
             waits = [name for name, part in self.model.named_modules() if isinstance(part, MixtureOfExperts)]
             if waits or self.model.position_embedding.depends_on_length:
                 raise UnknownPart(f"{waits[0] if waits else 'position_embedding'} waits for numbers of the GPU")

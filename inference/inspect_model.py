@@ -29,6 +29,7 @@ import torch
 from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option, parse_config, replacing, require_writable_folder, run_main
 from gpt_model import GPTModel
+from inference.kernels.stacked_experts import StackedExperts
 from inference.quantizer import load_any, weight_bytes
 from inference.request import checked_ids
 from inference.sampling import SamplingParams
@@ -92,7 +93,7 @@ def look_inside(model: GPTModel, ids: Sequence[int]) -> Inside:
     hooks = [model.layers[0].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))]
     hooks += [layer.register_forward_hook(lambda *step: streams.append(step[2])) for layer in model.layers]
     networks = (layer.feed_forward for layer in model.layers)
-    mixtures = [network for network in networks if isinstance(network, MixtureOfExperts)]
+    mixtures = [network for network in networks if isinstance(network, MixtureOfExperts | StackedExperts)]
     hooks += [mix.router.register_forward_hook(lambda *step: routers.append(step[2].float().cpu())) for mix in mixtures]
     try:
         tokens = torch.tensor([list(ids)], device=model.device)

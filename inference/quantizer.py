@@ -55,6 +55,7 @@ from inference.error_aware_rounding import rounded_layers
 from inference.kernels.int4_weights import GROUP
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear, rounded, tile_for_gpu
 from inference.kernels.linear_products import DTYPES, is_tiled, kind_of
+from inference.kernels.stacked_experts import StackedExperts, stack_experts
 from inference.sampling import SamplingParams
 from inference.tensor_parallel import Ranks, cut
 from machine import inference_dtype
@@ -160,6 +161,8 @@ def save_quantized_model(model: GPTModel, path: str | Path, checkpoint: dict[str
         raise UserError("the model is not quantized; pass it through prepare_for_inference with int8 weights first")
     if any(is_tiled(tensor) for tensor in model.parameters()):
         raise UserError("the model's INT4 weights lie as a GPU reads them; save the model before it is placed there")
+    if any(isinstance(part, StackedExperts) for part in model.modules()):
+        raise UserError("the model's experts lie as a GPU reads them; save the model before it is placed there")
     inherited = {name: value for name, value in (checkpoint or {}).items() if name != "training_state"}
     content = {"stage": "pretrain", "step": 0, "metrics": {}, **inherited}
     own = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), "quantization": kind}
@@ -241,8 +244,11 @@ def load_any(
 
 def place(model: GPTModel, device: torch.device, dtype: torch.dtype | None) -> GPTModel:
     """A model that is for inference on its device, in the type that it is to compute in (None: as it is); INT4 weights
-    in the order that a GPU's kernel reads, where there is one: for bf16, from NVIDIA's Ampere on."""
+    in the order that a GPU's kernel reads, where there is one: for bf16, from NVIDIA's Ampere on; and experts at one
+    place (stacked_experts.py). What saves models refuses both."""
     model = model.to(device, dtype)
+    if device.type == "cuda":
+        stack_experts(model)
     is_nvidias = device.type == "cuda" and not torch.version.hip
     if is_nvidias and model.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
         tile_for_gpu(model)

@@ -21,7 +21,7 @@ from text.text_files import iter_records
 from training.memory_options import fit_options
 from training.micro_batches import RESERVE
 from training.run_log import read_metrics
-from training.training_loop import newest_sound
+from training.saved_run import newest_sound
 
 QUESTIONS = {"法国的首都": "巴黎", "意大利的首都": "罗马", "Two plus two?": "four", "Three plus three?": "six",
              "日本的首都": "东京", "埃及的首都": "开罗", "One plus one?": "two", "Capital of Peru?": "Lima.",

@@ -255,7 +255,7 @@ def signal_to_one_rank(folder):
 def fine_tuning(folder):
     """SFT, then a reward model and PPO, on two ranks."""
     sft_finetune(sft_settings(folder, folder / "sft", batch_size=2))
-    sft_finetune(replace(sft_settings(folder, folder / "lora", batch_size=2), lora_rank=2))
+    sft_finetune(replace(sft_settings(folder, folder / "lora", batch_size=2), lora_rank=2, frozen_weights="int8"))
     best = rlhf_ppo(
         PPOConfig(
             sft_model=str(folder / "one" / "sft" / "sft_best.pth"),
@@ -340,7 +340,7 @@ def folder(tmp_path_factory):
         stage="pretrain",
     )  # fmt: skip
     sft_finetune(sft_settings(path, path / "one" / "sft", batch_size=4))
-    sft_finetune(replace(sft_settings(path, path / "one" / "lora", batch_size=4), lora_rank=2))
+    sft_finetune(replace(sft_settings(path, path / "one" / "lora", batch_size=4), lora_rank=2, frozen_weights="int8"))
     return path
 
 
@@ -442,7 +442,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(on_two, folder):
 
 @pytest.mark.parametrize("run", ["sft", "lora"])
 def test_fine_tuning_on_two_ranks_equals_one(on_two, folder, run):
-    """SFT under DDP, of the whole model and of adapters, whose frozen base takes no part in the exchange."""
+    """SFT under DDP, of the whole model and of adapters, whose frozen base in INT8 takes no part in the exchange."""
     assert deviation(logged(folder / run), logged(folder / "one" / run)) < TOLERANCE
     ours, theirs = (load_checkpoint(place / run / "sft_best.pth")["model"] for place in (folder, folder / "one"))
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)

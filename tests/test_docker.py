@@ -56,8 +56,11 @@ def test_settings_of_the_compose_file_are_settings():
 
 
 def test_dockers_default_runtime_is_not_overridden():
-    """Where that is NVIDIA's, the service has all GPUs."""
-    assert "  runtime: ${RUNTIME:-} " in text_of("docker-compose.yaml")
+    """Where that is NVIDIA's, the service has all GPUs; its base image is the one that the pages name."""
+    compose = text_of("docker-compose.yaml")
+    assert "  runtime: ${RUNTIME:-} " in compose
+    (base,) = re.findall(r"BASE_IMAGE:-(nvidia/cuda:[\w.-]+)}", compose)
+    assert base in text_of("Dockerfile") and base in (ROOT / "docs/serving.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("profile", ["", "balanced", "watched"])

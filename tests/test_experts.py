@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import pretrain_trainer
@@ -15,6 +16,8 @@ from command_line import UserError
 from exchange import export_model, import_model
 from gpt_model import GPTConfig, GPTModel
 from inference.engine import Engine
+from inference.kernels import stacked_experts
+from inference.kernels.stacked_experts import StackedExperts, stack_experts
 from inference.quantizer import load_any, load_quantized_model, prepare_for_inference, save_quantized_model
 from inference.sampling import SamplingParams
 from lora import LoRAOptions, apply_lora
@@ -135,6 +138,46 @@ def test_the_engine_answers_as_the_model_does_and_computes_chosen_experts_only(m
         expert.register_forward_hook(lambda module, inputs, output: called.append(len(inputs[0])))
     model(torch.tensor([[7]]))
     assert called == [1, 1]
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("fields", [{}, {"activation": "gelu", "mlp_bias": True}, {"experts_per_token": 3}])
+def test_experts_at_one_place_compute_the_same_without_waiting(monkeypatch, weights, fields):
+    """From one token to many more choices than experts, some of which nothing chooses; also where PyTorch's grouped
+    product is to be had, which a CPU computes, too."""
+    model = prepare_for_inference(make(n_experts=8, d_model=64, d_ff=32, **fields), weights)
+    inputs = [torch.randn(1, n, 64) for n in (1, 2, 3, 9, 70)] + [torch.randn(1, 1, 64).expand(1, 40, 64)]
+    layer = model.layers[0].feed_forward
+    expected = [layer(x) for x in inputs]
+    stack_experts(model)
+    stacked = model.layers[0].feed_forward
+    assert type(stacked) is StackedExperts
+    with torch.inference_mode():
+        for x, y in zip(inputs, expected, strict=True):
+            # A CPU's kernel rounds inputs to INT4 weights, too
+            tolerance = 5e-2 * float(y.abs().max()) if weights == "int4" else 1e-5
+            torch.testing.assert_close(stacked(x), y, atol=tolerance, rtol=1e-4)
+        if weights == "fp32":
+            monkeypatch.setattr(stacked_experts, "has_grouped_product", lambda *_: True)
+            for x, y in zip(inputs, expected, strict=True):
+                torch.testing.assert_close(stacked(x), y, atol=1e-5, rtol=1e-4)
+
+
+def test_experts_that_are_not_of_known_parts_stay_where_they_are():
+    for change in (
+        lambda mixture: mixture.experts[1].up_proj.register_forward_hook(lambda *_: None),
+        lambda mixture: setattr(mixture.experts[0], "down_proj", nn.Linear(24, 32)),
+        lambda mixture: setattr(mixture, "__class__", type("Other", (MixtureOfExperts,), {})),
+    ):
+        model = prepare_for_inference(make())
+        change(model.layers[1].feed_forward)
+        stack_experts(model)
+        kinds = [type(layer.feed_forward) is StackedExperts for layer in model.layers]
+        assert kinds == [True, False]
+    with pytest.raises(UserError, match="experts lie as a GPU reads them"):
+        model = prepare_for_inference(make(), "int8")
+        stack_experts(model)
+        save_quantized_model(model, "never.pth")
 
 
 def test_experts_are_quantized_and_their_router_is_not(tmp_path):

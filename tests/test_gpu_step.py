@@ -16,6 +16,7 @@ from inference import gpu_step
 from inference.engine import Engine
 from inference.gpu_sampling import Choice, choose, numbers_of
 from inference.gpu_step import PLAYED_BEFORE, GpuStep, download
+from inference.kernels.stacked_experts import stack_experts
 from inference.quantizer import prepare_for_inference
 from inference.sampling import SamplingParams, TokenSampler, sample_batch
 from inference.service.structured import json_form
@@ -32,6 +33,16 @@ SPECIAL = [
     replace(GREEDY, logit_bias={5: 3.0, 9: -2.0}, logprobs=0), replace(DRAWN[4], logprobs=2, banned_tokens=(7,)),
     replace(GREEDY, prompt_logprobs=2), replace(DRAWN[1], presence_penalty=0.5), replace(DRAWN[2], prompt_logprobs=0),
 ]  # fmt: skip
+
+
+def with_stacked_experts(model):
+    """The experts are as on a GPU; all other parts compute through PyTorch, which is what is counted and played."""
+    prepared = prepare_for_inference(model)
+    stack_experts(prepared)
+    for layer, ready in zip(model.layers, prepared.layers, strict=True):
+        ready.feed_forward.router = layer.feed_forward.router
+        layer.feed_forward = ready.feed_forward
+    return model
 
 
 # -- the numbers -------------------------------------------------------------------------------------------------------
@@ -135,7 +146,7 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", ["greedy", "drawn", "special", "drafted", "formed"])
+@pytest.mark.parametrize("kind", ["greedy", "drawn", "special", "drafted", "formed", "experts"])
 def test_a_step_copies_once_to_the_gpu_and_once_back(model, random_model, tokenizer, kind, monkeypatch):
     """Prompts, decoding, and both in one step: one look at a number of the GPU each, all numbers together. So it is
     with drafts, and with answers of a form, as that follows from tokens that are known."""
@@ -145,6 +156,9 @@ def test_a_step_copies_once_to_the_gpu_and_once_back(model, random_model, tokeni
         expected = tokens_of(Engine(model, None).run(PROMPTS, DRAWN))
         drafter = knowing(list(zip(PROMPTS, expected, strict=True)), mistake_every=3)
         engine = speculating(model, drafter, gpu_step=True, prefill_chunk=64)
+    elif kind == "experts":
+        mixture = with_stacked_experts(random_model("moe", max_seq_len=CONTEXT))
+        engine = Engine(mixture, None, gpu_step=True, prefill_chunk=64)
     elif kind == "formed":
         talker = random_model("modern", max_seq_len=CONTEXT, vocab_size=tokenizer.vocab_size)
         engine = Engine(talker, tokenizer, gpu_step=True, prefill_chunk=64)
@@ -191,8 +205,12 @@ def test_a_step_copies_once_to_the_gpu_and_once_back(model, random_model, tokeni
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_recorded_step_asks_for_no_number(model, dtype):
+@pytest.mark.parametrize("architecture", ["gpt2", "modern", "moe"])
+def test_a_recorded_step_asks_for_no_number(random_model, architecture, dtype):
     """On tensors without numbers, where asking for one raises: all is computed where the model is."""
+    model = random_model(architecture, max_seq_len=CONTEXT)
+    if architecture == "moe":
+        with_stacked_experts(model)
     vocab_size = model.config.vocab_size
     model = copy.deepcopy(model).to("meta", dtype)
     engine = Engine(model, None, gpu_step=True)
@@ -287,11 +305,16 @@ def test_a_graph_is_played_only_while_the_model_is_the_one_that_was_recorded(gpt
     assert is_right() and StandIn.made == 2 and not engine.model_step.gpu_step.records
     handle.remove()
     assert is_right() and StandIn.made == 3
-    experts = Engine(random_model("moe", max_seq_len=CONTEXT), None, gpu_step=True)
-    experts.run([ids], GREEDY)
+    mixture = random_model("moe", max_seq_len=CONTEXT)
+    experts = Engine(mixture, None, gpu_step=True)
+    (expected,) = experts.run([ids], GREEDY)
     assert StandIn.made == 3 and not experts.model_step.gpu_step.records
+    with_stacked_experts(mixture)
+    experts.forget()
+    assert experts.run([ids], GREEDY)[0].token_ids == expected.token_ids
+    assert StandIn.made == 4 and experts.model_step.gpu_step.records
     Engine(gpt2, None, gpu_step=True, cuda_graphs=False).run([ids], GREEDY)
-    assert StandIn.made == 3
+    assert StandIn.made == 4
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ from alignment.reward_model import RewardConfig, RewardLoop, RewardModel
 from alignment.sft import SFTConfig
 from data_loader import GPTPretrainDataset, GPTSFTDataset, PackedDataset, PreferenceDataset, lengthened
 from gpt_model import IGNORED_LABEL, places_on_the_left, visible_keys
+from inference.kernels.int8_weights import Int8Linear
 from inference.service.text_classifier import TextClassifier
+from lora import LoRAOptions, apply_lora
 from pretrain_trainer import PretrainConfig
 from text.conversation_data import parse_preference, parse_unpaired
 from text.token_shards import tokenize_to_shards
@@ -544,6 +546,29 @@ def test_a_gpus_steps_are_the_cpus(trainer, tmp_path, tokenizer, random_model):
     for device in ("cpu", "cuda"):
         loop = make_loop(trainer, tmp_path / device, tokenizer, random_model, torch.device(device), lr=1e-4)
         results.append([loop.train_step() for _ in range(3)])
+    for theirs, ours in zip(*results, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_a_gpus_steps_beside_int8_are_the_cpus(trainer, tmp_path, tokenizer, random_model, monkeypatch):
+    """Adapters beside frozen layers of 8 bits, and none of these in another type."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    options, usual, results = LoRAOptions(lora_rank=4, frozen_weights="int8"), TrainingLoop.__init__, []
+
+    def adapted(loop, config, model, *rest, **more):
+        torch.manual_seed(0)
+        apply_lora(model.policy if trainer == "dpo" else model, options, "base.pth")
+        monkeypatch.setattr("training.training_loop.lora_settings", lambda model: None)  # no base lies on the disk
+        usual(loop, config, model, *rest, **more)
+
+    monkeypatch.setattr(TrainingLoop, "__init__", adapted)
+    for device in ("cpu", "cuda"):
+        loop = make_loop(trainer, tmp_path / device, tokenizer, random_model, torch.device(device), lr=1e-4)
+        results.append([loop.train_step() for _ in range(3)])
+        held = [layer for layer in loop.model.modules() if isinstance(layer, Int8Linear)]
+        assert {(layer.weight.dtype, layer.weight.device.type) for layer in held} == {(torch.int8, device)}
     for theirs, ours in zip(*results, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 

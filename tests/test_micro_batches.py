@@ -151,6 +151,25 @@ def test_the_largest_size_is_measured_once_and_said(tmp_path, tokenizer, random_
     assert len(loop.memory.rows) <= 4
 
 
+@pytest.mark.parametrize("trainer", policy_loops.ALGORITHMS)
+def test_policies_are_measured_by_their_first_answers(trainer, tmp_path, tokenizer, monkeypatch, capsys):
+    """Of answers of 4 in a minibatch, 2 fit if they become as long as the context; the figures are those of before."""
+    answers, results = policy_loops.fixed_rollout(policy_loops.make_loop(trainer, tmp_path, tokenizer)), []
+    monkeypatch.setattr(rollouts, "write_answers", lambda *_, **__: {**answers})
+    for measures in (False, True):
+        loop = policy_loops.make_loop(trainer, tmp_path / str(measures), tokenizer, lr=1e-3)
+        if measures:
+            stretch = 48 / answers["input_ids"].size(1)
+            room = 100 + 10 * 2.5 * stretch + bytes_to_come(loop.optimizers)
+            loop.memory = SmallMemory(loop, room / 0.92)
+        torch.manual_seed(0)
+        results.append(loop.train_step())
+    assert results[1] == pytest.approx(results[0], rel=2e-4, abs=2e-5)
+    assert loop.micro_batch_size == 2
+    assert capsys.readouterr().out.count("micro-batches of 2, 2 a step: measured") == 1
+    assert not loop.model.training, "where nothing is dropped, nothing is dropped afterwards"
+
+
 def test_a_size_that_was_given_is_taken(tmp_path, tokenizer, random_model):
     loop = make_loop("sft", tmp_path, tokenizer, random_model, CPU, micro_batch_size=2)
     loop.memory = SmallMemory(loop, 1.0)
@@ -197,7 +216,7 @@ def test_a_memory_for_not_even_one_sample_ends_with_advice(tmp_path, tokenizer, 
 def test_on_a_gpu_the_size_is_measured_and_changes_no_figure(trainer, tmp_path, tokenizer, random_model, capsys):
     results = []
     for size in (1, 0):
-        settings = dict(device="cuda", precision="fp32", lr=1e-3, micro_batch_size=size)
+        settings = dict(lr=1e-3, micro_batch_size=size)
         loop = make_loop(trainer, tmp_path / str(size), tokenizer, random_model, torch.device("cuda"), **settings)
         loop.fit_memory(loop.largest_batch)
         results.append([loop.train_step() for _ in range(2)])

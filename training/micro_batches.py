@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from data_loader import Batch, BatchOrder
+from gpt_model import GPTConfig
 from machine import free_gpu_bytes
+from machine.what_fits import size_of, training_bytes
+from training import ranks
+from training.expert_use import ExpertUse
 from training.interruptions import is_out_of_memory
+from training.parallel_model import ParallelModel
+from training.saved_run import TrainingData, random_state, set_random_state
+from training.training_config import TrainingConfig
 
 RESERVE = 0.08  # the share of the memory that stays free: for gaps between tensors, and lengths that were not measured
 GIB = 2**30
+Result = TypeVar("Result")
 
 
 class Memory(Protocol):
@@ -134,3 +143,127 @@ def failed_for_memory(compute: Callable[[], None]) -> bool:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return True
+
+
+class MicroBatches:
+    """The part of `TrainingLoop` that sees to it that memory suffices.
+
+    Attributes:
+        memory: what limits the two sizes; None: nothing that could be measured.
+        n_of_step: samples of a step on this rank.
+        micro_batch_size: of which so many are computed at once.
+        evaluation_batch_size: the same where nothing learns.
+    """
+
+    config: TrainingConfig
+    gpt_config: GPTConfig
+    train_data: TrainingData
+    device: torch.device
+    lora: dict[str, Any] | None
+    order: BatchOrder
+    parallel_model: ParallelModel
+    optimizers: list[torch.optim.Optimizer]
+    expert_use: ExpertUse
+    step: int
+    measures_at_start = True  # whether `largest_batch` gives what a step's samples are
+
+    def settle_sizes(self) -> None:
+        """The sizes before anything is measured."""
+        config = self.config
+        self.memory: Memory | None = GpuMemory(self.device) if self.device.type == "cuda" else None
+        self.n_of_step = config.batch_size * config.grad_accum_steps
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.evaluation_batch_size = min(config.batch_size, self.micro_batch_size)
+
+    def fit_memory(self, batch_of: Callable[[int], Batch], stretch: float = 1.0) -> None:
+        """Where memory is limited and the user chose no micro-batch, measure the largest that fits, and say which.
+
+        Weights, random numbers and figures stay as they are. All ranks choose the same. Models that are cut among ranks
+        are left as `--batch_size` says: measuring them, one rank could wait for another that is out of memory.
+
+        Args:
+            batch_of: a batch of so many samples, the longest if possible.
+            stretch: how many times as long rows may become.
+        """
+        if self.memory is None or self.config.micro_batch_size or self.parallel_model.is_sharded:
+            return
+        random, sizes, limit = random_state(self.device), divisors(self.n_of_step), self.memory.limit()
+
+        def peak_of(size: int) -> float:
+            self.memory.forget_peak()
+            batch = batch_of(size)
+            failed = failed_for_memory(lambda: self._measured_pass(batch))
+            self._forget_gradients()
+            return max(ranks.gather_objects(math.inf if failed else self.memory.peak()))
+
+        measured = measure(sizes, self._guess(limit), peak_of)
+        room = (1 - RESERVE) * limit - bytes_to_come(self.optimizers)
+        chosen = largest_within(room, sizes, measured, stretch)
+        self.micro_batch_size, self.evaluation_batch_size = (
+            min(ranks.gather_objects(size)) for size in (chosen, min(self.config.batch_size, chosen))
+        )
+        self._ahead = None  # batches that were read for another size
+        self.expert_use.forget()
+        set_random_state(random, self.device)
+        self.memory.forget_peak()
+        if ranks.is_main():
+            print(said(self.micro_batch_size, self.n_of_step, measured, limit), flush=True)
+
+    def largest_batch(self, n_samples: int) -> Batch:
+        """A batch of the longest samples, of which there may be fewer."""
+        lengths = self.order.lengths
+        longest = range(len(self.train_data)) if lengths is None else lengths.argsort(descending=True).tolist()
+        return self.train_data.collate([self.train_data[longest[i % len(longest)]] for i in range(n_samples)])
+
+    def _measured_pass(self, batch: Batch) -> None:
+        with self.parallel_model.synchronised(last=False):  # no exchange between ranks
+            self._forward_and_backward(batch, 1.0)
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _guess(self, limit: float) -> int:
+        """The micro-batch that arithmetic takes for the largest; of models that it does not know `--batch_size`."""
+        size = size_of(self.gpt_config)
+        if size is None:
+            return self.config.batch_size
+        config = self.config
+        kind = (self.lora["frozen_weights"], self.lora["lora_rank"]) if self.lora else ("", 0)
+        settings = config.max_seq_len, config.recompute_activations, *kind, config.optimizer
+        sizes = {n: training_bytes(size, n * config.rows_of_sample, *settings) for n in divisors(self.n_of_step)}
+        return max((n for n, needed in sizes.items() if needed <= (1 - RESERVE) * limit), default=1)
+
+    def within_memory(self, compute: Callable[[], Result], batch: str = "micro_batch_size") -> Result:
+        """What `compute` gives. Where memory runs out, it is computed again, with the same random numbers, in parts of
+        half the size.
+
+        Of several ranks one may run out alone, while others wait for its gradients: then the run ends with advice.
+
+        Args:
+            batch: the attribute that says how many samples are computed at once.
+        """
+        while True:
+            random, results = random_state(self.device), []
+            if ranks.world_size() > 1 or getattr(self, batch) == 1:
+                return compute()
+            if not failed_for_memory(lambda results=results: results.append(compute())):
+                return results[0]
+            size = getattr(self, batch)
+            half = next_smaller(size, self.n_of_step) if batch == "micro_batch_size" else size // 2
+            setattr(self, batch, half)
+            self._ahead = None  # batches that were read for the size of before
+            self._forget_gradients()
+            self.expert_use.forget()
+            set_random_state(random, self.device)
+            what = "micro-batches" if batch == "micro_batch_size" else "evaluations"
+            print(f"step {self.step}: out of memory with {what} of {size}; computing it again with {half}", flush=True)
+
+    def _memory_advice(self) -> str:
+        config, size = self.config, self.micro_batch_size
+        several = f"give --micro_batch_size {next_smaller(size, self.n_of_step)}" if size > 1 else ""
+        remedies = [several if ranks.world_size() > 1 else "lower --batch_size" * (size > 1)]
+        remedies.append("add --recompute_activations true" * (not config.recompute_activations))
+        remedies += ["lower --max_seq_len", "take a smaller model"]
+        sizes = f"micro-batches of {size} and --max_seq_len {config.max_seq_len}"
+        return f"with {sizes}; {', or '.join(filter(None, remedies))}"

@@ -9,71 +9,43 @@ of the whole global batch, whatever the accumulation and the number of ranks.
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn as nn
 
 from byte_level_bpe import ByteLevelBPETokenizer
-from checkpoint import load_checkpoint, require_disk_space, require_same_model, save_checkpoint, weight_fingerprint
+from checkpoint import load_checkpoint, require_disk_space, weight_fingerprint
 from command_line import Interrupted, UserError
 from data_loader import Batch, BatchOrder, length_multiple, lengthened
 from gpt_model import GPTConfig
 from lora import lora_settings
 from machine import peak_flops, peak_memory_bytes, resolve_precision
-from machine.what_fits import size_of, training_bytes
 from progress import Progress, Transcript, listening, tracked
 from text.account import Account
 from training import ranks
 from training.expert_use import ExpertUse
 from training.fused_parts import fused_parts
 from training.interruptions import StopSignal, advice_if_out_of_memory
-from training.micro_batches import (
-    RESERVE,
-    GpuMemory,
-    Memory,
-    bytes_to_come,
-    divisors,
-    failed_for_memory,
-    largest_within,
-    measure,
-    next_smaller,
-    said,
-)
+from training.micro_batches import MicroBatches
 from training.optimization import Updater, build_optimizers, learning_rate_factor
 from training.parallel_model import ParallelModel
 from training.run_folder import alone_in, set_earlier_run_aside
-from training.run_identity import Inputs, changed_settings, differing_inputs, fingerprints
 from training.run_log import RunLog, training_flops_per_token
+from training.saved_run import SavedRun, TrainingData
 from training.training_config import TrainingConfig
 from transformer_components import Positions, auxiliary_losses, takes_text_bounds, text_bounds
 
-Result = TypeVar("Result")
 COMPILED_FROM = 300  # seconds that a run takes at least: to compile a model takes about one minute
 USUAL_MFU = 0.3  # the share of a GPU's peak that such estimates reckon with
 
 
-class TrainingData(Protocol):
-    """What the loop needs of a data set."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any: ...
-
-    def collate(self, samples: list) -> Batch: ...
-
-    def count(self, batch: Batch) -> int: ...
-
-
-class TrainingLoop:
+class TrainingLoop(MicroBatches, SavedRun):
     """Trains a model and leaves `<stage>_best.pth`, `checkpoints/step_*.pth`, `metrics.jsonl`, `run.log`, `curves.png`.
 
     Args:
@@ -89,9 +61,6 @@ class TrainingLoop:
 
     shown = ("loss", "lr")  # what stands beside the progress
     epoch_figures = ("loss", "val_loss")  # of training and of validation, for the line of an epoch
-    extra: dict[str, Any] = {}  # what else every checkpoint says
-    order_fits_all = True  # whether what `largest_batch` gives is a step's, so that memory can be measured by it
-    published = ""  # the part of the model that the best checkpoint consists of; empty: all of it
 
     def __init__(
         self,
@@ -152,10 +121,7 @@ class TrainingLoop:
             self.parallel_model.clip_gradients,
         )
         self.length_multiple = length_multiple(device)
-        self.n_of_step = config.batch_size * config.grad_accum_steps  # samples of a step on this rank
-        self.micro_batch_size = config.micro_batch_size or config.batch_size
-        self.evaluation_batch_size = min(config.batch_size, self.micro_batch_size)
-        self.memory: Memory | None = GpuMemory(device) if device.type == "cuda" else None  # what limits the two
+        self.settle_sizes()
         self.reads_ahead = device.type == "cuda"
         self._reader = ThreadPoolExecutor(1, "batches")  # its thread starts with the first task
         self._ahead: tuple[int, Future[list[Batch]]] | None = None  # a step, and its micro-batches
@@ -222,7 +188,8 @@ class TrainingLoop:
         if self.step == 0:
             with Progress("before the first step", unit="", shown=ranks.is_main()):
                 self.before_first_step()
-        if self.order_fits_all:
+        if self.measures_at_start:
+            self.parallel_model.train()
             self.fit_memory(self.largest_batch)
         if config.compile == "true" or (config.compile == "auto" and self._is_worth_compiling()):
             self.compile()
@@ -476,243 +443,6 @@ class TrainingLoop:
         """Whether an evaluation beats the best one so far."""
         return metrics["val_loss"] < best["val_loss"] or math.isnan(best["val_loss"])
 
-    # ------------------------------------------------------------------------------------------------------- memory
-
-    def fit_memory(self, batch_of: Callable[[int], Batch], stretch: float = 1.0) -> None:
-        """Where memory is limited and the user chose no micro-batch, measure the largest that fits, and say which.
-
-        Weights, random numbers and figures stay as they are. All ranks choose the same. Models that are cut among ranks
-        are left as `--batch_size` says: measuring them, one rank could wait for another that is out of memory.
-
-        Args:
-            batch_of: a batch of so many samples, the longest if possible.
-            stretch: how many times as long rows may become.
-        """
-        if self.memory is None or self.config.micro_batch_size or self.parallel_model.is_sharded:
-            return
-        random, sizes, limit = random_state(self.device), divisors(self.n_of_step), self.memory.limit()
-
-        def peak_of(size: int) -> float:
-            self.memory.forget_peak()
-            batch = batch_of(size)
-            failed = failed_for_memory(lambda: self._measured_pass(batch))
-            self._forget_gradients()
-            return max(ranks.gather_objects(math.inf if failed else self.memory.peak()))
-
-        self.parallel_model.train()
-        measured = measure(sizes, self._guess(limit), peak_of)
-        room = (1 - RESERVE) * limit - bytes_to_come(self.optimizers)
-        chosen = largest_within(room, sizes, measured, stretch)
-        self.micro_batch_size, self.evaluation_batch_size = (
-            min(ranks.gather_objects(size)) for size in (chosen, min(self.config.batch_size, chosen))
-        )
-        self._ahead = None  # batches that were read for another size
-        self.expert_use.forget()
-        set_random_state(random, self.device)
-        self.memory.forget_peak()
-        if ranks.is_main():
-            print(said(self.micro_batch_size, self.n_of_step, measured, limit), flush=True)
-
-    def largest_batch(self, n_samples: int) -> Batch:
-        """A batch of the longest samples, of which there may be fewer."""
-        lengths = self.order.lengths
-        longest = range(len(self.train_data)) if lengths is None else lengths.argsort(descending=True).tolist()
-        return self.train_data.collate([self.train_data[longest[i % len(longest)]] for i in range(n_samples)])
-
-    def _measured_pass(self, batch: Batch) -> None:
-        with self.parallel_model.synchronised(last=False):  # no exchange between ranks
-            self._forward_and_backward(batch, 1.0)
-
-    def _forget_gradients(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
-    def _guess(self, limit: float) -> int:
-        """The micro-batch that arithmetic takes for the largest; of models that it does not know `--batch_size`."""
-        size = size_of(self.gpt_config)
-        if size is None:
-            return self.config.batch_size
-        config = self.config
-        kind = (self.lora["frozen_weights"], self.lora["lora_rank"]) if self.lora else ("", 0)
-        settings = config.max_seq_len, config.recompute_activations, *kind, config.optimizer
-        sizes = {n: training_bytes(size, n * config.rows_of_sample, *settings) for n in divisors(self.n_of_step)}
-        return max((n for n, needed in sizes.items() if needed <= (1 - RESERVE) * limit), default=1)
-
-    def within_memory(self, compute: Callable[[], Result], batch: str = "micro_batch_size") -> Result:
-        """What `compute` gives. Where memory runs out, it is computed again, with the same random numbers, in parts of
-        half the size.
-
-        Of several ranks one may run out alone, while others wait for its gradients: then the run ends with advice.
-
-        Args:
-            batch: the attribute that says how many samples are computed at once.
-        """
-        while True:
-            random, results = random_state(self.device), []
-            if ranks.world_size() > 1 or getattr(self, batch) == 1:
-                return compute()
-            if not failed_for_memory(lambda results=results: results.append(compute())):
-                return results[0]
-            size = getattr(self, batch)
-            half = next_smaller(size, self.n_of_step) if batch == "micro_batch_size" else size // 2
-            setattr(self, batch, half)
-            self._ahead = None  # batches that were read for the size of before
-            self._forget_gradients()
-            self.expert_use.forget()
-            set_random_state(random, self.device)
-            what = "micro-batches" if batch == "micro_batch_size" else "evaluations"
-            print(f"step {self.step}: out of memory with {what} of {size}; computing it again with {half}", flush=True)
-
-    def _memory_advice(self) -> str:
-        config, size = self.config, self.micro_batch_size
-        several = f"give --micro_batch_size {next_smaller(size, self.n_of_step)}" if size > 1 else ""
-        remedies = [several if ranks.world_size() > 1 else "lower --batch_size" * (size > 1)]
-        remedies.append("add --recompute_activations true" * (not config.recompute_activations))
-        remedies += ["lower --max_seq_len", "take a smaller model"]
-        sizes = f"micro-batches of {size} and --max_seq_len {config.max_seq_len}"
-        return f"with {sizes}; {', or '.join(filter(None, remedies))}"
-
-    # --------------------------------------------------------------------------------------------- saving, resuming
-
-    def save_model(self, path: Path) -> None:
-        """Write the model alone, in the checkpoint format."""
-        state = self.published_state()
-        if ranks.is_main():
-            self._write(path, state, None)
-        ranks.barrier()
-
-    def published_state(self) -> dict[str, torch.Tensor]:
-        """The weights that the best checkpoint consists of; those of a part go by their names in the part."""
-        prefix, state = self.published and f"{self.published}.", self.parallel_model.model_state()
-        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-    def save(self) -> None:
-        """Write everything that exact resuming needs and drop the oldest checkpoints."""
-        state = self.parallel_model.model_state()
-        training_state = {
-            "optimizer": self.parallel_model.optimizer_state(self.optimizers),
-            "updater": self.updater.state_dict(),
-            "random": ranks.gather_objects(random_state(self.device)),
-            "best": self.best,
-            "evaluations_without_improvement": self.evaluations_without_improvement,
-            "seconds": self.seconds,
-            "latest": self.latest,
-            "epoch": self.epoch,
-            "run": self._run_identity(),
-            "inputs": self._inputs,
-            "settings": self._settings(),
-        }
-        if ranks.is_main():
-            self._write(self.checkpoint_folder / f"step_{self.step:08d}.pth", state, training_state)
-            for old in checkpoints_by_age(self.checkpoint_folder)[self.config.keep_checkpoints :]:
-                with contextlib.suppress(PermissionError):  # Windows keeps a file that is still mapped; next time
-                    old.unlink()
-        ranks.barrier()
-
-    def _write(self, path: Path, state: dict, training_state: dict | None) -> None:
-        save_checkpoint(
-            path,
-            model_state=state,
-            config=self.gpt_config,
-            tokenizer=self.tokenizer,
-            stage=self.stage,
-            step=self.step,
-            metrics=self.best,
-            training_state=training_state,
-            lora=self.lora,
-            **({"data": {name: account.as_dict() for name, account in self.accounts.items()}} if self.accounts else {}),
-            **self.extra,
-        )
-
-    def inputs(self) -> Inputs:
-        """What the result depends on, by the options that name it; see `run_identity`."""
-        return fingerprints(self.config)
-
-    @functools.cached_property
-    def _inputs(self) -> Inputs:
-        return ranks.gather_objects(self.inputs() if ranks.is_main() else None)[0]
-
-    def _settings(self) -> dict[str, Any]:
-        """Settings that a resumed run may change, as they came out; a change is said."""
-        derived = ("max_steps", "warmup_steps", "eval_interval", "save_interval")
-        settled = {name: getattr(self, name) for name in derived}
-        settled |= {"device": str(self.device), "precision": str(self.precision).removeprefix("torch.")}
-        settings = {**asdict(self.config), **settled}
-        return {name: value for name, value in settings.items() if name not in ("resume", "output_dir", *self._inputs)}
-
-    def _run_identity(self) -> dict[str, Any]:
-        """Settings that the meaning of a step depends on; a resumed run has to agree in them."""
-        config = self.config
-        return {
-            "samples": len(self.train_data),
-            "data": data_fingerprint(self.train_data),
-            "validation data": data_fingerprint(self.val_data) if self.val_data else "none",
-            "global_batch": self.order.batch_size,
-            "max_seq_len": config.max_seq_len,
-            "seed": config.seed,
-            "optimizer": config.optimizer,
-            "lora_rank": 0,
-            **{name: value for name, value in (self.lora or {}).items() if name != "base"},
-        }
-
-    def _remove_leftovers(self) -> None:
-        """Clear away what an earlier run was writing when it was killed."""
-        for folder, name in ((self.folder, self.best_path.name), (self.checkpoint_folder, "step_*.pth")):
-            for leftover in folder.glob(f".{name}.*.tmp"):
-                leftover.unlink(missing_ok=True)
-
-    def resume(self, source: str) -> Path | None:
-        """Continue from a checkpoint: a path, or `auto` for the newest sound one in the output folder, if any.
-
-        Returns:
-            the checkpoint's path; None if there is none.
-
-        Raises:
-            UserError: it is damaged or of another run; the difference is named.
-        """
-        content, path = (newest_sound(self.checkpoint_folder) if source == "auto" else
-                         (load_checkpoint(source), Path(source)))  # fmt: skip
-        if content is None:
-            if ranks.is_main():
-                print(f"no checkpoint in {self.checkpoint_folder}, starting from step 0", flush=True)
-            return None
-        if content["stage"] != self.stage:
-            theirs, ours = content["stage"], self.stage
-            raise UserError(f"{path} is a {theirs} checkpoint; give a {ours} one, or leave out --resume")
-        require_same_model(content, self.gpt_config, self.tokenizer, path)
-        state = content.get("training_state")
-        if state is None:
-            place = self.checkpoint_folder
-            raise UserError(f"{path} holds a model only, no training state; resume from one in {place}")
-        differing, theirs = differing_inputs(state.get("inputs", {}), self._inputs), state["run"]
-        if theirs.get("lora_rank"):
-            theirs = {"frozen_weights": "fp32"} | theirs  # as in runs of before there was a choice
-        differing += [
-            f"{name} {theirs.get(name)} there, {value} here"
-            for name, value in self._run_identity().items()
-            if theirs.get(name) != value
-        ]
-        if differing:
-            raise UserError(f"{path} belongs to another run ({'; '.join(differing)}); use the same settings and data")
-        if content["step"] > self.max_steps:
-            raise UserError(
-                f"{path} has made {content['step']} steps and this run is to end after {self.max_steps}; raise "
-                "--max_steps or --epochs, or leave out --resume to start anew"
-            )
-        self.parallel_model.load_model_state(content["model"])
-        self.parallel_model.load_optimizer_state(self.optimizers, state["optimizer"])
-        self.updater.load_state_dict(state["updater"])
-        if len(state["random"]) == ranks.world_size():  # among other ranks, the same numbers would mean nothing
-            set_random_state(state["random"][ranks.rank()], self.device)
-        self.step, self.best, self.seconds = content["step"], state["best"], state["seconds"]
-        self.latest, self.epoch = state["latest"], state["epoch"]
-        self.evaluations_without_improvement = state["evaluations_without_improvement"]
-        if ranks.is_main():
-            print(f"continuing from {path}, step {self.step} of {self.max_steps}", flush=True)
-            if changed := changed_settings(state["settings"], self._settings()):
-                print(f"with other settings than before: {changed}", flush=True)
-        return path
-
     # -------------------------------------------------------------------------------------------------------- helpers
 
     def compile(self) -> None:
@@ -774,51 +504,3 @@ class TrainingLoop:
 def scalars(output: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
     """What of a model's output is a single number, such as the loss, without its graph."""
     return {name: value.detach() for name, value in output.items() if torch.is_tensor(value) and value.ndim == 0}
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of PyTorch's random generators."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Take up the states that `random_state` gave."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
-
-
-def data_fingerprint(data: TrainingData) -> str:
-    """Of up to 64 samples, evenly spread: ids and labels as the model reads them, so that template and tokenizer count,
-    too. What is computed from them, in floating point, does not."""
-    samples = [data[index] for index in range(0, len(data), -(-len(data) // 64))]
-    digest = hashlib.sha256()
-    for name, tensor in sorted(data.collate(samples).items()):
-        if not tensor.is_floating_point():
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def checkpoints_by_age(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
-    return sorted(folder.glob("step_*.pth"), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-
-
-def newest_sound(folder: Path) -> tuple[dict | None, Path]:
-    """The newest checkpoint that can be read; damaged ones are set aside as `*.damaged`, and named."""
-    for path in checkpoints_by_age(folder):
-        try:
-            return load_checkpoint(path), path
-        except UserError as error:
-            if ranks.is_main():
-                aside = path.with_suffix(".damaged")
-                path.replace(aside)
-                print(f"warning: {error}; set aside as {aside}", flush=True)
-    return None, folder

@@ -22,6 +22,7 @@ from inference.kernels.int4_weights import GROUP
 from inference.kernels.linear_layers import InferenceEmbedding, InferenceLinear
 from inference.kernels.linear_products import kind_of, n_inputs, native_knows
 from inference.kernels.paged_attention import Sizes
+from inference.kernels.stacked_experts import StackedExperts, StackedLinear
 from transformer_components import (
     FeedForwardNetwork,
     LearnedPositions,
@@ -58,7 +59,7 @@ KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
     nn.ModuleList: {},  # and, under their numbers, the layers or the experts
     TransformerDecoderLayer: dict(
         attention_norm=NORM, attention=(MultiHeadAttention,), feed_forward_norm=NORM,
-        feed_forward=(FeedForwardNetwork, MixtureOfExperts), dropout=DROPOUT,
+        feed_forward=(FeedForwardNetwork, MixtureOfExperts, StackedExperts), dropout=DROPOUT,
     ),
     MultiHeadAttention: dict(
         head_dim=INTEGER, dropout=NUMBER, query_proj=LINEAR, key_proj=LINEAR, value_proj=LINEAR, output_proj=LINEAR,
@@ -68,6 +69,13 @@ KNOWN: dict[type[nn.Module], dict[str, tuple[type, ...]]] = {
     MixtureOfExperts: dict(
         experts_per_token=INTEGER, balance_coef=NUMBER, router_z_coef=NUMBER, router=LINEAR, experts=(nn.ModuleList,),
         n_chosen=(NONE, *BUFFER),
+    ),
+    StackedExperts: dict(
+        n_experts=INTEGER, experts_per_token=INTEGER, router=LINEAR, up_proj=(StackedLinear,),
+        gate_proj=(StackedLinear, NONE), down_proj=(StackedLinear,),
+    ),
+    StackedLinear: dict(
+        weight=WEIGHT, scale=(*BUFFER, NONE), minimum=(*BUFFER, NONE), bias=(*BUFFER, NONE),
     ),
     nn.Linear: dict(in_features=INTEGER, out_features=INTEGER, weight=WEIGHT, bias=(*WEIGHT, NONE)),
     InferenceLinear: dict(
@@ -204,8 +212,8 @@ def _look_at_config(model: GPTModel) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UnknownPart(f"the configuration has {name} {getattr(config, name)!r}")
-    network = MixtureOfExperts if config.n_experts else FeedForwardNetwork
-    if any(type(layer.feed_forward) is not network for layer in model.layers):
+    networks = (MixtureOfExperts, StackedExperts) if config.n_experts else (FeedForwardNetwork,)
+    if any(type(layer.feed_forward) not in networks for layer in model.layers):
         raise UnknownPart(f"a feed-forward network does not fit {config.n_experts} experts")
     if type(model.position_embedding) is not CHOICES["position"][config.position]:
         raise UnknownPart(f"position_embedding does not fit {config.position} positions")
