@@ -193,8 +193,10 @@ class GPTModel(Part):
             hidden = self.hidden_states(input_ids, attention_mask, cache)  # (B, T, D)
         else:
             hidden = self.hidden_states_at(input_ids, *places_in_segments(segments, bounds))  # (B, T, D)
-        if labels is not None and self.training and not self.keeps_logits and type(self.lm_head) is nn.Linear:
-            return {"logits": None, "loss": loss_in_chunks(hidden, self.lm_head.weight, labels)}
+        if labels is not None and self.training and not self.keeps_logits:
+            if type(self.lm_head) is nn.Linear:
+                return {"logits": None, "loss": loss_in_chunks(hidden, self.lm_head.weight, labels)}
+            return {"logits": None, "loss": loss_of_any_head(hidden, self.lm_head, labels, self.config.vocab_size)}
         logits = self.lm_head(hidden)  # (B, T, V)
         output = {"logits": logits, "loss": None if labels is None else next_token_loss(logits, labels)}
         if labels is not None and not self.training:
@@ -347,6 +349,23 @@ class _LossOfChunks(torch.autograd.Function):
         """The gradients times that of the sum."""
         of_hidden, of_weight = ctx.saved_tensors
         return of_hidden * gradient, None if of_weight is None else of_weight * gradient, None, None
+
+
+def loss_of_any_head(
+    hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, vocab_size: int, logits_at_once: int = 1 << 27
+) -> torch.Tensor:
+    """`loss_in_chunks` of a head that is more than a matrix, such as one with an adapter: where there are more than so
+    many logits, the backward pass computes them once more."""
+
+    def total_of(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(states).float(), wanted, ignore_index=IGNORED_LABEL, reduction="sum")
+
+    targets, size = next_tokens(labels), max(1, logits_at_once // vocab_size)
+    if len(targets) <= size:
+        return next_token_loss(head(hidden), labels)
+    parts = zip(hidden.flatten(0, 1).split(size), targets.split(size), strict=True)
+    total = sum(recompute_in_backward(total_of, states, wanted, use_reentrant=False) for states, wanted in parts)
+    return total / targets.ne(IGNORED_LABEL).sum().clamp(min=1)
 
 
 def next_token_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,12 @@ from command_line import UserError, option
 from inference.kernels.int8_weights import hold_in_int8
 
 FROZEN_WEIGHTS = ("fp32", "int8")
-TARGETS = {"attention": ("attention",), "mlp": ("feed_forward",), "all": ("attention", "feed_forward")}
+TARGETS = {
+    "attention": ("attention",),
+    "mlp": ("feed_forward",),
+    "all": ("attention", "feed_forward"),
+    "embedding": ("token_embedding", "lm_head"),  # the output head as well, which mostly is the same matrix
+}
 
 
 @dataclass
@@ -43,7 +48,9 @@ class LoRAOptions:
     lora_rank: int = option(0, "rank of the adapters (LoRA); 0 trains the whole model", at_least=0)
     lora_alpha: float = option(16.0, "what adapters add is multiplied by this, divided by the rank", above=0)
     lora_dropout: float = option(0.0, "share of an adapter's inputs dropped in training", at_least=0, below=1)
-    lora_targets: str = option("all", "layers with adapters: attention, mlp, all, or names such as query_proj,up_proj")
+    lora_targets: str = option(
+        "all", "layers with adapters: attention, mlp, all, embedding (with the output head), or names such as up_proj"
+    )
     lora_rslora: bool = option(False, "divide --lora_alpha by √rank instead of the rank (rsLoRA)")
     lora_lr_scale: float = option(10.0, "the learning rate of adapters, as a multiple of --lr", above=0)
     frozen_weights: str = option(
@@ -65,7 +72,7 @@ class LoRALinear(nn.Module):
     """A linear layer (…, K) → (…, N) with an adapter of rank R beside it.
 
     Args:
-        base: any module with `in_features` and `out_features`, in full precision or quantized. It stays as it is.
+        base: the layer, in full precision or quantized. It stays as it is.
         options: rank, alpha, dropout and scaling.
         base_path: the checkpoint that the base layer comes from, for the record.
     """
@@ -73,10 +80,10 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, options: LoRAOptions, base_path: str = "") -> None:
         super().__init__()
         self.base, self.options, self.base_path = base, options, base_path
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = sizes_of(base)
         device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), None)
-        self.lora_A = nn.Parameter(torch.empty(options.lora_rank, base.in_features, device=device))  # (R, K)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, options.lora_rank, device=device))  # (N, R)
+        self.lora_A = nn.Parameter(torch.empty(options.lora_rank, self.in_features, device=device))  # (R, K)
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, options.lora_rank, device=device))  # (N, R)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform in ± 1/√K, as a linear layer's own weights
         self.dropout = nn.Dropout(options.lora_dropout)
         # s = α / R, section 4.1 of LoRA; α / √R keeps the size of what is learned the same for all R (arXiv:2312.03732)
@@ -117,23 +124,51 @@ class LoRALinear(nn.Module):
         return f"rank={self.options.lora_rank}, scaling={self.scaling:g}"
 
 
-def target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """The linear layers of a model, by name, that `--lora_targets` means.
+class LoRAEmbedding(LoRALinear):
+    """A token embedding, ids (…) → (…, D), with an adapter: the row of token t is E_t + s · B_t A.
 
-    The output head is not among them: losses may read its weight without calling it.
+    A (R, D) and B (V, R) are those of a linear layer with the same matrix (V, D), the output head: tied to it, it
+    shares them.
+    """
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(…) int64 → (…, D), in the type that the base gives."""
+        output = self.base(input_ids)  # (…, D)
+        if not self.enabled or self.unmerged_weight is not None:
+            return output
+        inner = F.embedding(input_ids, self.lora_B) * self.scaling  # (…, R)
+        return output + (inner @ self.lora_A).to(output.dtype)
+
+
+def sizes_of(base: nn.Module) -> tuple[int, int]:
+    """(K, N) of a linear layer or, as (D, V), of an embedding, in full precision or quantized."""
+    if hasattr(base, "in_features"):
+        return base.in_features, base.out_features
+    rows, columns = base.weight.shape
+    return columns * (2 if base.weight.dtype == torch.uint8 else 1), rows  # a byte of int4 holds two weights
+
+
+def target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
+    """The layers of a model, by name, that `--lora_targets` means: linear ones, the token embedding, the output head.
+
+    Other heads, such as a reward model's, are not among them: they train as they are.
 
     Raises:
         UserError: a name that no linear layer has.
     """
-    linear = {
+    modules = dict(model.named_modules())
+    linear = {name: module for name, module in modules.items() if hasattr(module, "in_features")}
+    linear = {name: module for name, module in linear.items() if not name.endswith("head")}
+    vocabulary = {
         name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "in_features") and hasattr(module, "out_features") and not name.endswith("head")
+        for name, module in modules.items()
+        if name.rpartition(".")[2] in TARGETS["embedding"] and hasattr(module, "weight")
     }
+    layers = linear | vocabulary
     chosen: dict[str, nn.Module] = {}
     for target in (part.strip() for part in targets.split(",")):
         if target in TARGETS:
-            found = [name for name in linear if set(TARGETS[target]) & set(name.split("."))]
+            found = [name for name in layers if set(TARGETS[target]) & set(name.split("."))]
         else:
             found = [name for name in linear if f".{name}".endswith(f".{target}")]
         if not found:
@@ -142,7 +177,7 @@ def target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
                 f"--lora_targets {target or '(empty)'} is no linear layer of the model; give {', '.join(TARGETS)}, or "
                 f"some of {', '.join(names)}"
             )
-        chosen |= {name: linear[name] for name in found}
+        chosen |= {name: layers[name] for name in found}
     return chosen
 
 
@@ -164,7 +199,12 @@ def attach_lora(model: nn.Module, options: LoRAOptions, base: str = "") -> None:
     options = LoRAOptions(**{field.name: getattr(options, field.name) for field in fields(LoRAOptions)})
     for name, layer in target_layers(model, options.lora_targets).items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(layer, options, base))
+        kind = LoRALinear if hasattr(layer, "in_features") else LoRAEmbedding
+        setattr(model.get_submodule(parent), child, kind(layer, options, base))
+    for part in model.modules():  # a tied head is the embedding's matrix, so it has the embedding's adapter
+        embedding, head = getattr(part, "token_embedding", None), getattr(part, "lm_head", None)
+        if isinstance(embedding, LoRAEmbedding) and isinstance(head, LoRALinear) and part.config.tie_embeddings:
+            head.lora_A, head.lora_B = embedding.lora_A, embedding.lora_B
 
 
 def apply_lora(model: nn.Module, options: LoRAOptions, base: str) -> None:
@@ -219,8 +259,11 @@ def merge_lora(model: nn.Module) -> None:
     Raises:
         UserError: the model is quantized.
     """
+    first_with: dict[int, LoRALinear] = {}
     for layer in lora_layers(model).values():
-        layer.merge()
+        first = first_with.setdefault(id(getattr(layer.base, "weight", layer)), layer)
+        first.merge()
+        layer.unmerged_weight = first.unmerged_weight  # tied layers have one weight, to which an adapter is added once
 
 
 def unmerge_lora(model: nn.Module) -> None:

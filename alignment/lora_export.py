@@ -59,12 +59,15 @@ def peft_adapters(
     return adapters
 
 
-def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> None:
+def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> str:
     """Write `adapter_config.json` and `adapter_model.safetensors` for `peft.PeftModel.from_pretrained`.
 
     Args:
         content, path: a checkpoint of adapters, and where it was read.
         folder: where to write.
+
+    Returns:
+        what its user has to know, or nothing.
 
     Raises:
         UserError: `transformers` has no such model.
@@ -75,6 +78,8 @@ def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> 
     adapters = peft_adapters(content["model"], config)
     lora = content["lora"]
     rank, alpha = lora["lora_rank"], lora["lora_alpha"]
+    [embedding] = (theirs for theirs, ours in parts_of(config).items() if ours == ["token_embedding"])
+    is_tied = embedding in adapters and config.tie_embeddings
     fused = {}
     if any(name.endswith("c_attn") for name in adapters):  # three times the rank, and yet the same scaling
         fused = {"rank_pattern": {"c_attn": 3 * rank}}
@@ -91,6 +96,7 @@ def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> 
         "use_rslora": lora["lora_rslora"],
         "fan_in_fan_out": architecture_of(config) in TRANSPOSED,
         "bias": "none",
+        **({"ensure_weight_tying": True} if is_tied else {}),
         **fused,
     }
     folder = Path(folder)
@@ -99,9 +105,15 @@ def save_peft(content: dict[str, Any], path: str | Path, folder: str | Path) -> 
         f"base_model.model.{name}.lora_{letter}.weight": matrix.contiguous()
         for name, matrices in adapters.items()
         for letter, matrix in zip("AB", matrices, strict=True)
+        if name != embedding
     }
+    if embedding in adapters:  # there it has A (R, V) and B (D, R), whose product is the transpose of ours
+        for letter, matrix in zip("BA", adapters[embedding], strict=True):
+            tensors[f"base_model.model.{embedding}.lora_embedding_{letter}"] = matrix.mT.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    # Seen with peft 0.21.2: embedding and head, one matrix, are each given the adapter that they share
+    return "; merge_and_unload would add the embedding's adapter twice, merge with --output_path" if is_tied else ""
 
 
 def merged_state(content: dict[str, Any], path: str | Path, base: str | Path) -> dict[str, torch.Tensor]:
@@ -134,8 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     if "lora" not in content:
         raise UserError(f"{path} holds no adapters (LoRA) but a whole model, which can be used as it is")
     if config.peft_dir:
-        save_peft(content, path, config.peft_dir)
-        print(f"for peft: {config.peft_dir}")
+        note = save_peft(content, path, config.peft_dir)
+        print(f"for peft: {config.peft_dir}{note}")
     if not config.output_path:
         return
     base = find_base(content, path, config.base_model)

@@ -30,6 +30,7 @@ class SFTConfig(InstructionData, LoRAOptions, StageConfig):
     lr: float = 1.5e-3
     epochs: float = 4.0
     lora_lr_scale: float = 3.0
+    lora_targets: str = "all,embedding"  # docs/lora.md says what the embedding brings
     packing: bool = option(False, "several conversations in a row of --max_seq_len tokens, each as if it were alone")
     neftune_alpha: float = option(0.0, "noise on embeddings in training (NEFTune), such as 5; 0: none", at_least=0)
 

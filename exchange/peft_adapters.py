@@ -23,7 +23,7 @@ from checkpoint import config_of, load_checkpoint, save_checkpoint, tokenizer_of
 from command_line import UserError
 from exchange.hugging_face import read_json
 from gpt_model import GPTConfig, GPTModel
-from lora import LoRAOptions, attach_lora, lora_layers
+from lora import TARGETS, LoRAOptions, attach_lora, lora_layers
 
 Adapter = tuple[torch.Tensor, torch.Tensor, float]  # A (R, K), B (N, R), scaling
 # What an adapter may have besides, with the values that add nothing to it
@@ -81,7 +81,7 @@ def read_adapters(folder: Path, config: GPTConfig) -> tuple[dict[str, torch.Tens
         lora_rank=rank,
         lora_alpha=scaling * rank,
         lora_dropout=float(settings.get("lora_dropout") or 0.0),
-        lora_targets=",".join(sorted({name.rpartition(".")[2] for name in found})),
+        lora_targets=",".join(sorted({_target(name) for name in found})),
     )
     with torch.device("meta"):
         model = GPTModel.from_config(config)
@@ -102,14 +102,17 @@ def _adapters_of(folder: Path, settings: dict[str, Any], config: GPTConfig) -> d
     tensors = _tensors(folder)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))", name)
         if match is None:
             raise UserError(f"{folder} holds {name}, which is no adapter of a linear layer; merge it with peft")
-        layers.setdefault(match[1], {})[match[2]] = tensor.float()
+        if match[3]:  # of an embedding: the product of the two is the transpose of ours
+            layers.setdefault(match[1], {})["BA"["AB".index(match[3])]] = tensor.float().mT
+        else:
+            layers.setdefault(match[1], {})[match[2]] = tensor.float()
     ours_of, found = parts_of(config), {}
     sizes = {"query_proj": config.n_heads, "key_proj": config.n_kv_heads, "value_proj": config.n_kv_heads}
     for theirs, matrices in layers.items():
-        if theirs not in ours_of or not theirs.split(".")[-1] or not ours_of[theirs][0].startswith("layers."):
+        if theirs not in ours_of or not ours_of[theirs][0].startswith(("layers.", *TARGETS["embedding"])):
             raise UserError(f"{folder} holds adapters for {theirs}, which the model does not have or cannot adapt")
         if matrices.keys() != {"A", "B"}:
             raise UserError(f"{folder} holds half an adapter for {theirs}; fetch it again")
@@ -124,7 +127,25 @@ def _adapters_of(folder: Path, settings: dict[str, Any], config: GPTConfig) -> d
         for place, (name, part) in enumerate(zip(ours, rows, strict=True)):
             own = _own_columns(rows, place, len(a))
             found[name] = a[own], part[:, own], scaling
+    embedding, head = (found.get(name) for name in TARGETS["embedding"])
+    if config.tie_embeddings and not _are_same(embedding, head):
+        raise UserError(
+            f"{folder} holds other adapters for the token embedding than for the output head, which are one matrix in "
+            "this model; merge them with peft"
+        )
     return found
+
+
+def _are_same(one: Adapter | None, other: Adapter | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2] == other[2]
+
+
+def _target(name: str) -> str:
+    """What `--lora_targets` calls a layer."""
+    kind = name.rpartition(".")[2]
+    return "embedding" if kind in TARGETS["embedding"] else kind
 
 
 def _own_columns(rows: tuple[torch.Tensor, ...], place: int, rank: int) -> slice:

@@ -67,7 +67,7 @@ def test_logits_are_those_of_peft(base, settings, request, tmp_path):
 @pytest.mark.parametrize("base", ["gpt2", "llama"], indirect=True)
 def test_out_and_back_again(base, tmp_path):
     model, tokenizer, content = load_model(base)
-    apply_lora(model, LoRAOptions(lora_rank=2, lora_targets="all"), base=str(base))
+    apply_lora(model, LoRAOptions(lora_rank=2, lora_targets="all,embedding"), base=str(base))
     for name, parameter in model.named_parameters():
         if "lora" in name:
             parameter.data.normal_(std=0.3)

@@ -8,11 +8,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import gpt_model
 from alignment.reward_model import RewardModel
 from command_line import UserError, parse_config
 from inference.kernels.int8_weights import Int8Linear, round_to_int8
 from inference.quantizer import quantize_model_int8
 from lora import (
+    LoRAEmbedding,
     LoRALinear,
     LoRAOptions,
     adapters_disabled,
@@ -131,9 +133,53 @@ def test_one_layer_can_be_named_exactly(random_model):
     ]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_embedding_and_the_output_head(tied, random_model):
+    """Tied they are one matrix W + s · B A, with one adapter; else each has its own. Merging adds it once."""
+    base, ids = random_model("modern", tie_embeddings=tied), random_ids(2, 12)
+    model = adapted(base, LoRAOptions(lora_rank=3, lora_alpha=2.0, lora_targets="embedding"))
+    embedding, head = lora_layers(model).values()
+    assert isinstance(embedding, LoRAEmbedding)
+    assert len([p for p in model.parameters() if p.requires_grad]) == (2 if tied else 4)
+    expected, by_hand = model(ids)["logits"], copy.deepcopy(base)
+    with torch.no_grad():
+        for ours, layer in {by_hand.token_embedding: embedding, by_hand.lm_head: head}.items():
+            ours.weight = nn.Parameter(layer.base.weight + 2.0 / 3 * layer.lora_B @ layer.lora_A)
+    assert tied == torch.equal(by_hand.token_embedding.weight, by_hand.lm_head.weight)
+    torch.testing.assert_close(by_hand(ids)["logits"], expected, atol=2e-5, rtol=2e-5)
+    assert (expected - base(ids)["logits"]).abs().max() > 0.1
+    with adapters_disabled(model):
+        assert torch.equal(model(ids)["logits"], base(ids)["logits"])
+    for _ in range(2):
+        merge_lora(model)
+        merge_lora(model)
+        torch.testing.assert_close(model(ids)["logits"], expected, atol=2e-5, rtol=2e-5)
+        unmerge_lora(model)
+        assert torch.equal(model(ids)["logits"], expected)
+    backbone = RewardModel(copy.deepcopy(base)).backbone  # has no output head any more
+    attach_lora(backbone, LoRAOptions(lora_rank=3, lora_targets="all,embedding"))
+    assert isinstance(backbone.token_embedding, LoRAEmbedding)
+    assert isinstance(backbone.lm_head, nn.Identity)
+
+
+def test_a_head_with_an_adapter_needs_not_all_logits_at_once(random_model, monkeypatch):
+    """The same loss and gradients in chunks of 5 tokens, as on a GPU, as from all logits."""
+    usual = gpt_model.loss_of_any_head
+    monkeypatch.setattr(gpt_model, "loss_of_any_head", lambda *args: usual(*args, 64 * 5))
+    ids, found = random_ids(3, 12), []
+    for keeps_logits in (True, False):
+        model = adapted(random_model("modern"), LoRAOptions(lora_rank=3, lora_targets="all,embedding")).train()
+        model.keeps_logits = keeps_logits
+        output = model(ids, labels=ids.masked_fill(ids % 5 == 0, -100))
+        assert (output["logits"] is None) != keeps_logits
+        output["loss"].backward()
+        found.append([output["loss"], *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("targets", ["", "query", "lm_head", "attention,", "all,nothing"])
 def test_a_name_that_is_no_layer_is_refused(targets, random_model):
-    with pytest.raises(UserError, match="no linear layer of the model; give attention, mlp, all, or some of down_proj"):
+    with pytest.raises(UserError, match="no linear layer of the model; give attention, mlp, all, embedding, or some"):
         target_layers(random_model("gpt2"), targets)
 
 

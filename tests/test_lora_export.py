@@ -67,7 +67,7 @@ def logits(model, ids):
 def test_adapters_are_loaded_like_any_checkpoint(architecture, rslora, world):
     """A plain model in full precision, with the adapters merged in; the file holds the adapters and nothing else."""
     model, ids = (
-        world(architecture, lora_rslora=rslora, lora_alpha=2.0, lora_targets="mlp,query_proj"),
+        world(architecture, lora_rslora=rslora, lora_alpha=2.0, lora_targets="mlp,query_proj,embedding"),
         random_ids(2, 9),
     )
     loaded, _, content = load_model("models/lora/best.pth")
@@ -89,7 +89,7 @@ def test_adapters_upon_merged_adapters(world):
 
 
 def test_a_reward_model_gets_its_head_back(world):
-    model, ids = world(stage="reward"), random_ids(2, 9)
+    model, ids = world(stage="reward", lora_targets="all,embedding"), random_ids(2, 9)
     path = "models/lora/best.pth"
     assert "reward_head.weight" in load_checkpoint(path)["model"]
     loaded = restore_model(load_checkpoint(path), path, RewardModel).eval()
@@ -179,12 +179,12 @@ def test_adapters_trained_beside_int8_are_merged_with_what_they_saw(architecture
 
 def test_adapters_are_attached_to_the_quantized_base_and_to_no_other(world):
     """Given the INT8 version of their base, adapters work beside it; exported so, their file alone says it all."""
-    model, ids = world(), random_ids(2, 9)
+    model, ids = world(lora_targets="all,embedding"), random_ids(2, 9)
     expected = logits(model, ids)
     quantizer.main(["--model_path", "models/base/base.pth", "--output_path", "int8.pth", "--num_threads", "1"])
     loaded, _, _ = load_any("models/lora/best.pth", base="int8.pth")
     assert lora_layers(loaded)
-    assert isinstance(loaded.lm_head, quantizer.InferenceLinear)
+    assert isinstance(loaded.lm_head.base, quantizer.InferenceLinear)
     assert (logits(loaded, ids) - expected).norm() < 0.05 * expected.norm()
     assert (logits(load_any("int8.pth")[0], ids) - expected).norm() > 0.1 * expected.norm()
     with pytest.raises(UserError, match="int8.pth is quantized"):
@@ -252,7 +252,10 @@ def test_the_module_runs_as_a_program(module, world):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("targets", ["all", "attention", "mlp", "query_proj,value_proj", "layers.1.attention.key_proj"])
+@pytest.mark.parametrize(
+    "targets",
+    ["all", "attention", "mlp", "query_proj,value_proj", "layers.1.attention.key_proj", "embedding", "all,embedding"],
+)
 def test_peft_computes_the_same_logits(architecture, targets, rslora, world):
     """`peft` loads the folder on the model that `transformers` makes of the base, and the logits agree."""
     peft = pytest.importorskip("peft")
