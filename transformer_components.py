@@ -723,7 +723,9 @@ class MixtureOfExperts(AuxiliaryLoss, Part):
         probabilities = logits.softmax(dim=-1)  # (N, E)
         weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)  # (N, C)
         weights = weights / weights.sum(dim=-1, keepdim=True)  # (N, C)
-        n_chosen = chosen.flatten().bincount(minlength=len(self.experts))  # (E,)
+        # (E,); `bincount` would read its largest number, and a GPU would be waited for
+        once_each = torch.ones_like(chosen).flatten()
+        n_chosen = chosen.new_zeros(len(self.experts)).scatter_add_(0, chosen.flatten(), once_each)
         if self.training:
             share = n_chosen / chosen.numel()  # (E,)
             balance = len(self.experts) * (share * probabilities.mean(dim=0)).sum()

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from test_gpu_step import Reads
 
 import pretrain_trainer
 from alignment.transformers_names import in_transformers
@@ -161,6 +162,14 @@ def test_experts_at_one_place_compute_the_same_without_waiting(monkeypatch, weig
             monkeypatch.setattr(stacked_experts, "has_grouped_product", lambda *_: True)
             for x, y in zip(inputs, expected, strict=True):
                 torch.testing.assert_close(stacked(x), y, atol=1e-5, rtol=1e-4)
+
+
+def test_in_training_a_layer_waits_once_for_its_counts(monkeypatch):
+    layer, asked, tolist = make().train().layers[0].feed_forward, [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: asked.append(len(tensor)) or tolist(tensor))
+    with Reads() as reads:
+        layer(torch.randn(2, 9, 32))
+    assert reads.found == [] and asked == [len(layer.experts)]
 
 
 def test_experts_that_are_not_of_known_parts_stay_where_they_are():
