@@ -219,7 +219,9 @@ def _openmp_of_torch() -> Path | None:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    # What is preloaded into Python, such as a sanitizer, would only make the compiler slow
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
     if result.returncode:
         raise RuntimeError(f"{shlex.join(command)} failed: {result.stderr.strip()[:500]}")
 

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./setup_venv.sh requirements.txt requirements-dev.txt
 
 export CC=${CC:-gcc}
-flags="-O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
+flags="-O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 library=$($CC -print-file-name=libasan.so 2>/dev/null || true)
 if [ ! -e "$library" ] || ! echo 'int main(void) { return 0; }' | $CC $flags -x c - -o /dev/null 2>/dev/null; then
     echo "no sanitizers: $CC does not bring libasan and libubsan; the compiled code is not checked with them"
