@@ -190,10 +190,10 @@ def prebuild(source: Path, level: str, folder: Path) -> Path:
 
 
 def _whole_text(source: Path) -> bytes:
-    """A C file with those that it includes from its own folder: a change of either makes another library."""
+    """A C file with those of the project that it includes: a change of either makes another library."""
     text = source.read_bytes()
     included = re.findall(rb'^#include "(.+)"', text, re.MULTILINE)
-    return b"".join([text, *(_whole_text(source.with_name(name.decode())) for name in included)])
+    return b"".join([text, *(_whole_text(source.parent / name.decode()) for name in included)])
 
 
 def compiler() -> list[str]:

@@ -6,30 +6,15 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include "../machine/exponential.h"
 
 enum { LANES = 16 };
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t IntLanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* e to the power of x, with a relative error below 3e-7; x is bounded to what a float can hold. */
-static inline Lanes exponential(Lanes x) {
-    const Lanes lowest = (Lanes){0} - 87.0f, highest = (Lanes){0} + 88.0f;
-    IntLanes low = x < lowest, high = x > highest;
-    x = (Lanes)((low & (IntLanes)lowest) | (~low & (IntLanes)x));
-    x = (Lanes)((high & (IntLanes)highest) | (~high & (IntLanes)x));
-    const float magic = 12582912.0f; /* adding 1.5 * 2^23 rounds to a whole number */
-    Lanes n = (x * 1.44269504f + magic) - magic;
-    Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* x = n ln 2 + r, |r| <= ln(2) / 2 */
-    Lanes p = r * 1.38888889e-3f + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * (Lanes)((__builtin_convertvector(n, IntLanes) + 127) << 23);
+static inline Lanes sigmoid(Lanes x) {
+    const Lanes highest = (Lanes){0} + 88.0f; /* of which e to the power of it still is a float */
+    IntLanes high = -x > highest;
+    return 1.0f / (1.0f + exponential((Lanes)((high & (IntLanes)highest) | (~high & (IntLanes)-x))));
 }
-
-static inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exponential(-x)); }
 
 static inline Lanes load(const float *from, int64_t n) { /* the first n lanes; the others are 0 */
     Lanes lanes = {0};

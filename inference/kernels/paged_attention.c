@@ -7,13 +7,11 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include "../../machine/exponential.h"
 #include "layout.h"
 
 enum { BLOCK_SIZE = 16 };
 const int64_t cells_of_a_block = BLOCK_SIZE; /* paged_attention.py knows the number, too */
-
-typedef float Lanes __attribute__((vector_size(4 * BLOCK_SIZE), aligned(4), may_alias));
-typedef int32_t IntLanes __attribute__((vector_size(4 * BLOCK_SIZE), aligned(4)));
 
 typedef struct {
     void *keys;                        /* (layers, kv_heads, blocks, head_dim, BLOCK_SIZE), float or int8_t */
@@ -31,22 +29,6 @@ typedef struct {                       /* of a tensor (1, heads, tokens, head_di
     int64_t head_stride, token_stride;
 } Rows;
 LAYOUT(Rows, FIELD(Rows, data), FIELD(Rows, head_stride), FIELD(Rows, token_stride));
-
-static inline Lanes exponential(Lanes x) {  /* of x <= 0; relative error below 3e-7 */
-    const Lanes lowest = (Lanes){0} - 87.0f;
-    IntLanes low = x < lowest;
-    x = (Lanes)((low & (IntLanes)lowest) | (~low & (IntLanes)x));
-    const float magic = 12582912.0f;  /* adding 1.5 * 2^23 rounds to a whole number */
-    Lanes n = (x * 1.44269504f + magic) - magic;
-    Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  /* x = n ln 2 + r, |r| <= ln(2) / 2 */
-    Lanes p = r * 1.38888889e-3f + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * (Lanes)((__builtin_convertvector(n, IntLanes) + 127) << 23);
-}
 
 /* The n numbers of a block as floats: where they lie, or converted into the buffer. */
 static inline const float *as_floats(const void *cells, int is_int8, int64_t block, int64_t n, float *buffer) {
