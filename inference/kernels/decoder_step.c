@@ -235,12 +235,16 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
                 }
             /* all keys and values are stored. A query's own thread places it: nobody else needs it */
             #pragma omp for collapse(2) schedule(dynamic, 2)
-            for (int64_t t = 0; t < tokens; t++)
-                for (int64_t h = 0; h < heads; h++) {
-                    int64_t head = (t * heads + h) * head_dim;
-                    place(model, &layer->query_norm, s.query + head, positions[t], head_dim);
-                    attend_token(cache, index, slots[t], positions[t], h, s.query + head, s.attended + head);
-                }
+            for (int64_t first = 0; first < tokens; first += QUERIES)
+                for (int64_t h = 0; h < heads; h++)
+                    for (int64_t t = first, n; t < at_most(first + QUERIES, tokens); t += n) {
+                        int64_t head = (t * heads + h) * head_dim, stride = heads * head_dim;
+                        n = tokens_together(slots, t, tokens);
+                        for (int64_t q = 0; q < n; q++)
+                            place(model, &layer->query_norm, s.query + head + q * stride, positions[t + q], head_dim);
+                        attend_tokens(cache, index, slots[t], positions[t], h, n, s.query + head, stride,
+                                      s.attended + head, stride);
+                    }
             prepare(&layer->output, s.attended, s.digits, tokens);
             multiply(&layer->output, s.attended, s.digits, s.hidden, tokens, 1); /* plus the residual stream */
             #pragma omp barrier /* a norm needs the whole row */

@@ -10,25 +10,17 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
 #include "layout.h"
+#include "vectors.h"
 
 #if defined(__AVX512F__)
-#define LANES 16
 #define X_ROWS 4 /* 4 · 4 sums, 4 + 4 operands: 32 registers hold them */
 #elif defined(__AVX2__)
-#define LANES 8
 #define X_ROWS 2 /* 16 registers */
 #else
-#define LANES 4
 #define X_ROWS 4
 #endif
 #define W_ROWS 4
-#define INLINE static inline __attribute__((always_inline))
 
 /* The processor itself foresees only the next few cache lines of a row. With one row of x, W is read once in a pass: it
    need not be kept (the last 0) where all weights together are more than the caches hold and would only drive everything
@@ -42,18 +34,6 @@ INLINE void ask_for(const char *p, long ahead) {
     else if (ahead)
         __builtin_prefetch(p + ahead);
 }
-#define UNROLL _Pragma("GCC unroll 6") /* or the sums would live in memory */
-#if defined(__AVX512F__)
-#define KEEP_IN_REGISTER(v) __asm__("" : "+v"(v)) /* GCC would load it again for each use */
-#elif defined(__x86_64__)
-#define KEEP_IN_REGISTER(v) __asm__("" : "+x"(v))
-#elif defined(__aarch64__)
-#define KEEP_IN_REGISTER(v) __asm__("" : "+w"(v))
-#else
-#define KEEP_IN_REGISTER(v)
-#endif
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float quarter __attribute__((vector_size(16)));
 typedef int32_t int_vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t int_quarter __attribute__((vector_size(16)));
@@ -65,11 +45,6 @@ typedef int8_t byte_vec __attribute__((vector_size(LANES)));
 typedef vec (*load_vec_fn)(const void *row, long k);
 typedef float (*load_one_fn)(const void *row, long k);
 
-INLINE vec load_vec_fp32(const void *row, long k) {
-    vec v;
-    memcpy(&v, (const float *)row + k, sizeof v);
-    return v;
-}
 INLINE float load_one_fp32(const void *row, long k) { return ((const float *)row)[k]; }
 
 INLINE vec load_vec_int8(const void *row, long k) {
@@ -178,8 +153,6 @@ INLINE vec load_rest(const void *row, long k, long n_in, load_one_fn load_one) {
 SUMS_OF_FOUR(sums_of_four, vec, quarter)
 SUMS_OF_FOUR(int_sums_of_four, int_vec, int_quarter)
 
-INLINE long at_most(long count, long limit) { return count < limit ? count : limit; }
-
 INLINE float sum_of_lanes(vec v) {
     quarter parts[LANES / 4], four;
     memcpy(parts, &v, sizeof v);
@@ -195,19 +168,7 @@ INLINE quarter four_of(const float *numbers, int n, float otherwise) {
     return four;
 }
 
-/* sum + a · b, rounded once. Left to itself, a compiler rounds once in some tiles and twice in others, and a row would not
-   give the same in both. */
-INLINE vec add_product(vec sum, vec a, vec b) {
-#if LANES == 16
-    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif LANES == 8 && defined(__FMA__)
-    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#elif defined(__aarch64__)
-    return (vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
-#else
-    return sum + a * b;
-#endif
-}
+/* As `add_product`. */
 INLINE quarter add_four_products(quarter sum, quarter a, quarter b) {
 #if defined(__FMA__)
     return (quarter)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)sum);

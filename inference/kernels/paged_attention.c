@@ -1,14 +1,18 @@
-/* Attention of single tokens to keys and values that lie in blocks of cells; paged_cache.py says what it computes.
+/* Attention of tokens to keys and values that lie in blocks of cells; paged_cache.py says what it computes.
 
-   Each token first stores its key and value in its cell. Then every query reads the blocks of its own past once, with
+   Each token first stores its key and value in its cell. Then the queries read the blocks of their own past once, with
    the softmax corrected as its maximum grows (online softmax, arXiv:1805.02867): no row of scores is kept, whatever the
-   length. In a block the keys lie transposed, so that the scores of its 16 cells are the 16 lanes of one vector. */
+   length. In a block the keys lie transposed, so that the scores of its 16 cells are the lanes of one vector, or of two.
+
+   Neighbours in a prompt go through their past together, QUERIES at once: what is loaded is used by all of them. Each
+   meets the same operations in the same order as it would alone, and gives the same to the last bit. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 #include "../../machine/exponential.h"
 #include "layout.h"
+#include "vectors.h"
 
 enum { BLOCK_SIZE = 16 };
 const int64_t cells_of_a_block = BLOCK_SIZE; /* paged_attention.py knows the number, too */
@@ -38,59 +42,145 @@ static inline const float *as_floats(const void *cells, int is_int8, int64_t blo
     return buffer;
 }
 
-static inline Lanes scores(const float *query, const float *keys, int64_t head_dim) {
-    const Lanes *key = (const Lanes *)keys;
-    Lanes even = {0}, odd = {0};  /* two sums, as an addition waits for the one before it */
-    int64_t i = 0;
-    for (; i + 2 <= head_dim; i += 2) {
-        even += query[i] * key[i];
-        odd += query[i + 1] * key[i + 1];
+enum { QUERIES = 4, CHUNK = 16 * BLOCK_SIZE }; /* the softmax looks for its maximum once in so many cells */
+
+typedef struct { /* a query on its way through its past */
+    const float *query;
+    float *out; /* (head_dim,): the sum of e^(score − highest) · value */
+    int64_t length;
+    float highest, score[CHUNK]; /* scores of a chunk, and then weights */
+    Lanes totals; /* of e^(score − highest) */
+} Past;
+
+/* The scores of n queries in the cells of a block, which are added up in two sums, of even and of odd dimensions: an
+   addition waits for the one before it. The two go side by side where the registers hold them. */
+INLINE void score_block(int n, Past *pasts, const float *keys, int64_t first, int64_t head_dim, vec factor) {
+    enum { VECS = BLOCK_SIZE / LANES < 2 ? BLOCK_SIZE / LANES : 2 };
+    const int n_sums = n * VECS > 4 ? 1 : 2;
+    for (int cell = 0; cell < BLOCK_SIZE; cell += VECS * LANES) {
+        vec sums[2][QUERIES][VECS] = {{{{0}}}};
+        for (int parity = 0; parity < 2; parity += n_sums)
+            for (int64_t i = parity; i < head_dim; i += 2)
+                UNROLL for (int s = 0; s < n_sums && i + s < head_dim; s++) {
+                    vec key[VECS];
+                    UNROLL for (int v = 0; v < VECS; v++) {
+                        key[v] = load_vec_fp32(keys + (i + s) * BLOCK_SIZE + cell, v * LANES);
+                        KEEP_IN_REGISTER(key[v]);
+                    }
+                    UNROLL for (int q = 0; q < n; q++) {
+                        vec number = (vec){0} + pasts[q].query[i + s];
+                        UNROLL for (int v = 0; v < VECS; v++)
+                            sums[parity + s][q][v] = add_product(sums[parity + s][q][v], number, key[v]);
+                    }
+                }
+        UNROLL for (int q = 0; q < n; q++)
+            UNROLL for (int v = 0; v < VECS; v++) {
+                vec score = factor * (sums[0][q][v] + sums[1][q][v]);
+                memcpy(pasts[q].score + first + cell + v * LANES, &score, sizeof score);
+            }
     }
-    if (i < head_dim) even += query[i] * key[i];
-    return even + odd;
 }
 
-static inline void add_values(float *out, const float *weight, const float *values, int count, int64_t head_dim) {
+/* The scores of the `count` cells of a chunk that a query sees become weights against the highest score so far. */
+static void weigh(Past *past, int64_t count, int64_t head_dim) {
+    float *score = past->score, highest = past->highest;
+    Lanes largest = (Lanes){0} - INFINITY;
+    int64_t n_cells = (count + BLOCK_SIZE - 1) / BLOCK_SIZE * BLOCK_SIZE;
+    for (int64_t c = count; c < n_cells; c++) score[c] = -INFINITY;
+    for (int64_t c = 0; c < n_cells; c += BLOCK_SIZE) {
+        Lanes some = *(Lanes *)(score + c);
+        IntLanes larger = some > largest;
+        largest = (Lanes)((larger & (IntLanes)some) | (~larger & (IntLanes)largest));
+    }
+    for (int c = 0; c < BLOCK_SIZE; c++) highest = largest[c] > highest ? largest[c] : highest;
+    if (highest > past->highest && past->highest > -INFINITY) { /* the sums so far were taken against the old maximum */
+        float correction = expf(past->highest - highest);
+        past->totals *= correction;
+        for (int64_t i = 0; i < head_dim; i++) past->out[i] *= correction;
+    }
+    past->highest = highest;
+    for (int64_t c = 0; c < n_cells; c += BLOCK_SIZE) {
+        Lanes weights = exponential(*(Lanes *)(score + c) - highest);
+        if (c + BLOCK_SIZE > count)
+            for (int64_t i = count - c; i < BLOCK_SIZE; i++) weights[i] = 0;
+        past->totals += weights;
+        *(Lanes *)(score + c) = weights;
+    }
+}
+
+/* Adds the values of the cells from `begin` to `end` of a block, n queries' weights of which start at number `first`. */
+INLINE void add_values(int n, Past *pasts, const float *values, int64_t first, int64_t begin, int64_t end,
+                       int64_t head_dim) {
+    enum { VECS = 2 };
     int64_t i = 0;
-    for (; i + BLOCK_SIZE <= head_dim; i += BLOCK_SIZE) {
-        Lanes sum = *(Lanes *)(out + i);
-        for (int c = 0; c < count; c++) sum += weight[c] * *(const Lanes *)(values + c * head_dim + i);
-        *(Lanes *)(out + i) = sum;
+    for (; i + VECS * LANES <= head_dim; i += VECS * LANES) {
+        vec sums[QUERIES][VECS];
+        UNROLL for (int q = 0; q < n; q++)
+            UNROLL for (int v = 0; v < VECS; v++) sums[q][v] = load_vec_fp32(pasts[q].out + i, v * LANES);
+        for (int64_t c = begin; c < end; c++) {
+            vec value[VECS];
+            UNROLL for (int v = 0; v < VECS; v++) {
+                value[v] = load_vec_fp32(values + c * head_dim + i, v * LANES);
+                KEEP_IN_REGISTER(value[v]);
+            }
+            UNROLL for (int q = 0; q < n; q++) {
+                vec weight = (vec){0} + pasts[q].score[first + c];
+                UNROLL for (int v = 0; v < VECS; v++) sums[q][v] = add_product(sums[q][v], weight, value[v]);
+            }
+        }
+        UNROLL for (int q = 0; q < n; q++)
+            UNROLL for (int v = 0; v < VECS; v++) memcpy(pasts[q].out + i + v * LANES, &sums[q][v], sizeof(vec));
     }
     for (; i < head_dim; i++)
-        for (int c = 0; c < count; c++) out[i] += weight[c] * values[c * head_dim + i];
+        for (int q = 0; q < n; q++)
+            for (int64_t c = begin; c < end; c++) {
+                vec sum = add_product((vec){0} + pasts[q].out[i], (vec){0} + pasts[q].score[first + c],
+                                      (vec){0} + values[c * head_dim + i]);
+                pasts[q].out[i] = sum[0];
+            }
 }
 
-/* out (head_dim,) = softmax(query · keys / √head_dim) · values, over the first `length` cells of a sequence. While the
-   blocks go by, `out` is the sum of e^(score − highest) · value and `total` that of e^(score − highest). */
-static void attend(const Cache *cache, int64_t base, const float *query, const int32_t *blocks, int64_t length,
-                   float *out) {
-    int64_t head_dim = cache->head_dim, size = head_dim * BLOCK_SIZE;
+INLINE int64_t within(int64_t number, int64_t most) { return number < 0 ? 0 : number < most ? number : most; }
+
+/* out (head_dim,) = softmax(query · keys / √head_dim) · values of n queries, over the first `length` cells of a sequence,
+   each of which has one more than the one before it. */
+INLINE void attend(int n, Past *pasts, const Cache *cache, int64_t base, const int32_t *blocks) {
+    int64_t head_dim = cache->head_dim, size = head_dim * BLOCK_SIZE, length = pasts[n - 1].length;
     int is_int8 = cache->key_scales != NULL;
-    float highest = -INFINITY, total = 0, factor = 1 / sqrtf((float)head_dim), score[BLOCK_SIZE], weight[BLOCK_SIZE];
-    float buffer[is_int8 ? size : 1];
-    memset(out, 0, head_dim * sizeof(float));
-    for (int64_t start = 0; start < length; start += BLOCK_SIZE) {
-        int count = length - start < BLOCK_SIZE ? (int)(length - start) : BLOCK_SIZE;
-        int64_t block = base + blocks[start / BLOCK_SIZE];
-        /* All 16 cells are computed, those beyond the last token as well; only `count` of them are counted */
-        Lanes lanes = factor * scores(query, as_floats(cache->keys, is_int8, block, size, buffer), head_dim);
-        if (is_int8) lanes *= *(const Lanes *)(cache->key_scales + block * BLOCK_SIZE);
-        *(Lanes *)score = lanes;
-        float highest_before = highest;
-        for (int c = 0; c < count; c++) highest = score[c] > highest ? score[c] : highest;
-        if (highest > highest_before && start > 0) {
-            float correction = expf(highest_before - highest); /* the sums so far were taken against the old maximum */
-            total *= correction;
-            for (int64_t i = 0; i < head_dim; i++) out[i] *= correction;
-        }
-        *(Lanes *)weight = lanes = exponential(lanes - highest);
-        for (int c = 0; c < count; c++) total += weight[c];
-        /* The scale of a value goes into its weight, once, in place of head_dim numbers; `total` must not have it */
-        if (is_int8) *(Lanes *)weight = lanes * *(const Lanes *)(cache->value_scales + block * BLOCK_SIZE);
-        add_values(out, weight, as_floats(cache->values, is_int8, block, size, buffer), count, head_dim);
+    float factor = 1 / sqrtf((float)head_dim), buffer[is_int8 ? size : 1];
+    for (int q = 0; q < n; q++) {
+        pasts[q].highest = -INFINITY;
+        pasts[q].totals = (Lanes){0};
+        memset(pasts[q].out, 0, head_dim * sizeof(float));
     }
-    for (int64_t i = 0; i < head_dim; i++) out[i] /= total;
+    for (int64_t start = 0; start < length; start += CHUNK, blocks += CHUNK / BLOCK_SIZE) {
+        int64_t n_cells = within(length - start, CHUNK);
+        /* All cells of a block are computed, those beyond the last token as well; only those that are seen count */
+        for (int64_t c = 0; c < n_cells; c += BLOCK_SIZE) {
+            int64_t block = base + blocks[c / BLOCK_SIZE];
+            score_block(n, pasts, as_floats(cache->keys, is_int8, block, size, buffer), c, head_dim, (vec){0} + factor);
+            if (is_int8)
+                for (int q = 0; q < n; q++)
+                    *(Lanes *)(pasts[q].score + c) *= *(const Lanes *)(cache->key_scales + block * BLOCK_SIZE);
+        }
+        for (int q = 0; q < n; q++)
+            if (pasts[q].length > start) weigh(pasts + q, within(pasts[q].length - start, CHUNK), head_dim);
+        for (int64_t c = 0; c < n_cells; c += BLOCK_SIZE) {
+            int64_t block = base + blocks[c / BLOCK_SIZE], all_see = within(pasts[0].length - start - c, BLOCK_SIZE);
+            const float *values = as_floats(cache->values, is_int8, block, size, buffer);
+            if (is_int8) /* the scale of a value goes into its weight, once, in place of head_dim numbers */
+                for (int q = 0; q < n; q++)
+                    *(Lanes *)(pasts[q].score + c) *= *(const Lanes *)(cache->value_scales + block * BLOCK_SIZE);
+            add_values(n, pasts, values, c, 0, all_see, head_dim);
+            for (int q = 1; q < n; q++) /* what lies between them */
+                add_values(1, pasts + q, values, c, all_see, within(pasts[q].length - start - c, BLOCK_SIZE), head_dim);
+        }
+    }
+    for (int q = 0; q < n; q++) {
+        float total = 0;
+        for (int c = 0; c < BLOCK_SIZE; c++) total += pasts[q].totals[c];
+        for (int64_t i = 0; i < head_dim; i++) pasts[q].out[i] /= total;
+    }
 }
 
 /* One row into every `stride`-th place of its cell; as 8-bit integers and a scale where there are scales. */
@@ -130,11 +220,29 @@ static void store_token(const Cache *cache, int64_t layer, int64_t slot, int64_t
           is_int8 ? cache->value_scales + first + offset : NULL, value, head_dim);
 }
 
-/* What query head h of a token at this position finds in its past and itself. */
-static void attend_token(const Cache *cache, int64_t layer, int64_t slot, int64_t position, int64_t h,
-                         const float *query, float *out) {
+/* What query head h of n tokens, one after another in a sequence, finds in their past and themselves; of n at most QUERIES.
+   The rows of a token lie `stride` numbers after those of the one before it. */
+static void attend_tokens(const Cache *cache, int64_t layer, int64_t slot, int64_t position, int64_t h, int64_t n,
+                          const float *query, int64_t query_stride, float *out, int64_t out_stride) {
     int64_t base = (layer * cache->kv_heads + h / (cache->heads / cache->kv_heads)) * cache->blocks;
-    attend(cache, base, query, cache->table + slot * cache->blocks_per_slot, position + 1, out);
+    const int32_t *blocks = cache->table + slot * cache->blocks_per_slot;
+    Past pasts[QUERIES];
+    for (int64_t q = 0; q < n; q++) {
+        pasts[q].query = query + q * query_stride;
+        pasts[q].out = out + q * out_stride;
+        pasts[q].length = position + q + 1;
+    }
+    if (n == QUERIES)
+        attend(QUERIES, pasts, cache, base, blocks);
+    else
+        for (int64_t q = 0; q < n; q++) attend(1, pasts + q, cache, base, blocks);
+}
+
+/* How many of the tokens from number t on, up to the end of its group of QUERIES, belong to one sequence. */
+static int64_t tokens_together(const int64_t *slots, int64_t t, int64_t tokens) {
+    int64_t n = 1, most = QUERIES - t % QUERIES;
+    while (n < most && t + n < tokens && slots[t + n] == slots[t]) n++;
+    return n;
 }
 
 /* Store the keys and values of all tokens, then compute out (tokens, heads, head_dim) for the first `attending`. */
@@ -148,11 +256,14 @@ void paged_attention(const Cache *cache, int64_t layer, Rows query, Rows key, Ro
             for (int64_t g = 0; g < cache->kv_heads; g++)
                 store_token(cache, layer, slots[t], positions[t], g, head_of(key, t, g), head_of(value, t, g));
         /* all threads have waited for each other: tokens of one prompt see each other. As pasts differ in length, a
-           thread that is done takes the next two heads (dynamic) */
+           thread that is done takes the next two (dynamic) */
         #pragma omp for collapse(2) schedule(dynamic, 2)
-        for (int64_t t = 0; t < attending; t++)
+        for (int64_t first = 0; first < attending; first += QUERIES)
             for (int64_t h = 0; h < heads; h++)
-                attend_token(cache, layer, slots[t], positions[t], h, head_of(query, t, h),
-                             out + (t * heads + h) * cache->head_dim);
+                for (int64_t t = first, n; t < at_most(first + QUERIES, attending); t += n) {
+                    n = tokens_together(slots, t, attending);
+                    attend_tokens(cache, layer, slots[t], positions[t], h, n, head_of(query, t, h), query.token_stride,
+                                  out + (t * heads + h) * cache->head_dim, heads * cache->head_dim);
+                }
     }
 }
