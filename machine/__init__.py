@@ -1,6 +1,6 @@
 """The machine: which device and precision to compute in, its cores and peak speed, and the memory used.
 
-`native_code` makes functions of C files on the machine that runs them; `exponential.h` is for these.
+`native_code` makes functions of C files on the machine that runs them; `vectors.h` is for these.
 `python -m machine` (`__main__`) prints a page on what this computer offers and lacks, and `python -m machine.what_fits`
 (`what_fits`) which models fit into a GPU.
 """

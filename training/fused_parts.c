@@ -3,28 +3,17 @@
 
    All tensors are contiguous floats. Rows are shared out among threads, and a row gives the same whoever computes it. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#include "../machine/exponential.h"
+#include "../machine/vectors.h"
 
-enum { LANES = 16 };
-
-static inline Lanes sigmoid(Lanes x) {
-    const Lanes highest = (Lanes){0} + 88.0f; /* of which e to the power of it still is a float */
-    IntLanes high = -x > highest;
-    return 1.0f / (1.0f + exponential((Lanes)((high & (IntLanes)highest) | (~high & (IntLanes)-x))));
-}
-
-static inline Lanes load(const float *from, int64_t n) { /* the first n lanes; the others are 0 */
-    Lanes lanes = {0};
-    if (n >= LANES) return *(const Lanes *)from;
+static inline vec load(const float *from, int64_t n) { /* the first n lanes; the others are 0 */
+    vec lanes = {0};
+    if (n >= LANES) return load_vec_fp32(from, 0);
     memcpy(&lanes, from, 4 * n);
     return lanes;
 }
 
-static inline void store(float *to, Lanes lanes, int64_t n) {
-    if (n >= LANES) *(Lanes *)to = lanes;
+static inline void store(float *to, vec lanes, int64_t n) {
+    if (n >= LANES) store_vec(to, lanes);
     else memcpy(to, &lanes, 4 * n);
 }
 
@@ -32,7 +21,7 @@ static inline void store(float *to, Lanes lanes, int64_t n) {
 void swiglu(float *out, const float *gate, const float *up, int64_t n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i += LANES) {
-        Lanes g = load(gate + i, n - i);
+        vec g = load(gate + i, n - i);
         store(out + i, g * sigmoid(g) * load(up + i, n - i), n - i);
     }
 }
@@ -41,13 +30,13 @@ void swiglu_backward(float *of_gate, float *of_up, const float *of_out, const fl
                      int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i += LANES) {
-        Lanes g = load(gate + i, n - i), u = load(up + i, n - i), d = load(of_out + i, n - i), s = sigmoid(g);
+        vec g = load(gate + i, n - i), u = load(up + i, n - i), d = load(of_out + i, n - i), s = sigmoid(g);
         store(of_up + i, d * g * s, n - i);
         store(of_gate + i, d * u * s * (1.0f + g * (1.0f - s)), n - i);
     }
 }
 
-static inline float total(Lanes x) {
+static inline float total(vec x) {
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += x[lane];
     return sum;
@@ -60,9 +49,9 @@ void rms_norm(float *out, float *inverse, const float *x, const float *weight, i
     for (int64_t row = 0; row < n; row++) {
         const float *from = x + row * width;
         float *to = out + row * width;
-        Lanes squares = {0};
+        vec squares = {0};
         for (int64_t i = 0; i < width; i += LANES) {
-            Lanes lanes = load(from + i, width - i);
+            vec lanes = load(from + i, width - i);
             squares += lanes * lanes;
         }
         float scale = inverse[row] = 1.0f / sqrtf(total(squares) / width + eps);
@@ -79,10 +68,10 @@ void rms_norm_backward(float *of_x, float *of_weight, const float *of_out, const
         for (int64_t row = n * part / parts; row < n * (part + 1) / parts; row++) {
             const float *from = x + row * width, *d = of_out + row * width;
             float *to = of_x + row * width, scale = inverse[row];
-            Lanes products = {0};
+            vec products = {0};
             for (int64_t i = 0; i < width; i += LANES) {
                 int64_t rest = width - i;
-                Lanes lanes = load(d + i, rest), normed = load(from + i, rest) * scale;
+                vec lanes = load(d + i, rest), normed = load(from + i, rest) * scale;
                 store(sums + i, load(sums + i, rest) + lanes * normed, rest);
                 products += lanes * load(weight + i, rest) * normed;
             }
@@ -129,18 +118,14 @@ void cross_entropy(float *losses, float *logits, const int64_t *targets, int64_t
         float largest = x[0], wanted = x[targets[row]];
         int64_t whole = width / LANES * LANES;
         if (whole) {
-            Lanes lanes = load(x, LANES);
-            for (int64_t i = LANES; i < whole; i += LANES) {
-                Lanes others = load(x + i, LANES);
-                IntLanes more = others > lanes;
-                lanes = (Lanes)((more & (IntLanes)others) | (~more & (IntLanes)lanes));
-            }
-            for (int lane = 0; lane < LANES; lane++) largest = lanes[lane] > largest ? lanes[lane] : largest;
+            vec lanes = load(x, LANES);
+            for (int64_t i = LANES; i < whole; i += LANES) lanes = larger_of(load(x + i, LANES), lanes);
+            largest = largest_lane(lanes);
         }
         for (int64_t i = whole; i < width; i++) largest = x[i] > largest ? x[i] : largest;
-        Lanes sums = {0};
+        vec sums = {0};
         for (int64_t i = 0; i < whole; i += LANES) {
-            Lanes e = exponential(load(x + i, LANES) - largest);
+            vec e = exponential(load(x + i, LANES) - largest);
             store(x + i, e, LANES);
             sums += e;
         }

@@ -50,7 +50,7 @@ typedef struct { /* room for the intermediate results of a step */
     float *hidden;      /* (tokens, d_model): the residual stream; at the end what comes out of the final norm */
     float *normed;      /* (tokens, d_model) */
     float *query, *key, *value, *attended; /* (tokens, heads or kv_heads, head_dim) */
-    float *inner, *gate; /* (tokens, d_ff), rounded up to whole blocks of BLOCK_SIZE, see activate */
+    float *inner, *gate; /* (tokens, d_ff), rounded up to whole vectors, see activate */
     char *digits;       /* (tokens, the most bytes that a layer's linear_digit_bytes asks for) */
     float *shares;      /* (tokens, n_experts): of each token's output the share of each expert; of most 0 */
     float *gathered, *computed; /* (tokens, d_model): what goes through one expert, and what comes out */
@@ -100,21 +100,16 @@ static void place(const Model *model, const Norm *norm, float *head, int64_t pos
     if (model->rotary) rotate(model, head, position, head_dim);
 }
 
-static inline Lanes sigmoid(Lanes x) { /* 1 / (1 + e^-x), from e^-|x|, which does not overflow */
-    IntLanes negative = x < 0;
-    Lanes e = exponential((Lanes)((negative & (IntLanes)x) | (~negative & (IntLanes)-x)));
-    return (Lanes)((negative & (IntLanes)e) | (~negative & (IntLanes)((Lanes){0} + 1.0f))) / (1 + e);
-}
-
-/* BLOCK_SIZE numbers of the inner layer: SwiGLU (arXiv:2002.05202), or GELU with tanh, whose (1 + tanh z) / 2 is
+/* LANES numbers of the inner layer: SwiGLU (arXiv:2002.05202), or GELU with tanh, whose (1 + tanh z) / 2 is
    sigmoid(2 z). */
-static void activate(float *inner, const float *gate) {
-    Lanes x = *(Lanes *)inner;
-    if (gate)
-        x *= *(const Lanes *)gate * sigmoid(*(const Lanes *)gate);
-    else
+INLINE void activate(float *inner, const float *gate) {
+    vec x = load_vec_fp32(inner, 0);
+    if (gate) {
+        vec g = load_vec_fp32(gate, 0);
+        x *= g * sigmoid(g);
+    } else
         x *= sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
-    *(Lanes *)inner = x;
+    store_vec(inner, x);
 }
 
 /* out = row `index` of a table, or with `add` plus that. */
@@ -145,7 +140,7 @@ static void feed_forward(const Linear *up, const Linear *down, const Linear *gat
     #pragma omp barrier /* the same numbers are shared out in another way */
 
     #pragma omp for schedule(static)
-    for (int64_t i = 0; i < tokens * d_ff; i += BLOCK_SIZE) activate(s->inner + i, gate->weight ? s->gate + i : NULL);
+    for (int64_t i = 0; i < tokens * d_ff; i += LANES) activate(s->inner + i, gate->weight ? s->gate + i : NULL);
     prepare(down, s->inner, s->digits, tokens);
     multiply(down, s->inner, s->digits, out, tokens, add);
     #pragma omp barrier /* the next norm needs whole rows */

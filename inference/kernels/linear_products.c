@@ -5,13 +5,10 @@
    memory once, and every number that is loaded is used several times.
 
    A row of x meets the same additions in the same order in whatever tile it is: what it gives does not depend on its
-   neighbours, to the last bit. GCC's and Clang's vector extensions become AVX-512, AVX2 or NEON by themselves. */
+   neighbours, to the last bit. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "../../machine/vectors.h"
 #include "layout.h"
-#include "vectors.h"
 
 #if defined(__AVX512F__)
 #define X_ROWS 4 /* 4 · 4 sums, 4 + 4 operands: 32 registers hold them */
@@ -34,8 +31,8 @@ INLINE void ask_for(const char *p, long ahead) {
     else if (ahead)
         __builtin_prefetch(p + ahead);
 }
+
 typedef float quarter __attribute__((vector_size(16)));
-typedef int32_t int_vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t int_quarter __attribute__((vector_size(16)));
 typedef double double_quarter __attribute__((vector_size(32)));
 typedef int16_t short_vec __attribute__((vector_size(2 * LANES)));
@@ -394,6 +391,7 @@ INLINE void add_dots(int_vec sums[DIGIT_SUMS][W_ROWS], int digits, int x_rows, i
 
 /* A tile's sums for one row of x become what its whole numbers gave, rounded once. */
 INLINE quarter put_together(int digits, int_vec sums[][W_ROWS]) {
+    if (digits == 1) return __builtin_convertvector(int_sums_of_four(sums[0]), quarter);
     /* Doubles hold these whole numbers exactly, as they stay below 2^53 */
     double_quarter total = __builtin_convertvector(int_sums_of_four(sums[0]), double_quarter);
     UNROLL for (int d = 1; d < digits; d++)

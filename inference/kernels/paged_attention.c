@@ -7,12 +7,8 @@
    Neighbours in a prompt go through their past together, QUERIES at once: what is loaded is used by all of them. Each
    meets the same operations in the same order as it would alone, and gives the same to the last bit. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#include "../../machine/exponential.h"
+#include "../../machine/vectors.h"
 #include "layout.h"
-#include "vectors.h"
 
 enum { BLOCK_SIZE = 16 };
 const int64_t cells_of_a_block = BLOCK_SIZE; /* paged_attention.py knows the number, too */
@@ -49,7 +45,7 @@ typedef struct { /* a query on its way through its past */
     float *out; /* (head_dim,): the sum of e^(score − highest) · value */
     int64_t length;
     float highest, score[CHUNK]; /* scores of a chunk, and then weights */
-    Lanes totals; /* of e^(score − highest) */
+    vec totals; /* of e^(score − highest) */
 } Past;
 
 /* The scores of n queries in the cells of a block, which are added up in two sums, of even and of odd dimensions: an
@@ -76,7 +72,7 @@ INLINE void score_block(int n, Past *pasts, const float *keys, int64_t first, in
         UNROLL for (int q = 0; q < n; q++)
             UNROLL for (int v = 0; v < VECS; v++) {
                 vec score = factor * (sums[0][q][v] + sums[1][q][v]);
-                memcpy(pasts[q].score + first + cell + v * LANES, &score, sizeof score);
+                store_vec(pasts[q].score + first + cell + v * LANES, score);
             }
     }
 }
@@ -84,28 +80,26 @@ INLINE void score_block(int n, Past *pasts, const float *keys, int64_t first, in
 /* The scores of the `count` cells of a chunk that a query sees become weights against the highest score so far. */
 static void weigh(Past *past, int64_t count, int64_t head_dim) {
     float *score = past->score, highest = past->highest;
-    Lanes largest = (Lanes){0} - INFINITY;
+    vec largest = (vec){0} - INFINITY;
     int64_t n_cells = (count + BLOCK_SIZE - 1) / BLOCK_SIZE * BLOCK_SIZE;
     for (int64_t c = count; c < n_cells; c++) score[c] = -INFINITY;
-    for (int64_t c = 0; c < n_cells; c += BLOCK_SIZE) {
-        Lanes some = *(Lanes *)(score + c);
-        IntLanes larger = some > largest;
-        largest = (Lanes)((larger & (IntLanes)some) | (~larger & (IntLanes)largest));
-    }
-    for (int c = 0; c < BLOCK_SIZE; c++) highest = largest[c] > highest ? largest[c] : highest;
+    for (int64_t c = 0; c < n_cells; c += LANES) largest = larger_of(load_vec_fp32(score, c), largest);
+    if (largest_lane(largest) > highest) highest = largest_lane(largest);
     if (highest > past->highest && past->highest > -INFINITY) { /* the sums so far were taken against the old maximum */
         float correction = expf(past->highest - highest);
         past->totals *= correction;
         for (int64_t i = 0; i < head_dim; i++) past->out[i] *= correction;
     }
     past->highest = highest;
-    for (int64_t c = 0; c < n_cells; c += BLOCK_SIZE) {
-        Lanes weights = exponential(*(Lanes *)(score + c) - highest);
-        if (c + BLOCK_SIZE > count)
-            for (int64_t i = count - c; i < BLOCK_SIZE; i++) weights[i] = 0;
-        past->totals += weights;
-        *(Lanes *)(score + c) = weights;
-    }
+    for (int64_t c = 0; c < n_cells; c += LANES) store_vec(score + c, exponential(load_vec_fp32(score, c) - highest));
+    for (int64_t c = count; c < n_cells; c++) score[c] = 0;
+    for (int64_t c = 0; c < n_cells; c += LANES) past->totals += load_vec_fp32(score, c);
+}
+
+/* The scores or weights of a block of INT8 cells times the scales of their keys or values: once, in place of head_dim
+   numbers. */
+static void scale_block(float *scores, const float *scales) {
+    for (int c = 0; c < BLOCK_SIZE; c++) scores[c] *= scales[c];
 }
 
 /* Adds the values of the cells from `begin` to `end` of a block, n queries' weights of which start at number `first`. */
@@ -129,7 +123,7 @@ INLINE void add_values(int n, Past *pasts, const float *values, int64_t first, i
             }
         }
         UNROLL for (int q = 0; q < n; q++)
-            UNROLL for (int v = 0; v < VECS; v++) memcpy(pasts[q].out + i + v * LANES, &sums[q][v], sizeof(vec));
+            UNROLL for (int v = 0; v < VECS; v++) store_vec(pasts[q].out + i + v * LANES, sums[q][v]);
     }
     for (; i < head_dim; i++)
         for (int q = 0; q < n; q++)
@@ -150,7 +144,7 @@ INLINE void attend(int n, Past *pasts, const Cache *cache, int64_t base, const i
     float factor = 1 / sqrtf((float)head_dim), buffer[is_int8 ? size : 1];
     for (int q = 0; q < n; q++) {
         pasts[q].highest = -INFINITY;
-        pasts[q].totals = (Lanes){0};
+        pasts[q].totals = (vec){0};
         memset(pasts[q].out, 0, head_dim * sizeof(float));
     }
     for (int64_t start = 0; start < length; start += CHUNK, blocks += CHUNK / BLOCK_SIZE) {
@@ -160,17 +154,15 @@ INLINE void attend(int n, Past *pasts, const Cache *cache, int64_t base, const i
             int64_t block = base + blocks[c / BLOCK_SIZE];
             score_block(n, pasts, as_floats(cache->keys, is_int8, block, size, buffer), c, head_dim, (vec){0} + factor);
             if (is_int8)
-                for (int q = 0; q < n; q++)
-                    *(Lanes *)(pasts[q].score + c) *= *(const Lanes *)(cache->key_scales + block * BLOCK_SIZE);
+                for (int q = 0; q < n; q++) scale_block(pasts[q].score + c, cache->key_scales + block * BLOCK_SIZE);
         }
         for (int q = 0; q < n; q++)
             if (pasts[q].length > start) weigh(pasts + q, within(pasts[q].length - start, CHUNK), head_dim);
         for (int64_t c = 0; c < n_cells; c += BLOCK_SIZE) {
             int64_t block = base + blocks[c / BLOCK_SIZE], all_see = within(pasts[0].length - start - c, BLOCK_SIZE);
             const float *values = as_floats(cache->values, is_int8, block, size, buffer);
-            if (is_int8) /* the scale of a value goes into its weight, once, in place of head_dim numbers */
-                for (int q = 0; q < n; q++)
-                    *(Lanes *)(pasts[q].score + c) *= *(const Lanes *)(cache->value_scales + block * BLOCK_SIZE);
+            if (is_int8) /* they go into the weights, of which the totals are made already */
+                for (int q = 0; q < n; q++) scale_block(pasts[q].score + c, cache->value_scales + block * BLOCK_SIZE);
             add_values(n, pasts, values, c, 0, all_see, head_dim);
             for (int q = 1; q < n; q++) /* what lies between them */
                 add_values(1, pasts + q, values, c, all_see, within(pasts[q].length - start - c, BLOCK_SIZE), head_dim);
@@ -178,7 +170,7 @@ INLINE void attend(int n, Past *pasts, const Cache *cache, int64_t base, const i
     }
     for (int q = 0; q < n; q++) {
         float total = 0;
-        for (int c = 0; c < BLOCK_SIZE; c++) total += pasts[q].totals[c];
+        for (int lane = 0; lane < LANES; lane++) total += pasts[q].totals[lane];
         for (int64_t i = 0; i < head_dim; i++) pasts[q].out[i] /= total;
     }
 }
