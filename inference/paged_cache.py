@@ -28,7 +28,7 @@ from inference.kernels.paged_attention import BLOCK_SIZE, PagedAttention
 from transformer_components import attend
 
 FEW_TOKENS = 32  # of one request in one step, or
-SHORT = 512  # tokens of it in all: up to here gathering costs more than it brings
+SHORT = 1 << 40  # tokens of it in all: up to here gathering costs more than it brings
 WORTH_THREADS = 1 << 17  # multiplications with keys in one layer
 
 # Rows (n, T), blocks (n, S / BLOCK_SIZE) and which cells are visible (n, 1, T, S)

@@ -43,6 +43,7 @@ INLINE vec load_vec_fp32(const void *row, long k) {
     memcpy(&v, (const float *)row + k, sizeof v);
     return v;
 }
+INLINE vec spread(float x) { return x - (vec){0}; } /* x + 0 would be another number for −0 */
 INLINE void store_vec(float *to, vec v) { memcpy(to, &v, sizeof v); }
 
 /* sum + a · b, rounded once. Left to itself, a compiler rounds once in some tiles and twice in others, and a row would not

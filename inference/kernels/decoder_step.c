@@ -229,7 +229,7 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
                     store_token(cache, index, slots[t], positions[t], g, s.key + head, s.value + head);
                 }
             /* all keys and values are stored. A query's own thread places it: nobody else needs it */
-            #pragma omp for collapse(2) schedule(dynamic, 2)
+            #pragma omp for collapse(2) schedule(dynamic)
             for (int64_t first = 0; first < tokens; first += QUERIES)
                 for (int64_t h = 0; h < heads; h++)
                     for (int64_t t = first, n; t < at_most(first + QUERIES, tokens); t += n) {

@@ -4,8 +4,9 @@
    the softmax corrected as its maximum grows (online softmax, arXiv:1805.02867): no row of scores is kept, whatever the
    length. In a block the keys lie transposed, so that the scores of its 16 cells are the lanes of one vector, or of two.
 
-   Neighbours in a prompt go through their past together, QUERIES at once: what is loaded is used by all of them. Each
-   meets the same operations in the same order as it would alone, and gives the same to the last bit. */
+   Neighbours in a prompt go through their past together: a block comes to the first cache once for QUERIES of them, and
+   to a register once for TILE. Each meets the same operations in the same order as it would alone, and gives the same to
+   the last bit. */
 
 #include "../../machine/vectors.h"
 #include "layout.h"
@@ -38,14 +39,15 @@ static inline const float *as_floats(const void *cells, int is_int8, int64_t blo
     return buffer;
 }
 
-enum { QUERIES = 4, CHUNK = 16 * BLOCK_SIZE }; /* the softmax looks for its maximum once in so many cells */
+enum { QUERIES = 16, TILE = 4 };
+enum { CHUNK = 16 * BLOCK_SIZE }; /* the softmax looks for its maximum once in so many cells */
 
 typedef struct { /* a query on its way through its past */
     const float *query;
     float *out; /* (head_dim,): the sum of e^(score − highest) · value */
     int64_t length;
-    float highest, score[CHUNK]; /* scores of a chunk, and then weights */
     vec totals; /* of e^(score − highest) */
+    float highest, score[CHUNK]; /* scores of a chunk, and then weights */
 } Past;
 
 /* The scores of n queries in the cells of a block, which are added up in two sums, of even and of odd dimensions: an
@@ -54,7 +56,7 @@ INLINE void score_block(int n, Past *pasts, const float *keys, int64_t first, in
     enum { VECS = BLOCK_SIZE / LANES < 2 ? BLOCK_SIZE / LANES : 2 };
     const int n_sums = n * VECS > 4 ? 1 : 2;
     for (int cell = 0; cell < BLOCK_SIZE; cell += VECS * LANES) {
-        vec sums[2][QUERIES][VECS] = {{{{0}}}};
+        vec sums[2][TILE][VECS] = {{{{0}}}};
         for (int parity = 0; parity < 2; parity += n_sums)
             for (int64_t i = parity; i < head_dim; i += 2)
                 UNROLL for (int s = 0; s < n_sums && i + s < head_dim; s++) {
@@ -64,7 +66,7 @@ INLINE void score_block(int n, Past *pasts, const float *keys, int64_t first, in
                         KEEP_IN_REGISTER(key[v]);
                     }
                     UNROLL for (int q = 0; q < n; q++) {
-                        vec number = (vec){0} + pasts[q].query[i + s];
+                        vec number = spread(pasts[q].query[i + s]);
                         UNROLL for (int v = 0; v < VECS; v++)
                             sums[parity + s][q][v] = add_product(sums[parity + s][q][v], number, key[v]);
                     }
@@ -108,7 +110,7 @@ INLINE void add_values(int n, Past *pasts, const float *values, int64_t first, i
     enum { VECS = 2 };
     int64_t i = 0;
     for (; i + VECS * LANES <= head_dim; i += VECS * LANES) {
-        vec sums[QUERIES][VECS];
+        vec sums[TILE][VECS];
         UNROLL for (int q = 0; q < n; q++)
             UNROLL for (int v = 0; v < VECS; v++) sums[q][v] = load_vec_fp32(pasts[q].out + i, v * LANES);
         for (int64_t c = begin; c < end; c++) {
@@ -118,7 +120,7 @@ INLINE void add_values(int n, Past *pasts, const float *values, int64_t first, i
                 KEEP_IN_REGISTER(value[v]);
             }
             UNROLL for (int q = 0; q < n; q++) {
-                vec weight = (vec){0} + pasts[q].score[first + c];
+                vec weight = spread(pasts[q].score[first + c]);
                 UNROLL for (int v = 0; v < VECS; v++) sums[q][v] = add_product(sums[q][v], weight, value[v]);
             }
         }
@@ -128,9 +130,8 @@ INLINE void add_values(int n, Past *pasts, const float *values, int64_t first, i
     for (; i < head_dim; i++)
         for (int q = 0; q < n; q++)
             for (int64_t c = begin; c < end; c++) {
-                vec sum = add_product((vec){0} + pasts[q].out[i], (vec){0} + pasts[q].score[first + c],
-                                      (vec){0} + values[c * head_dim + i]);
-                pasts[q].out[i] = sum[0];
+                float weight = pasts[q].score[first + c];
+                pasts[q].out[i] = add_product(spread(pasts[q].out[i]), spread(weight), spread(values[c * head_dim + i]))[0];
             }
 }
 
@@ -138,9 +139,9 @@ INLINE int64_t within(int64_t number, int64_t most) { return number < 0 ? 0 : nu
 
 /* out (head_dim,) = softmax(query · keys / √head_dim) · values of n queries, over the first `length` cells of a sequence,
    each of which has one more than the one before it. */
-INLINE void attend(int n, Past *pasts, const Cache *cache, int64_t base, const int32_t *blocks) {
+static void attend(int n, Past *pasts, const Cache *cache, int64_t base, const int32_t *blocks) {
     int64_t head_dim = cache->head_dim, size = head_dim * BLOCK_SIZE, length = pasts[n - 1].length;
-    int is_int8 = cache->key_scales != NULL;
+    int is_int8 = cache->key_scales != NULL, whole = n - n % TILE; /* the queries in whole tiles */
     float factor = 1 / sqrtf((float)head_dim), buffer[is_int8 ? size : 1];
     for (int q = 0; q < n; q++) {
         pasts[q].highest = -INFINITY;
@@ -152,20 +153,26 @@ INLINE void attend(int n, Past *pasts, const Cache *cache, int64_t base, const i
         /* All cells of a block are computed, those beyond the last token as well; only those that are seen count */
         for (int64_t c = 0; c < n_cells; c += BLOCK_SIZE) {
             int64_t block = base + blocks[c / BLOCK_SIZE];
-            score_block(n, pasts, as_floats(cache->keys, is_int8, block, size, buffer), c, head_dim, (vec){0} + factor);
-            if (is_int8)
-                for (int q = 0; q < n; q++) scale_block(pasts[q].score + c, cache->key_scales + block * BLOCK_SIZE);
+            const float *keys = as_floats(cache->keys, is_int8, block, size, buffer);
+            for (int q = 0; q < whole; q += TILE) score_block(TILE, pasts + q, keys, c, head_dim, spread(factor));
+            for (int q = whole; q < n; q++) score_block(1, pasts + q, keys, c, head_dim, spread(factor));
+            for (int q = 0; is_int8 && q < n; q++) scale_block(pasts[q].score + c, cache->key_scales + block * BLOCK_SIZE);
         }
         for (int q = 0; q < n; q++)
             if (pasts[q].length > start) weigh(pasts + q, within(pasts[q].length - start, CHUNK), head_dim);
         for (int64_t c = 0; c < n_cells; c += BLOCK_SIZE) {
-            int64_t block = base + blocks[c / BLOCK_SIZE], all_see = within(pasts[0].length - start - c, BLOCK_SIZE);
+            int64_t block = base + blocks[c / BLOCK_SIZE];
             const float *values = as_floats(cache->values, is_int8, block, size, buffer);
-            if (is_int8) /* they go into the weights, of which the totals are made already */
-                for (int q = 0; q < n; q++) scale_block(pasts[q].score + c, cache->value_scales + block * BLOCK_SIZE);
-            add_values(n, pasts, values, c, 0, all_see, head_dim);
-            for (int q = 1; q < n; q++) /* what lies between them */
-                add_values(1, pasts + q, values, c, all_see, within(pasts[q].length - start - c, BLOCK_SIZE), head_dim);
+            for (int q = 0; is_int8 && q < n; q++) /* they go into the weights, of which the totals are made already */
+                scale_block(pasts[q].score + c, cache->value_scales + block * BLOCK_SIZE);
+            for (int q = 0; q < n; q++) {
+                int64_t all_see = 0, sees = within(pasts[q].length - start - c, BLOCK_SIZE);
+                if (q < whole) {
+                    all_see = within(pasts[q - q % TILE].length - start - c, BLOCK_SIZE);
+                    if (q % TILE == 0) add_values(TILE, pasts + q, values, c, 0, all_see, head_dim);
+                }
+                if (sees > all_see) add_values(1, pasts + q, values, c, all_see, sees, head_dim);
+            }
         }
     }
     for (int q = 0; q < n; q++) {
@@ -224,10 +231,7 @@ static void attend_tokens(const Cache *cache, int64_t layer, int64_t slot, int64
         pasts[q].out = out + q * out_stride;
         pasts[q].length = position + q + 1;
     }
-    if (n == QUERIES)
-        attend(QUERIES, pasts, cache, base, blocks);
-    else
-        for (int64_t q = 0; q < n; q++) attend(1, pasts + q, cache, base, blocks);
+    attend((int)n, pasts, cache, base, blocks);
 }
 
 /* How many of the tokens from number t on, up to the end of its group of QUERIES, belong to one sequence. */
@@ -248,8 +252,8 @@ void paged_attention(const Cache *cache, int64_t layer, Rows query, Rows key, Ro
             for (int64_t g = 0; g < cache->kv_heads; g++)
                 store_token(cache, layer, slots[t], positions[t], g, head_of(key, t, g), head_of(value, t, g));
         /* all threads have waited for each other: tokens of one prompt see each other. As pasts differ in length, a
-           thread that is done takes the next two (dynamic) */
-        #pragma omp for collapse(2) schedule(dynamic, 2)
+           thread that is done takes the next one (dynamic) */
+        #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t first = 0; first < attending; first += QUERIES)
             for (int64_t h = 0; h < heads; h++)
                 for (int64_t t = first, n; t < at_most(first + QUERIES, attending); t += n) {
