@@ -712,16 +712,19 @@ def are_alike(networks: Iterable[FeedForwardNetwork]) -> bool:
     """Whether networks are of the same parts, which can be computed at once, and nobody listens to one of these."""
     kinds = set()
     for network in networks:
+        parts = [network]
+        for part in parts:  # which grows; `modules()` takes longer, and this is asked in every layer
+            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+                return False
+            if "forward" in part.__dict__:
+                return False
+            parts += filter(None, part._modules.values())
         if type(network) is not FeedForwardNetwork or type(network.dropout) is not nn.Dropout:
             return False
         layers = [getattr(network, name) for name in LINEAR_LAYERS]
-        signatures = [None if layer is None else signature(layer) for layer in layers]
-        if any(layer is not None and its is None for layer, its in zip(layers, signatures, strict=True)):
+        signatures = [signature(layer) for layer in layers if layer is not None]
+        if None in signatures:
             return False
-        for part in network.modules():
-            hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
-            if any(hooks) or "forward" in vars(part):
-                return False
         kinds.add((network.dropout.p, *signatures))
     return len(kinds) == 1
 

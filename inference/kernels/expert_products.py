@@ -16,6 +16,7 @@ products of its own (stacked_experts.py).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -101,8 +102,8 @@ def has_grouped_product(device: torch.device, dtype: torch.dtype, n_experts: int
 
 @torch.compiler.assume_constant_result
 def has_grouped_kernel(device: torch.device) -> bool:
-    """Whether a device is one of those for which PyTorch has it."""
-    if device.type != "cuda" or torch.version.hip:
+    """Whether a device is one of those for which PyTorch has it; its builds for Windows have none."""
+    if device.type != "cuda" or torch.version.hip or sys.platform == "win32":
         return False
     return torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
 
@@ -111,7 +112,8 @@ def signature(layer: nn.Module) -> tuple | None:
     """What linear layers must have in common to be computed at once; None: this one cannot be, as it is of an unknown
     class. Those of the project say so themselves, by methods `signature` and `at_once`."""
     if type(layer) is nn.Linear:
-        return nn.Linear, layer.weight.shape, layer.weight.dtype, layer.bias is None
+        weight = layer.weight
+        return nn.Linear, weight.shape, weight.dtype, layer.bias is None
     return layer.signature() if "signature" in vars(type(layer)) else None
 
 
