@@ -20,7 +20,7 @@ turns it into a plain checkpoint or into `peft`'s format.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -30,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from command_line import UserError, option
+from inference.kernels.expert_products import ExpertRows, Layer, at_once, multiply, signature
 from inference.kernels.int8_weights import hold_in_int8
 
 FROZEN_WEIGHTS = ("fp32", "int8")
@@ -98,6 +99,28 @@ class LoRALinear(nn.Module):
             return output
         inner = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A) * self.scaling  # (…, R)
         return output + F.linear(inner, self.lora_B).to(output.dtype)
+
+    def signature(self) -> tuple | None:
+        """See `expert_products.signature`. Adapters of another type than their base compute in types of their own."""
+        base, dtype = signature(self.base), getattr(self.base, "weight", self.lora_A).dtype
+        if base is None or (dtype.is_floating_point and dtype != self.lora_A.dtype):
+            return None
+        computes = self.enabled and self.unmerged_weight is None
+        return LoRALinear, len(self.lora_A), self.scaling, self.dropout.p, computes, base
+
+    @staticmethod
+    def at_once(layers: Sequence[LoRALinear], rows: ExpertRows) -> Layer:
+        """See `expert_products.at_once`."""
+        first, base = layers[0], at_once([layer.base for layer in layers], rows)
+        if not first.enabled or first.unmerged_weight is not None:
+            return base
+        parts = [[getattr(layer, name) for layer in layers] for name in ("lora_A", "lora_B")]
+
+        def with_adapters(x: torch.Tensor) -> torch.Tensor:
+            inner = multiply(first.dropout(x), rows, parts[0]) * first.scaling  # (M, b, R) or (S, R)
+            return base(x) + multiply(inner, rows, parts[1])
+
+        return with_adapters
 
     @torch.no_grad()
     def merge(self) -> None:

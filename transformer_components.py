@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -22,6 +22,15 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from command_line import beyond_bounds, option
+from inference.kernels.expert_products import (
+    BLOCK_MULTIPLE,
+    ExpertRows,
+    arrange,
+    at_once,
+    counts_of,
+    has_grouped_product,
+    signature,
+)
 
 # What makes PyTorch's attention to texts of different lengths causal, by the names of newer and of older versions
 IS_NEWER = "window_size" in inspect.signature(varlen_attn).parameters
@@ -145,6 +154,7 @@ class PartKernels:
 
 
 kernels = PartKernels()  # those that are in use
+LINEAR_LAYERS = ("up_proj", "gate_proj", "down_proj")  # of a feed-forward network; it need not have the second
 
 
 class Cache(Protocol):
@@ -683,6 +693,47 @@ class FeedForwardNetwork(Part):
         return self.down_proj(self.dropout(inner))  # (B, T, D)
 
 
+class NetworksAtOnce:
+    """Feed-forward networks that are alike, as one that takes each of its rows through the network which that is for.
+
+    Args:
+        rows: how the rows lie, see inference/kernels/expert_products.py.
+    """
+
+    forward = FeedForwardNetwork.forward
+
+    def __init__(self, networks: Sequence[FeedForwardNetwork], rows: ExpertRows) -> None:
+        self.dropout = networks[0].dropout
+        layers = ([getattr(network, name) for network in networks] for name in LINEAR_LAYERS)
+        self.up_proj, self.gate_proj, self.down_proj = (None if of[0] is None else at_once(of, rows) for of in layers)
+
+
+def are_alike(networks: Iterable[FeedForwardNetwork]) -> bool:
+    """Whether networks are of the same parts, which can be computed at once, and nobody listens to one of these."""
+    kinds = set()
+    for network in networks:
+        parts = [network]
+        for part in parts:  # which grows; `modules()` takes longer, and this is asked in every layer
+            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+                return False
+            if "forward" in part.__dict__:
+                return False
+            parts += filter(None, part._modules.values())
+        if type(network) is not FeedForwardNetwork or type(network.dropout) is not nn.Dropout:
+            return False
+        layers = [getattr(network, name) for name in LINEAR_LAYERS]
+        signatures = [signature(layer) for layer in layers if layer is not None]
+        if None in signatures:
+            return False
+        kinds.add((network.dropout.p, *signatures))
+    return len(kinds) == 1
+
+
+def reads_wait(device: torch.device) -> bool:
+    """Whether who reads a number of a device has to wait for all that this is still to compute."""
+    return device.type != "cpu"
+
+
 class MixtureOfExperts(AuxiliaryLoss, Part):
     """Several feed-forward networks, the experts, of which each token passes the few that a router holds likeliest.
 
@@ -692,10 +743,15 @@ class MixtureOfExperts(AuxiliaryLoss, Part):
     mean probability, which is least where all are used alike; and the router z-loss (arXiv:2202.08906, equation 5),
     the mean of (log Σ exp logits)².
 
+    On a CPU one expert computes after another, each the tokens that chose it. A GPU would be waited for to know how
+    many these are: there all experts compute at once (inference/kernels/expert_products.py), also with adapters and
+    frozen weights of 8 bits, unless they differ, have hooks, or belong to a model that does not train and decodes.
+
     The arguments are fields of `GPTConfig`; d_ff is the inner width of each expert.
 
     Attributes:
-        n_chosen: how often each expert was chosen in training since somebody set this to None, (E,) int64, or None.
+        n_chosen: how often each expert was chosen in training since somebody set this to zeros, (E,) int64, or None:
+            nobody counts.
     """
 
     def __init__(
@@ -719,26 +775,44 @@ class MixtureOfExperts(AuxiliaryLoss, Part):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) → (B, T, D). Below, N = B · T tokens, E experts, C = `experts_per_token`."""
         tokens = x.flatten(0, -2)  # (N, D)
-        logits = self.router(tokens).float()  # (N, E)
+        routed = self.router(tokens)  # (N, E), in the type that linear layers compute in
+        logits = routed.float()
         probabilities = logits.softmax(dim=-1)  # (N, E)
         weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)  # (N, C)
         weights = weights / weights.sum(dim=-1, keepdim=True)  # (N, C)
-        # (E,); `bincount` would read its largest number, and a GPU would be waited for
-        once_each = torch.ones_like(chosen).flatten()
-        n_chosen = chosen.new_zeros(len(self.experts)).scatter_add_(0, chosen.flatten(), once_each)
+        n_chosen = counts_of(chosen.flatten(), len(self.experts))  # (E,)
         if self.training:
             share = n_chosen / chosen.numel()  # (E,)
             balance = len(self.experts) * (share * probabilities.mean(dim=0)).sum()
             z_loss = logits.logsumexp(dim=-1).square().mean()
             self.add_auxiliary_loss(self.balance_coef * balance + self.router_z_coef * z_loss)
-            self.n_chosen = n_chosen if self.n_chosen is None else self.n_chosen + n_chosen
-        # Each expert computes all tokens that chose it at once; in training also none, so that it always has a gradient
-        order = chosen.flatten().argsort(stable=True)  # (N · C,): the choices, by expert
-        inputs = tokens[order // self.experts_per_token].split(n_chosen.tolist())  # E times (n, D)
-        pairs = zip(self.experts, inputs, strict=True)
-        outputs = torch.cat([expert(rows) for expert, rows in pairs if self.training or len(rows)])  # (N · C, D)
-        outputs = outputs[order.argsort()].view(*chosen.shape, -1)  # (N, C, D)
+            if self.n_chosen is not None:
+                self.n_chosen = self.n_chosen + n_chosen
+        # A few tokens are worth no copy of all experts' weights
+        is_worth_it = self.training or chosen.numel() >= BLOCK_MULTIPLE * len(self.experts)
+        if reads_wait(x.device) and is_worth_it and are_alike(self.experts):
+            outputs = self._at_once(tokens.to(routed.dtype), chosen.flatten())
+        else:
+            outputs = self._one_after_another(tokens, chosen.flatten(), n_chosen.tolist())
+        outputs = outputs.view(*chosen.shape, -1)  # (N, C, D)
         return (outputs * weights.to(outputs.dtype).unsqueeze(-1)).sum(dim=1).view_as(x)
+
+    def _one_after_another(self, tokens: torch.Tensor, chosen: torch.Tensor, n_chosen: list[int]) -> torch.Tensor:
+        """The outputs (N · C, D) of tokens (N, D), each for the experts that it chose, (N · C,) in all."""
+        # Each expert computes all tokens that chose it at once; in training also none, so that it always has a gradient
+        order = chosen.argsort(stable=True)  # (N · C,): the choices, by expert
+        inputs = tokens[order // self.experts_per_token].split(n_chosen)  # E times (n, D)
+        pairs = zip(self.experts, inputs, strict=True)
+        outputs = torch.cat([expert(rows) for expert, rows in pairs if self.training or len(rows)])
+        return outputs[order.argsort()]
+
+    def _at_once(self, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The same, without knowing how many tokens chose an expert."""
+        widths = {n for weight in self.experts[0].parameters() if weight.ndim == 2 for n in weight.shape}
+        grouped = has_grouped_product(tokens.device, tokens.dtype, len(self.experts), *widths)
+        rows = arrange(chosen, len(self.experts), grouped)
+        inputs = rows.lay(tokens.repeat_interleave(self.experts_per_token, dim=0))
+        return rows.lift(NetworksAtOnce(self.experts, rows).forward(inputs))
 
 
 class TransformerDecoderLayer(Part):

@@ -164,7 +164,7 @@ def test_experts_at_one_place_compute_the_same_without_waiting(monkeypatch, weig
                 torch.testing.assert_close(stacked(x), y, atol=1e-5, rtol=1e-4)
 
 
-def test_in_training_a_layer_waits_once_for_its_counts(monkeypatch):
+def test_on_a_cpu_a_layer_asks_once_for_its_counts(monkeypatch):
     layer, asked, tolist = make().train().layers[0].feed_forward, [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: asked.append(len(tensor)) or tolist(tensor))
     with Reads() as reads:

@@ -37,7 +37,7 @@ from text.conversation_data import parse_preference, parse_unpaired
 from text.token_shards import tokenize_to_shards
 from training import optimization, parallel_model
 from training.training_loop import TrainingLoop
-from transformer_components import attend, takes_groups, takes_text_bounds, text_bounds
+from transformer_components import MixtureOfExperts, attend, takes_groups, takes_text_bounds, text_bounds
 
 META = torch.device("meta")
 COMMON = dict(device="cpu", precision="fp32", num_threads=1, batch_size=4, grad_accum_steps=2, max_steps=4)
@@ -46,10 +46,12 @@ TRAINERS = (*SUPERVISED, "ppo", "grpo")
 
 
 def make_loop(trainer, folder, tokenizer, random_model, device, **settings):
-    """The loop of a trainer on a small model of the preset `modern` and texts of different lengths."""
+    """The loop of a trainer on a small model, `modern` unless `settings` have another `architecture`, and texts of
+    different lengths."""
     torch.manual_seed(0)
+    architecture = settings.pop("architecture", "modern")
     usual = {**COMMON, "output_dir": str(folder), "max_seq_len": 48, **settings}
-    model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=48)
+    model = random_model(architecture, vocab_size=len(tokenizer), max_seq_len=48)
     chats = [[{"role": "user", "content": "x" * k}, {"role": "assistant", "content": "y" * k}] for k in range(1, 13)]
     pairs = [parse_preference({"instruction": "x" * k, "chosen": "yes" * k, "rejected": "no"}, "") for k in range(1, 9)]
     if trainer in policy_loops.ALGORITHMS:
@@ -382,6 +384,23 @@ def test_a_step_waits_once(trainer, tmp_path, tokenizer, random_model, monkeypat
     assert {"loss", "grad_norm", "lr", "tokens"} <= figures[0].keys()
 
 
+@pytest.mark.parametrize("trainer", ["pretrain", "sft", "dpo"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_with_experts_waits_once(trainer, recompute, tmp_path, tokenizer, random_model, monkeypatch, waits):
+    """And an evaluation, and who asks how experts are used; how many tokens chose one, nobody asks."""
+    monkeypatch.setattr(DPODataset, "ask_reference", lambda data, *_: tell_references(data))
+    settings = dict(architecture="moe", recompute_activations=recompute)
+    loop = make_loop(trainer, tmp_path, tokenizer, random_model, META, **settings)
+    with waits:
+        assert loop.train_step()["aux_loss"] == 1.0
+        assert waits.n == 1
+        assert loop.expert_use.figures().keys() == {"experts_least_used", "experts_most_used"}
+        assert waits.n == 2
+        with contextlib.suppress(OverflowError):
+            loop.evaluate()
+    assert waits.n == 3
+
+
 def tell_references(data):
     for sample in data.samples:
         sample["reference_log_probs"] = [0.0 for _ in sample["answers"]]
@@ -538,13 +557,15 @@ def test_a_short_run_is_not_compiled(tmp_path, tokenizer, random_model, monkeypa
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["modern", "moe"])
 @pytest.mark.parametrize("trainer", SUPERVISED)
-def test_a_gpus_steps_are_the_cpus(trainer, tmp_path, tokenizer, random_model):
+def test_a_gpus_steps_are_the_cpus(trainer, architecture, tmp_path, tokenizer, random_model):
     """In fp32, three steps of each supervised trainer."""
     torch.backends.cuda.matmul.allow_tf32 = False
     results = []
     for device in ("cpu", "cuda"):
-        loop = make_loop(trainer, tmp_path / device, tokenizer, random_model, torch.device(device), lr=1e-4)
+        settings = dict(lr=1e-4, architecture=architecture)
+        loop = make_loop(trainer, tmp_path / device, tokenizer, random_model, torch.device(device), **settings)
         results.append([loop.train_step() for _ in range(3)])
     for theirs, ours in zip(*results, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
@@ -571,6 +592,46 @@ def test_a_gpus_steps_beside_int8_are_the_cpus(trainer, tmp_path, tokenizer, ran
         assert {(layer.weight.dtype, layer.weight.device.type) for layer in held} == {(torch.int8, device)}
     for theirs, ours in zip(*results, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def experts_learn(device, dtype, frozen):
+    """Outputs, losses, gradients of a mixture that trains, or of adapters beside frozen experts; waits are errors."""
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(64, n_experts=8, experts_per_token=2, d_ff=96, activation="swiglu", bias=False)
+    layer.router.weight.data.zero_()[:, :8] = torch.eye(8)  # which experts a token chooses is beyond doubt
+    first, second = torch.randint(0, 7, (2, 500))  # the last one is chosen by none
+    x = 0.1 * torch.randn(1, 500, 64)
+    x[0, torch.arange(500), first] += 6.0
+    x[0, torch.arange(500), (first + 1 + second % 6) % 7] += 4.0
+    if frozen:
+        options = LoRAOptions(lora_rank=8, frozen_weights=frozen, lora_targets="up_proj,gate_proj,down_proj")
+        apply_lora(layer, options, "base.pth")
+        for parameter in layer.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape) if parameter.requires_grad else 0
+    layer, x = layer.to(device), x.to(device).requires_grad_()
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with transformer_components.auxiliary_losses() as losses, machine.autocast(torch.device(device), dtype):
+            outputs = layer(x)
+        (outputs.float().square().mean() + sum(losses)).backward()
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    gradients = {name: each.grad for name, each in layer.named_parameters() if each.requires_grad}
+    return {"outputs": outputs, "losses": losses[0], "x": x.grad, **gradients}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", ["", "fp32", "int8"])
+def test_on_a_gpu_experts_learn_what_a_cpus_do_and_nobody_waits(dtype, frozen):
+    """Through PyTorch's grouped product in bf16 where the GPU has it, elsewhere in blocks."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    theirs, ours = (experts_learn(device, dtype, frozen) for device in ("cpu", "cuda"))
+    for name, expected in theirs.items():
+        tolerance = (1e-4 if dtype == torch.float32 else 0.04) * float(expected.abs().max()) + 1e-7
+        assert torch.allclose(ours[name].cpu(), expected, rtol=0, atol=tolerance), name
 
 
 @pytest.mark.gpu

@@ -21,24 +21,26 @@ class ExpertUse:
         self.layers = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
         self.n_idle = sum(layer.num_idle_parameters() for layer in self.layers)  # parameters that a token passes by
         self.shares: list[torch.Tensor] = []  # (layers, E) each: since the call of `figures` before
+        self.forget()
 
     def figures(self) -> dict[str, float]:
         """The shares of the least and the most used expert of a layer since the last call, as multiples of the even
-        share: 0 is an expert that nothing passes, 1 one that is used like all others."""
-        counts = [layer.n_chosen for layer in self.layers]
-        if not counts or any(count is None for count in counts):
+        share: 0 is an expert that nothing passes, 1 one that is used like all others. A GPU is waited for once."""
+        if not self.layers:
             return {}
-        for layer in self.layers:
-            layer.n_chosen = None
-        shares = torch.stack(counts).double()  # (layers, E)
+        shares = torch.stack([layer.n_chosen for layer in self.layers]).cpu().double()  # (layers, E)
+        self.forget()
+        if not shares.sum(dim=1).all():
+            return {}
         shares *= shares.size(1) / shares.sum(dim=1, keepdim=True)
-        self.shares.append(shares.cpu())
+        self.shares.append(shares)
         return {"experts_least_used": shares.min().item(), "experts_most_used": shares.max().item()}
 
     def forget(self) -> None:
-        """Take back what was counted since the last call of `figures`."""
-        for layer in self.layers:
-            layer.n_chosen = None
+        """Begin to count, or take back what was counted since the last call of `figures`."""
+        for layer in self.layers:  # a number from the start: code that was compiled for None would be compiled anew
+            device = layer.router.weight.device
+            layer.n_chosen = torch.zeros(len(layer.experts), dtype=torch.int64, device=device)
 
     def plot(self, path: Path) -> None:
         """Draw the use of each expert, a panel a layer, over the times of logging; without experts nothing."""

@@ -6,12 +6,16 @@ trained (the idea of QLoRA, arXiv:2305.14314, with 8 bits a weight).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from inference.kernels.expert_products import ExpertRows, Layer, biases_of, multiply
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +71,16 @@ class Int8Linear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return _Int8Product.apply(x, self.weight, self.scale, self.bias)
+
+    def signature(self) -> tuple:
+        """See `expert_products.signature`."""
+        return Int8Linear, self.weight.shape, self.bias is None
+
+    @staticmethod
+    def at_once(layers: Sequence[Int8Linear], rows: ExpertRows) -> Layer:
+        """See `expert_products.at_once`; here, too, integers are what the backward pass keeps."""
+        weights, scales = [layer.weight for layer in layers], [layer.scale for layer in layers]
+        return partial(multiply, rows=rows, weights=weights, biases=biases_of(layers), scales=scales)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, weights=int8"

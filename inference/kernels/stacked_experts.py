@@ -1,16 +1,7 @@
-"""A mixture of experts on a GPU: what is computed depends on numbers that only the GPU knows, and nobody waits.
+"""A mixture of experts for inference on a GPU: the weights, of any kind, lie in one tensor; nobody waits for counts.
 
-`MixtureOfExperts` asks how many tokens chose each expert, and so waits in every layer. Here the experts' weights lie in
-one tensor, and all shapes follow from the number of tokens:
-
-    few choices   (no more than experts) each takes its expert's weights, and all are multiplied in one batch: only
-                  the weights of chosen experts are read
-    many, bf16    PyTorch's grouped product of sorted rows, which reads the groups' ends on the GPU; its kernel is for
-                  NVIDIA's compute capabilities 9 and 10, elsewhere it would wait for them
-    many          sorted rows in blocks of one expert each, of which there can be at most a known number; what blocks
-                  are filled up with is computed and thrown away
-
-`stack_experts` exchanges the experts of a model for inference; those of other classes, with adapters or hooks, stay.
+How they are multiplied is told in expert_products.py; training does the same with experts that lie apart.
+`stack_experts` exchanges the experts of a model; those of other classes, with adapters or hooks, stay.
 """
 
 from __future__ import annotations
@@ -21,11 +12,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from inference.kernels.expert_products import ExpertRows, arrange, has_grouped_product
 from inference.kernels.int4_weights import expand_int4
 from inference.kernels.linear_layers import InferenceLinear
 from transformer_components import FeedForwardNetwork, MixtureOfExperts
-
-GROUPED_CAPABILITIES = (9, 10)  # major ones for which PyTorch 2.13 has its grouped product
 
 
 class StackedLinear(nn.Module):
@@ -47,20 +37,19 @@ class StackedLinear(nn.Module):
         self.register_buffer("minimum", stacked("minimum"))
         self.register_buffer("bias", stacked("bias"))
 
-    def blocks(self, x: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-        """x (M, b, K), of whose blocks each goes through one `expert` (M,) → (M, b, N)."""
+    def forward(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        """x (M, b, K) or (S, K), as its `rows` lie → (M, b, N) or (S, N)."""
+        expert, bias = rows.expert, None if self.bias is None else self.bias[rows.expert].to(x.dtype)
+        if rows.ends is not None:
+            y = F.grouped_mm(x, self.weight.mT, offs=rows.ends)  # (S, N)
+            return y if bias is None else y + bias
         weight, scale = self.weight[expert], None if self.scale is None else self.scale[expert]
         if weight.dtype == torch.uint8:
             weight = expand_int4(weight, scale, None if self.minimum is None else self.minimum[expert])
         elif scale is not None:
             weight = weight * scale.unsqueeze(-1)
         y = torch.bmm(x, weight.to(x.dtype).mT)  # (M, b, N)
-        return y if self.bias is None else y + self.bias[expert].unsqueeze(1).to(y.dtype)
-
-    def groups(self, x: torch.Tensor, expert: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """x (S, K), sorted by their `expert` (S,), whose groups have their `ends` (E,) int32 → (S, N)."""
-        y = F.grouped_mm(x, self.weight.mT, offs=ends)
-        return y if self.bias is None else y + self.bias[expert].to(y.dtype)
+        return y if bias is None else y + bias.unsqueeze(1)
 
 
 class StackedExperts(nn.Module):
@@ -77,54 +66,25 @@ class StackedExperts(nn.Module):
         self.down_proj = StackedLinear([expert.down_proj for expert in experts])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) → (B, T, D). Below, N = B · T tokens, E experts, C = `experts_per_token`, S = N · C choices."""
+        """(B, T, D) → (B, T, D). Below, N = B · T tokens, E experts, C = `experts_per_token`."""
         tokens = x.flatten(0, -2)  # (N, D)
         probabilities = self.router(tokens).float().softmax(dim=-1)  # (N, E)
         weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)  # (N, C)
         weights = weights / weights.sum(dim=-1, keepdim=True)  # (N, C)
-        if chosen.numel() <= self.n_experts:
-            rows = tokens.repeat_interleave(self.experts_per_token, dim=0).unsqueeze(1)  # (S, 1, D)
-            outputs = self._network("blocks", rows, chosen.flatten())  # (S, 1, D)
-        else:
-            order = chosen.flatten().argsort(stable=True)  # (S,): the choices, by expert
-            rows, expert = tokens[order // self.experts_per_token], chosen.flatten()[order]  # (S, D), (S,)
-            outputs = self._sorted(rows, expert)[order.argsort()]  # (S, D)
+        rows = arrange(chosen.flatten(), self.n_experts, self._has_grouped_product(tokens))
+        outputs = rows.lift(self._network(rows.lay(tokens.repeat_interleave(self.experts_per_token, dim=0)), rows))
         outputs = outputs.view(*chosen.shape, -1)  # (N, C, D)
         return (outputs * weights.to(outputs.dtype).unsqueeze(-1)).sum(dim=1).view_as(x)
 
-    def _sorted(self, rows: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-        """The outputs of rows (S, D), sorted by their `expert` (S,)."""
-        n_rows, every = len(rows), torch.arange(self.n_experts, device=rows.device)  # (E,)
-        n_chosen = (expert.unsqueeze(1) == every).sum(dim=0)  # (E,)
-        ends = n_chosen.cumsum(dim=0)
-        if has_grouped_product(rows, self.up_proj.weight, self.down_proj.weight):
-            return self._network("groups", rows, expert, ends.int())
-        size = 1 << (-(-n_rows // self.n_experts) - 1).bit_length()  # of a block: what an expert gets, if all get alike
-        n_blocks = (n_chosen + size - 1) // size  # (E,), of each expert; ⌊S / size⌋ + E in all at most
-        block_ends = n_blocks.cumsum(dim=0)
-        within = torch.arange(n_rows, device=rows.device) - (ends - n_chosen)[expert]  # (S,), within its group
-        place = (block_ends - n_blocks)[expert] * size + within  # (S,), and among all blocks
-        most = n_rows // size + self.n_experts
-        of_block = torch.searchsorted(block_ends, torch.arange(most, device=rows.device), right=True)  # (M,)
-        filled = rows.new_zeros(most * size, rows.size(1)).index_copy_(0, place, rows).view(most, size, -1)
-        return self._network("blocks", filled, of_block.clamp(max=self.n_experts - 1)).flatten(0, 1)[place]
+    def _has_grouped_product(self, tokens: torch.Tensor) -> bool:
+        weight = self.up_proj.weight
+        return weight.dtype == tokens.dtype and has_grouped_product(tokens.device, tokens.dtype, *weight.shape)
 
-    def _network(self, way: str, x: torch.Tensor, *of_experts: torch.Tensor) -> torch.Tensor:
-        """`FeedForwardNetwork.forward` of the experts, each product in one of the ways of `StackedLinear`."""
-        inner = getattr(self.up_proj, way)(x, *of_experts)
-        if self.gate_proj is None:
-            inner = F.gelu(inner, approximate="tanh")
-        else:
-            inner = F.silu(getattr(self.gate_proj, way)(x, *of_experts)) * inner
-        return getattr(self.down_proj, way)(inner, *of_experts)
-
-
-def has_grouped_product(x: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Whether PyTorch's grouped product of rows x with weights (E, N, K) reads the groups' ends on the GPU."""
-    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device)[0] not in GROUPED_CAPABILITIES:
-        return False
-    # It reads 16 bytes at a time
-    return all(each.dtype == x.dtype == torch.bfloat16 and not any(n % 8 for n in each.shape[1:]) for each in weights)
+    def _network(self, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        """`FeedForwardNetwork.forward` of the experts, of which each computes rows of its own."""
+        inner, is_plain = self.up_proj(x, rows), self.gate_proj is None
+        inner = F.gelu(inner, approximate="tanh") if is_plain else F.silu(self.gate_proj(x, rows)) * inner
+        return self.down_proj(inner, rows)
 
 
 def stack_experts(model: nn.Module) -> None:
