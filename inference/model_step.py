@@ -4,7 +4,7 @@ Which tokens these are is up to the engine (engine.py), which knows the requests
 cells in the cache the engine has reserved; from it come the next tokens of those whose context is then complete, how
 likely the tokens of prompts were, and what is not finite. Three ways lead there, with the same result:
 
-    compiled   decoder_step.py, for a few tokens of a model of known parts on a CPU
+    compiled   decoder_step.py, for a model of known parts on a CPU
     GPU        gpu_step.py, one copy there and one back; of a model that several processes share, on CPUs, too
     PyTorch    whatever the model's own `forward` is
 """
@@ -192,7 +192,7 @@ class ModelStep:
         """
         if self.gpu_step is not None:
             return self.gpu_step.forward(ids, last)
-        if self.decoder_step is not None and self.cache.is_read_in_place:
+        if self.decoder_step is not None:
             return self.decoder_step(ids, self.cache.slots, self.cache.positions, last)
         input_ids, positions = torch.tensor([ids], device=self.device), torch.tensor([self.cache.positions])  # (1, N)
         hidden = self.model.hidden_states_at(input_ids, positions.to(self.device), cache=self.cache)[0]  # (N, D)

@@ -3,11 +3,9 @@
 All tokens of one step of the engine stand in one row, whichever requests they belong to: linear layers see one matrix.
 Attention alone looks at the requests separately. It stores the new keys and values in their cells, and then
 
-    few tokens of a request   (its next one, the rest of a prompt), or those of a short one go through
-                              kernels/paged_attention.c, compiled for this machine, which reads each cell where it lies
-    many tokens of a long one gather the cells of their request and go through PyTorch's attention
-    elsewhere                 (on a GPU, in other precisions, without a compiler) all go that second way, single tokens
-                              of requests of similar length together
+    kernels/paged_attention.c  compiled for this machine, reads each cell where it lies
+    PyTorch's attention        (on a GPU, in other precisions, without a compiler) gathers the cells of a request, or of
+                               single tokens of requests of similar length together
 
 With INT8 cells a key or value of one head is 8-bit integers and one scale.
 """
@@ -27,8 +25,6 @@ from inference.cache_blocks import NOWHERE, BlockPool, CachedSequence
 from inference.kernels.paged_attention import BLOCK_SIZE, PagedAttention
 from transformer_components import attend
 
-FEW_TOKENS = 32  # of one request in one step, or
-SHORT = 1 << 40  # tokens of it in all: up to here gathering costs more than it brings
 WORTH_THREADS = 1 << 17  # multiplications with keys in one layer
 
 # Rows (n, T), blocks (n, S / BLOCK_SIZE) and which cells are visible (n, 1, T, S)
@@ -173,33 +169,21 @@ class PagedCache:
     def begin_step(self, spans: Sequence[tuple[CachedSequence, int]]) -> None:
         """Say which tokens come next: this many new ones of each sequence, in this order, those with fewest first."""
         self.slots, self.positions = array("q"), array("q")
-        gathered: dict[tuple[int, int], list[int]] = defaultdict(list)  # tokens, class of length → first rows
-        self._n_native, in_place = 0, self.native is not None
+        first_rows: dict[tuple[int, int], list[int]] = defaultdict(list)  # of sequences: tokens, class of length → rows
         for sequence, n_new in spans:
-            in_place = in_place and (n_new <= FEW_TOKENS or sequence.length + n_new <= SHORT)
-            if in_place:
-                self._n_native += n_new
-            else:
-                # Single tokens are gathered together if their lengths are within a factor of 2
-                size_class = sequence.length.bit_length() if n_new == 1 else -len(self.positions)
-                gathered[n_new, size_class].append(len(self.positions))
+            # Single tokens are gathered together if their lengths are within a factor of 2
+            size_class = sequence.length.bit_length() if n_new == 1 else -len(self.positions)
+            first_rows[n_new, size_class].append(len(self.positions))
             self.slots.extend([sequence.slot] * n_new)
             self.positions.extend(range(sequence.length, sequence.length + n_new))
-        # Waking threads takes longer than a few short pasts
-        work = sum(self.positions[: self._n_native]) * self.config.n_heads * self.config.head_dim
-        self._n_threads = torch.get_num_threads() if work > WORTH_THREADS else 1
-        self._gathered = []
-        if gathered:
+        if self.native is not None:  # waking threads takes longer than a few short pasts
+            work = sum(self.positions) * self.config.n_heads * self.config.head_dim
+            self._n_threads = torch.get_num_threads() if work > WORTH_THREADS else 1
+        else:
             slots, positions = torch.tensor(self.slots), torch.tensor(self.positions)  # (N,)
-            self._gathered = [self._gather(slots, positions, n_new, rows) for (n_new, _), rows in gathered.items()]
-        if self.native is None:
+            self._gathered = [self._gather(slots, positions, n_new, rows) for (n_new, _), rows in first_rows.items()]
             self._blocks = self.table[slots, positions // BLOCK_SIZE].to(self.device)  # (N,)
             self._offsets = (positions % BLOCK_SIZE).to(self.device)  # (N,)
-
-    @property
-    def is_read_in_place(self) -> bool:
-        """Whether the compiled code does all of the step's attention."""
-        return self.native is not None and not self._gathered
 
     def _gather(self, slots: torch.Tensor, positions: torch.Tensor, n_new: int, first_rows: list[int]) -> Gathered:
         rows = torch.tensor(first_rows).unsqueeze(1) + torch.arange(n_new)  # (n, T)
@@ -221,18 +205,17 @@ class PagedCache:
         self._check(n_tokens, query, key, value, mask)
         if self.native is not None:  # made for fp32 and for heads in one piece, which they nearly always are
             query, key, value = (x.float() if x.stride(3) == 1 else x.float().contiguous() for x in (query, key, value))
-        attended = query.new_empty(n_tokens, n_heads, head_dim)  # (N, H, K)
-        if self.native is None:
-            self._store(layer, key[0], value[0])
+            attended = torch.empty(n_tokens, n_heads, head_dim)  # (N, H, K)
+            self.native(layer, query, key, value, attended, self.slots, self.positions, self._n_threads)
         else:
-            step = self.slots, self.positions, self._n_native, self._n_threads
-            self.native(layer, query, key, value, attended, *step)
-        for rows, blocks, visible in self._gathered:
-            queries = query[0][:, rows].transpose(0, 1)  # (n, H, T, K)
-            keys, values = (  # (n, G, S, K)
-                _load(cells, scales, blocks, query.dtype) for cells, scales in self._cells_of(layer)
-            )
-            attended[rows] = attend(queries, keys, values, visible).transpose(1, 2)  # (n, T, H, K)
+            self._store(layer, key[0], value[0])
+            attended = query.new_empty(n_tokens, n_heads, head_dim)  # (N, H, K)
+            for rows, blocks, visible in self._gathered:
+                queries = query[0][:, rows].transpose(0, 1)  # (n, H, T, K)
+                keys, values = (  # (n, G, S, K)
+                    _load(cells, scales, blocks, query.dtype) for cells, scales in self._cells_of(layer)
+                )
+                attended[rows] = attend(queries, keys, values, visible).transpose(1, 2)  # (n, T, H, K)
         return attended.transpose(0, 1).unsqueeze(0)  # (1, H, N, K)
 
     def _check(

@@ -11,7 +11,7 @@ from inference import paged_cache
 from inference.cache_blocks import BlockPool, CachedSequence
 from inference.kernels import paged_attention
 from inference.kernels.paged_attention import BLOCK_SIZE
-from inference.paged_cache import FEW_TOKENS, PagedCache
+from inference.paged_cache import PagedCache
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
@@ -121,17 +121,15 @@ def by_hand(query, keys, values):
 
 @pytest.mark.parametrize("n_kv_heads, head_dim", [(4, 8), (2, 16), (1, 37)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.int8, 2e-2)])
-@pytest.mark.parametrize("short", [0, 70, 512])
-def test_every_token_attends_to_its_own_past(way, short, n_kv_heads, head_dim, dtype, tolerance, monkeypatch):
+def test_every_token_attends_to_its_own_past(way, n_kv_heads, head_dim, dtype, tolerance):
     """Steps of single tokens, short and long chunks of several sequences at once, against a loop over heads."""
-    monkeypatch.setattr(paged_cache, "SHORT", short)
     config = GPTConfig(8, 32, 2, 4, max_seq_len=160, n_kv_heads=n_kv_heads, head_dim=head_dim)
     generator = torch.Generator().manual_seed(0)
     cache = PagedCache(config, 640, 4, dtype, reuse_prefixes=False)
     assert (cache.native is None) == (way == "plain")
     sequences = [cache.open([0] * 160) for _ in range(3)]
     history = {(layer, sequence.slot): ([], []) for layer in range(2) for sequence in sequences}
-    for sizes in ([3, 40, 1], [1, 1, FEW_TOKENS + 1], [1, 2, 1], [1, 1, 1], [17, 60, 90], [1, 1, 1]):
+    for sizes in ([3, 40, 1], [1, 1, 33], [1, 2, 1], [1, 1, 1], [17, 60, 90], [1, 1, 1]):
         spans = sorted(zip(sequences, sizes, strict=True), key=lambda span: span[1])
         cache.begin_step(spans)
         assert list(cache.positions) == [s.length + i for s, size in spans for i in range(size)]
@@ -149,6 +147,28 @@ def test_every_token_attends_to_its_own_past(way, short, n_kv_heads, head_dim, d
                     row += 1
         for sequence, size in spans:
             cache.stored(sequence, [], size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("head_dim", [8, 21, 64])
+def test_a_token_finds_the_same_alone_and_among_its_neighbours(way, dtype, head_dim):
+    """To the last bit, in pieces of any size of a past that is longer than the softmax looks at once."""
+    if way == "plain":
+        pytest.skip("PyTorch's attention does not promise it")
+    config = GPTConfig(8, 32, 1, 2, max_seq_len=320, n_kv_heads=1, head_dim=head_dim)
+    query, key, value = rows(config, 300, torch.Generator().manual_seed(0))
+    results = []
+    for sizes in ([300], [1] * 300, [7, 16, 1, 90, 33, 100, 2, 51]):
+        cache = PagedCache(config, 320, 1, dtype, reuse_prefixes=False)
+        sequence, found, start = cache.open([0] * 300), [], 0
+        for size in sizes:
+            cache.begin_step([(sequence, size)])
+            piece = slice(start, start + size)
+            found.append(cache.attend(0, query[:, :, piece], key[:, :, piece], value[:, :, piece], None))
+            cache.stored(sequence, [], size)
+            start += size
+        results.append(torch.cat(found, dim=2))  # (1, H, 300, K)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_what_the_cache_cannot_do_is_refused(way):

@@ -1,4 +1,4 @@
-/* A model's forward pass for a few tokens in one call, from token ids to logits; decoder_step.py says when and why.
+/* A model's forward pass for the tokens of a step in one call, from token ids to logits; decoder_step.py says when and why.
 
    One parallel region computes the whole step: the threads stay together from the first norm to the last, and wait for
    each other only where one needs what another has made: at the end of each `omp for`, and at a barrier after products,
@@ -229,17 +229,16 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
                     store_token(cache, index, slots[t], positions[t], g, s.key + head, s.value + head);
                 }
             /* all keys and values are stored. A query's own thread places it: nobody else needs it */
-            #pragma omp for collapse(2) schedule(dynamic)
-            for (int64_t first = 0; first < tokens; first += QUERIES)
-                for (int64_t h = 0; h < heads; h++)
-                    for (int64_t t = first, n; t < at_most(first + QUERIES, tokens); t += n) {
-                        int64_t head = (t * heads + h) * head_dim, stride = heads * head_dim;
-                        n = tokens_together(slots, t, tokens);
-                        for (int64_t q = 0; q < n; q++)
-                            place(model, &layer->query_norm, s.query + head + q * stride, positions[t + q], head_dim);
+            #pragma omp for collapse(2) schedule(dynamic, 2)
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t h = 0; h < heads; h++) {
+                    int64_t head = (t * heads + h) * head_dim, stride = heads * head_dim, n = tokens_from(slots, t, tokens);
+                    for (int64_t q = 0; q < n; q++)
+                        place(model, &layer->query_norm, s.query + head + q * stride, positions[t + q], head_dim);
+                    if (n)
                         attend_tokens(cache, index, slots[t], positions[t], h, n, s.query + head, stride,
                                       s.attended + head, stride);
-                    }
+                }
             prepare(&layer->output, s.attended, s.digits, tokens);
             multiply(&layer->output, s.attended, s.digits, s.hidden, tokens, 1); /* plus the residual stream */
             #pragma omp barrier /* a norm needs the whole row */

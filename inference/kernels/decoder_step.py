@@ -1,10 +1,10 @@
-"""A model's forward pass for a few tokens in one call of compiled code (decoder_step.c).
+"""A model's forward pass for the tokens of a step in one call of compiled code (decoder_step.c).
 
 Between the products with the weights stand hundreds of small operations, each of which Python and PyTorch need some
 microseconds to start. With one token at a time that is a quarter of the time of a GPT-2, and nearly all of a small
 model's. Here it is nothing. The mathematics is that of `GPTModel.hidden_states_at`, which the engine uses wherever
-this cannot be had: on a GPU, in half precision, with adapters, for long stretches of a prompt, without a compiler, and
-for any model that is not made of the very parts that known_parts.py lists.
+this cannot be had: on a GPU, in half precision, with adapters, without a compiler, and for any model that is not made
+of the very parts that known_parts.py lists.
 """
 
 from __future__ import annotations

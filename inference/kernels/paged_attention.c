@@ -234,17 +234,18 @@ static void attend_tokens(const Cache *cache, int64_t layer, int64_t slot, int64
     attend((int)n, pasts, cache, base, blocks);
 }
 
-/* How many of the tokens from number t on, up to the end of its group of QUERIES, belong to one sequence. */
-static int64_t tokens_together(const int64_t *slots, int64_t t, int64_t tokens) {
+/* How many tokens go through their past together with number t as the first of them; 0 if an earlier one is that. */
+static int64_t tokens_from(const int64_t *slots, int64_t t, int64_t tokens) {
     int64_t n = 1, most = QUERIES - t % QUERIES;
+    if (most < QUERIES && slots[t] == slots[t - 1]) return 0;
     while (n < most && t + n < tokens && slots[t + n] == slots[t]) n++;
     return n;
 }
 
-/* Store the keys and values of all tokens, then compute out (tokens, heads, head_dim) for the first `attending`. */
+/* Store the keys and values of all tokens, then compute out (tokens, heads, head_dim). */
 void paged_attention(const Cache *cache, int64_t layer, Rows query, Rows key, Rows value, float *out,
-                     const int64_t *slots, const int64_t *positions, int64_t tokens, int64_t attending, int threads) {
-    int64_t heads = cache->heads;
+                     const int64_t *slots, const int64_t *positions, int64_t tokens, int threads) {
+    int64_t heads = cache->heads, head_dim = cache->head_dim;
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for collapse(2) schedule(static)
@@ -252,14 +253,14 @@ void paged_attention(const Cache *cache, int64_t layer, Rows query, Rows key, Ro
             for (int64_t g = 0; g < cache->kv_heads; g++)
                 store_token(cache, layer, slots[t], positions[t], g, head_of(key, t, g), head_of(value, t, g));
         /* all threads have waited for each other: tokens of one prompt see each other. As pasts differ in length, a
-           thread that is done takes the next one (dynamic) */
-        #pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t first = 0; first < attending; first += QUERIES)
-            for (int64_t h = 0; h < heads; h++)
-                for (int64_t t = first, n; t < at_most(first + QUERIES, attending); t += n) {
-                    n = tokens_together(slots, t, attending);
+           thread that is done takes the next two heads (dynamic) */
+        #pragma omp for collapse(2) schedule(dynamic, 2)
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t h = 0; h < heads; h++) {
+                int64_t n = tokens_from(slots, t, tokens);
+                if (n)
                     attend_tokens(cache, layer, slots[t], positions[t], h, n, head_of(query, t, h), query.token_stride,
-                                  out + (t * heads + h) * cache->head_dim, heads * cache->head_dim);
-                }
+                                  out + (t * heads + h) * head_dim, heads * head_dim);
+            }
     }
 }

@@ -68,7 +68,7 @@ class PagedAttention:
         self._function = library.paged_attention
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._function.argtypes = [ctypes.POINTER(NativeCache), number, _Rows, _Rows, _Rows, pointer, pointer, pointer,
-                                   number, number, ctypes.c_int]  # fmt: skip
+                                   number, ctypes.c_int]  # fmt: skip
         self._function.restype = None
 
     def __call__(
@@ -80,16 +80,15 @@ class PagedAttention:
         out: torch.Tensor,
         slots: array[int],
         positions: array[int],
-        n_attending: int,
         n_threads: int,
     ) -> None:
-        """Store key and value (1, G, N, K) of N tokens, and write into `out` (N, H, K) what the first `n_attending` of
-        query (1, H, N, K) find; all fp32, with heads in one piece.
+        """Store key and value (1, G, N, K) of N tokens, and write into `out` (N, H, K) what query (1, H, N, K) finds;
+        all fp32, with heads in one piece.
 
         Args:
-            slots, positions: of the tokens, 64-bit integers.
+            slots, positions: of the tokens, 64-bit integers; those of one slot stand together, in order.
         """
         self._function(
             *(self.cache, layer, _Rows.of(query), _Rows.of(key), _Rows.of(value), out.data_ptr()),
-            *(slots.buffer_info()[0], positions.buffer_info()[0], len(positions), n_attending, n_threads),
+            *(slots.buffer_info()[0], positions.buffer_info()[0], len(positions), n_threads),
         )
