@@ -22,7 +22,7 @@
 #define LANES 4
 #endif
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 6") /* or the sums would live in memory */
+#define UNROLL _Pragma("GCC unroll 8") /* or the sums would live in memory */
 #if defined(__AVX512F__)
 #define KEEP_IN_REGISTER(v) __asm__("" : "+v"(v)) /* GCC would load it again for each use */
 #elif defined(__x86_64__)

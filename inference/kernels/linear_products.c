@@ -25,6 +25,7 @@
 #define READ_ONCE 6144  /* bytes ahead */
 #define READ_ALONE 6208 /* by one row, and kept */
 #define READ_AGAIN 4096 /* by further rows */
+enum { CACHE_LINE = 64 };
 INLINE void ask_for(const char *p, long ahead) {
     if (ahead == READ_ONCE)
         __builtin_prefetch(p + ahead, 0, 0);
@@ -184,25 +185,34 @@ INLINE void finish(quarter sums, int w_rows, float x_scale, const float *scale, 
     memcpy(y, &result, w_rows * sizeof(float));
 }
 
+/* Adds the products of the next LANES numbers of the rows. */
+INLINE void add_products(vec sums[X_ROWS][W_ROWS], int x_rows, int w_rows, const float *x, const char *w, long n_in,
+                         long k, long bytes, load_vec_fn load_vec) {
+    vec weights[W_ROWS];
+    UNROLL for (int j = 0; j < w_rows; j++) {
+        weights[j] = load_vec(w + j * n_in * bytes, k);
+        if (x_rows > 1) KEEP_IN_REGISTER(weights[j]); /* used once, it may stay in memory as an operand */
+    }
+    UNROLL for (int i = 0; i < x_rows; i++) {
+        vec inputs = load_vec_fp32(x + i * n_in, k);
+        KEEP_IN_REGISTER(inputs);
+        UNROLL for (int j = 0; j < w_rows; j++) sums[i][j] = add_product(sums[i][j], inputs, weights[j]);
+    }
+}
+
 /* The products of x_rows rows of x with w_rows rows of W; both counts are constants at each call. What lies `ahead`
-   bytes further in W is asked for meanwhile. */
+   bytes further in W is asked for meanwhile, once for each cache line. */
 INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const float *scale, const float *bias, float *y,
                  long n_out, long n_in, int add, long bytes, long ahead, load_vec_fn load_vec, load_one_fn load_one) {
     vec sums[X_ROWS][W_ROWS] = {{{0}}};
-    long k = 0, row_bytes = n_in * bytes;
-    for (; k + LANES <= n_in; k += LANES) {
-        vec weights[W_ROWS];
-        UNROLL for (int j = 0; j < w_rows; j++) {
-            weights[j] = load_vec(w + j * row_bytes, k);
-            ask_for(w + j * row_bytes + k * bytes, ahead);
-            if (x_rows > 1) KEEP_IN_REGISTER(weights[j]); /* used once, it may stay in memory as an operand */
+    long k = 0, row_bytes = n_in * bytes, line = CACHE_LINE / bytes;
+    if (ahead)
+        for (; k + line <= n_in; k += line) {
+            UNROLL for (int j = 0; j < w_rows; j++) ask_for(w + j * row_bytes + k * bytes, ahead);
+            UNROLL for (long i = 0; i < line; i += LANES)
+                add_products(sums, x_rows, w_rows, x, w, n_in, k + i, bytes, load_vec);
         }
-        UNROLL for (int i = 0; i < x_rows; i++) {
-            vec inputs = load_vec_fp32(x + i * n_in, k);
-            KEEP_IN_REGISTER(inputs);
-            UNROLL for (int j = 0; j < w_rows; j++) sums[i][j] = add_product(sums[i][j], inputs, weights[j]);
-        }
-    }
+    for (; k + LANES <= n_in; k += LANES) add_products(sums, x_rows, w_rows, x, w, n_in, k, bytes, load_vec);
     if (k < n_in)
         UNROLL for (int j = 0; j < w_rows; j++) {
             vec weights = load_rest(w + j * row_bytes, k, n_in, load_one);
@@ -369,13 +379,12 @@ INLINE void split_into_digits(int digits, const float *x, char *out, long n_in) 
 
 /* Adds the products of the next `n` numbers of the rows, at most DIGITS. */
 INLINE void add_dots(int_vec sums[DIGIT_SUMS][W_ROWS], int digits, int x_rows, int w_rows, const char *x, const char *w,
-                     long n, long n_in, long ahead) {
+                     long n, long n_in) {
     digit_vec weights[W_ROWS];
     UNROLL for (int j = 0; j < w_rows; j++) {
         weight_vec bytes;
         if (n < DIGITS) bytes = (weight_vec){0};
         memcpy(&bytes, w + j * n_in, n);
-        ask_for(w + j * n_in, ahead);
         weights[j] = widened(bytes);
         KEEP_IN_REGISTER(weights[j]);
     }
@@ -408,9 +417,15 @@ INLINE void digit_tile(int digits, int x_rows, int w_rows, const char *x, const 
             UNROLL for (int j = 0; j < w_rows; j++)
                 memcpy(&sums[i * digits + d][j], ((const digit_row *)(x + i * row_bytes))->begin[d], sizeof(int_vec));
     x += sizeof(digit_row); /* to the digits */
+    if (ahead)
+        for (; k + CACHE_LINE <= n_in; k += CACHE_LINE) {
+            UNROLL for (int j = 0; j < w_rows; j++) ask_for(w + j * n_in + k, ahead);
+            UNROLL for (long i = k; i < k + CACHE_LINE; i += DIGITS)
+                add_dots(sums, digits, x_rows, w_rows, x + i * sizeof(digit), w + i, DIGITS, n_in);
+        }
     for (; k + DIGITS <= n_in; k += DIGITS)
-        add_dots(sums, digits, x_rows, w_rows, x + k * sizeof(digit), w + k, DIGITS, n_in, ahead);
-    if (k < n_in) add_dots(sums, digits, x_rows, w_rows, x + k * sizeof(digit), w + k, n_in - k, n_in, 0);
+        add_dots(sums, digits, x_rows, w_rows, x + k * sizeof(digit), w + k, DIGITS, n_in);
+    if (k < n_in) add_dots(sums, digits, x_rows, w_rows, x + k * sizeof(digit), w + k, n_in - k, n_in);
     UNROLL for (int i = 0; i < x_rows; i++) {
         float x_scale = ((const digit_row *)(x + i * row_bytes) - 1)->scale;
         finish(put_together(digits, sums + i * digits), w_rows, x_scale, scale, bias, y + i * n_out, add);
