@@ -1,8 +1,7 @@
-/* A model's forward pass for the tokens of a step in one call, from token ids to logits; decoder_step.py says when and why.
+/* A forward pass for the tokens of a step in one call, from token ids to logits; decoder_step.py says when and why.
 
    One parallel region computes the whole step: the threads stay together from the first norm to the last, and wait for
-   each other only where one needs what another has made: at the end of each `omp for`, and at a barrier after products,
-   as `multiply` itself does not wait. The mathematics is that of transformer_components.py. */
+   each other only where one needs what another has made. The mathematics is that of transformer_components.py. */
 
 #include "linear_products.c"
 #include "paged_attention.c"
@@ -134,16 +133,18 @@ static void expand_row(const Linear *table, int64_t index, float *out, int add) 
 /* out (tokens, d_model) = or, with `add`, += the feed-forward network of x, of which `digits` are made already. All
    threads call it, and have waited for each other when it returns. */
 static void feed_forward(const Linear *up, const Linear *down, const Linear *gate, const Scratch *s, const float *x,
-                         float *out, int64_t tokens, int64_t d_ff, int add) {
+                         float *out, int64_t tokens, int64_t d_ff, int add, Meeting *all) {
     multiply(up, x, s->digits, s->inner, tokens, 0);
     if (gate->weight) multiply(gate, x, s->digits, s->gate, tokens, 0);
-    #pragma omp barrier /* the same numbers are shared out in another way */
+    meet(all); /* the same numbers are shared out in another way */
 
-    #pragma omp for schedule(static)
+    #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < tokens * d_ff; i += LANES) activate(s->inner + i, gate->weight ? s->gate + i : NULL);
+    meet(all);
     prepare(down, s->inner, s->digits, tokens);
+    meet(all);
     multiply(down, s->inner, s->digits, out, tokens, add);
-    #pragma omp barrier /* the next norm needs whole rows */
+    meet(all); /* the next norm needs whole rows */
 }
 
 /* A token's router logits become the shares of the experts: their probabilities, of the likeliest alone, with sum 1. */
@@ -162,35 +163,40 @@ static void share_out(float *shares, int64_t n_experts, int64_t n_chosen) {
 }
 
 /* hidden (tokens, d_model) += the mixture of experts of normed. All threads call it. */
-static void mix_experts(const Layer *layer, const Scratch *s, int64_t tokens, int64_t d_model, int64_t d_ff) {
+static void mix_experts(const Layer *layer, const Scratch *s, int64_t tokens, int64_t d_model, int64_t d_ff,
+                        Meeting *all) {
     int64_t n_experts = layer->n_experts;
     multiply(&layer->router, s->normed, s->digits, s->shares, tokens, 0); /* in FP32, which needs no digits */
-    #pragma omp barrier
-    #pragma omp for schedule(static)
+    meet(all);
+    #pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < tokens; t++) share_out(s->shares + t * n_experts, n_experts, layer->experts_per_token);
-    #pragma omp for schedule(static)
+    meet(all);
+    #pragma omp for schedule(static) nowait
     for (int64_t e = 0; e < n_experts; e++) {
         int64_t *rows = s->rows + e * (1 + tokens);
         rows[0] = 0;
         for (int64_t t = 0; t < tokens; t++)
             if (s->shares[t * n_experts + e] > 0) rows[++rows[0]] = t;
     }
+    meet(all);
     for (int64_t e = 0; e < n_experts; e++) {
         const Linear *up = layer->experts + 3 * e;
         const int64_t *rows = s->rows + e * (1 + tokens) + 1, n = rows[-1];
         if (!n) continue; /* for all threads alike */
-        #pragma omp for schedule(static)
+        #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < n; i++) {
             memcpy(s->gathered + i * d_model, s->normed + rows[i] * d_model, d_model * sizeof(float));
             prepare_row(up, s->gathered, s->digits, i);
         }
-        feed_forward(up, up + 1, up + 2, s, s->gathered, s->computed, n, d_ff, 0);
-        #pragma omp for schedule(static)
+        meet(all);
+        feed_forward(up, up + 1, up + 2, s, s->gathered, s->computed, n, d_ff, 0, all);
+        #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < n; i++) {
             float share = s->shares[rows[i] * n_experts + e];
             float *hidden = s->hidden + rows[i] * d_model, *computed = s->computed + i * d_model;
             for (int64_t k = 0; k < d_model; k++) hidden[k] += share * computed[k];
         }
+        meet(all);
     }
 }
 
@@ -201,8 +207,10 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
     int64_t d_model = model->d_model, d_ff = model->d_ff, tokens = step->tokens, n_last = step->n_last;
     const int64_t *slots = step->slots, *positions = step->positions;
     Scratch s = *scratch;
+    Meeting meeting = {0}, *all = &meeting;
     #pragma omp parallel num_threads(threads)
     {
+        join(all);
         #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++) {
             expand_row(&model->tokens, step->ids[t], s.hidden + t * d_model, 0);
@@ -211,25 +219,27 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
         for (int64_t index = 0; index < model->n_layers; index++) {
             const Layer *layer = model->layers + index;
 
-            #pragma omp for schedule(static)
+            #pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < tokens; t++) {
                 normalize(&layer->attention_norm, s.hidden + t * d_model, s.normed + t * d_model);
                 prepare_row(&layer->query, s.normed, s.digits, t); /* the key's and the value's, too: one kind of weights */
             }
+            meet(all);
             multiply(&layer->query, s.normed, s.digits, s.query, tokens, 0);
             multiply(&layer->key, s.normed, s.digits, s.key, tokens, 0);
             multiply(&layer->value, s.normed, s.digits, s.value, tokens, 0);
-            #pragma omp barrier /* a head may be the work of several threads */
+            meet(all); /* a head may be the work of several threads */
 
-            #pragma omp for collapse(2) schedule(static)
+            #pragma omp for collapse(2) schedule(static) nowait
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t g = 0; g < kv_heads; g++) {
                     int64_t head = (t * kv_heads + g) * head_dim;
                     place(model, &layer->key_norm, s.key + head, positions[t], head_dim);
                     store_token(cache, index, slots[t], positions[t], g, s.key + head, s.value + head);
                 }
+            meet(all);
             /* all keys and values are stored. A query's own thread places it: nobody else needs it */
-            #pragma omp for collapse(2) schedule(dynamic, 2)
+            #pragma omp for collapse(2) schedule(dynamic, 2) nowait
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t h = 0; h < heads; h++) {
                     int64_t head = (t * heads + h) * head_dim, stride = heads * head_dim, n = tokens_from(slots, t, tokens);
@@ -239,28 +249,33 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
                         attend_tokens(cache, index, slots[t], positions[t], h, n, s.query + head, stride,
                                       s.attended + head, stride);
                 }
+            meet(all);
             prepare(&layer->output, s.attended, s.digits, tokens);
+            meet(all);
             multiply(&layer->output, s.attended, s.digits, s.hidden, tokens, 1); /* plus the residual stream */
-            #pragma omp barrier /* a norm needs the whole row */
+            meet(all); /* a norm needs the whole row */
 
-            #pragma omp for schedule(static)
+            #pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < tokens; t++) {
                 normalize(&layer->feed_forward_norm, s.hidden + t * d_model, s.normed + t * d_model);
                 if (!layer->experts) prepare_row(&layer->up, s.normed, s.digits, t);
             }
+            meet(all);
             if (layer->experts)
-                mix_experts(layer, &s, tokens, d_model, d_ff);
+                mix_experts(layer, &s, tokens, d_model, d_ff, all);
             else
-                feed_forward(&layer->up, &layer->down, &layer->gate, &s, s.normed, s.hidden, tokens, d_ff, 1);
+                feed_forward(&layer->up, &layer->down, &layer->gate, &s, s.normed, s.hidden, tokens, d_ff, 1, all);
         }
-        #pragma omp for schedule(static)
+        #pragma omp for schedule(static) nowait
         for (int64_t t = 0; t < tokens; t++)
             normalize(&model->final_norm, s.hidden + t * d_model, s.hidden + t * d_model);
-        #pragma omp for schedule(static)
+        meet(all);
+        #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < n_last; i++) {
             memcpy(s.normed + i * d_model, s.hidden + step->last[i] * d_model, d_model * sizeof(float));
             prepare_row(&model->head, s.normed, s.digits, i);
         }
+        meet(all);
         multiply(&model->head, s.normed, s.digits, logits, n_last, 0);
     }
 }

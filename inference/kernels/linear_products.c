@@ -7,6 +7,7 @@
    A row of x meets the same additions in the same order in whatever tile it is: what it gives does not depend on its
    neighbours, to the last bit. */
 
+#include <time.h>
 #include "../../machine/vectors.h"
 #include "layout.h"
 
@@ -499,10 +500,39 @@ static void prepare_row(const Linear *l, const float *x, char *out, long i) {
     if (l->type == INT4) split_into_groups(x, out, l->n_in);
 }
 
-/* All rows; called by all threads of a parallel region, which wait until it is done. */
+/* Where the threads of a parallel region wait for each other. OpenMP's own barrier sleeps at once if it is told to, or
+   if other libraries of the process have threads, too; to wake up takes longer than most of what is waited for. */
+typedef struct {
+    int threads, arrived; /* how many there are, and how many of them wait */
+    char to_a_cache_line[56];
+    unsigned round;
+} Meeting;
+enum { SPINS = 16384, NAP = 20000 }; /* about half a millisecond, then naps of so many nanoseconds */
+
+/* Called by each thread, and followed by a barrier of OpenMP's. */
+INLINE void join(Meeting *meeting) { __atomic_add_fetch(&meeting->threads, 1, __ATOMIC_RELAXED); }
+
+static void meet(Meeting *meeting) {
+    unsigned round = __atomic_load_n(&meeting->round, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == meeting->threads) {
+        __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&meeting->round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (long spins = 0; __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE) == round; spins++) {
+        if (spins >= SPINS) nanosleep(&(struct timespec){0, NAP}, NULL); /* another program may need the core */
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+    }
+}
+
+/* All rows; called by all threads of a parallel region, none of which waits for the others. */
 static void prepare(const Linear *l, const float *x, char *out, long n_x) {
     if (linear_digit_bytes(l->type, l->n_in)) {
-        #pragma omp for schedule(static)
+        #pragma omp for schedule(static) nowait
         for (long i = 0; i < n_x; i++) prepare_row(l, x, out, i);
     }
 }
@@ -574,6 +604,7 @@ void linear(const Linear *l, const float *x, char *digits, float *y, long n_x, i
     #pragma omp parallel num_threads(threads)
     {
         prepare(l, x, digits, n_x);
+        #pragma omp barrier
         multiply(l, x, digits, y, n_x, 0);
     }
 }
