@@ -169,17 +169,19 @@ class PagedCache:
     def begin_step(self, spans: Sequence[tuple[CachedSequence, int]]) -> None:
         """Say which tokens come next: this many new ones of each sequence, in this order, those with fewest first."""
         self.slots, self.positions = array("q"), array("q")
-        first_rows: dict[tuple[int, int], list[int]] = defaultdict(list)  # of sequences: tokens, class of length → rows
         for sequence, n_new in spans:
-            # Single tokens are gathered together if their lengths are within a factor of 2
-            size_class = sequence.length.bit_length() if n_new == 1 else -len(self.positions)
-            first_rows[n_new, size_class].append(len(self.positions))
             self.slots.extend([sequence.slot] * n_new)
             self.positions.extend(range(sequence.length, sequence.length + n_new))
         if self.native is not None:  # waking threads takes longer than a few short pasts
             work = sum(self.positions) * self.config.n_heads * self.config.head_dim
             self._n_threads = torch.get_num_threads() if work > WORTH_THREADS else 1
         else:
+            first_rows: dict[tuple[int, int], list[int]] = defaultdict(list)  # tokens, class of length → first rows
+            row = 0
+            for sequence, n_new in spans:
+                # Single tokens are gathered together if their lengths are within a factor of 2
+                first_rows[n_new, sequence.length.bit_length() if n_new == 1 else -row].append(row)
+                row += n_new
             slots, positions = torch.tensor(self.slots), torch.tensor(self.positions)  # (N,)
             self._gathered = [self._gather(slots, positions, n_new, rows) for (n_new, _), rows in first_rows.items()]
             self._blocks = self.table[slots, positions // BLOCK_SIZE].to(self.device)  # (N,)

@@ -71,6 +71,12 @@ INLINE float largest_lane(vec v) {
     return largest;
 }
 
+INLINE float total(vec v) { /* of its lanes, one after another */
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += v[lane];
+    return sum;
+}
+
 INLINE vec exponential(vec x) { /* of x <= 88; relative error below 3e-7 */
     x = larger_of((vec){0} - 87.0f, x);
     const float magic = 12582912.0f; /* adding 1.5 * 2^23 rounds to a whole number */

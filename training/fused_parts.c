@@ -36,12 +36,6 @@ void swiglu_backward(float *of_gate, float *of_up, const float *of_out, const fl
     }
 }
 
-static inline float total(vec x) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += x[lane];
-    return sum;
-}
-
 /* Rows (n, width) over their root mean square, times weight; `inverse` (n) is kept for the backward pass. */
 void rms_norm(float *out, float *inverse, const float *x, const float *weight, int64_t n, int64_t width, float eps,
               int threads) {

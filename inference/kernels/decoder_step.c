@@ -141,8 +141,7 @@ static void feed_forward(const Linear *up, const Linear *down, const Linear *gat
     #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < tokens * d_ff; i += LANES) activate(s->inner + i, gate->weight ? s->gate + i : NULL);
     meet(all);
-    prepare(down, s->inner, s->digits, tokens);
-    meet(all);
+    if (prepare(down, s->inner, s->digits, tokens)) meet(all);
     multiply(down, s->inner, s->digits, out, tokens, add);
     meet(all); /* the next norm needs whole rows */
 }
@@ -250,8 +249,7 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
                                       s.attended + head, stride);
                 }
             meet(all);
-            prepare(&layer->output, s.attended, s.digits, tokens);
-            meet(all);
+            if (prepare(&layer->output, s.attended, s.digits, tokens)) meet(all);
             multiply(&layer->output, s.attended, s.digits, s.hidden, tokens, 1); /* plus the residual stream */
             meet(all); /* a norm needs the whole row */
 

@@ -24,7 +24,8 @@ ROW_BUCKETS = (1, 4, 16, 64)  # measured are 1, 2–4, 5–16, 17–64 and more 
 TOLERANCE = 1e-5  # relative error of a product that counts as the same
 ADVANTAGE = 0.75  # a way that stands later in the list has to take less than this share of the time
 MEASURE_SECONDS = 1e-3  # all ways together
-SOURCES = ("fastest_way.py", "linear_products.py", "linear_products.c", "int4_products.h")
+SOURCES = ("fastest_way.py", "linear_products.py", "linear_products.c", "int4_products.h", "../../machine/vectors.h")
+SOURCES = tuple(Path(__file__).parent / name for name in SOURCES)  # a change of one of them makes times void
 
 _lock = threading.Lock()
 _chosen: dict[tuple[Path | None, str], str] = {}  # in this process, which keeps to it whatever others measure
@@ -92,7 +93,7 @@ def _measure(ways: dict[str, Callable[[], Product]], n_in: int, n_rows: int) -> 
 
 def _memory() -> Path | None:
     """The folder of what was measured on this machine with this version; None for a user without a home."""
-    sources = [Path(__file__).with_name(name).read_bytes() for name in SOURCES]
+    sources = [path.read_bytes() for path in SOURCES]
     machine = hashlib.sha256(repr((cpu_fingerprint(), torch.__version__, sources)).encode()).hexdigest()[:16]
     try:
         return cache_folder() / f"linear_kernels-{machine}"

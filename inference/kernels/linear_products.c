@@ -529,12 +529,13 @@ static void meet(Meeting *meeting) {
     }
 }
 
-/* All rows; called by all threads of a parallel region, none of which waits for the others. */
-static void prepare(const Linear *l, const float *x, char *out, long n_x) {
-    if (linear_digit_bytes(l->type, l->n_in)) {
-        #pragma omp for schedule(static) nowait
-        for (long i = 0; i < n_x; i++) prepare_row(l, x, out, i);
-    }
+/* All rows; called by all threads of a parallel region, none of which waits for the others. Whether there was anything to
+   do, and they have to wait before the product. */
+static int prepare(const Linear *l, const float *x, char *out, long n_x) {
+    if (!linear_digit_bytes(l->type, l->n_in)) return 0;
+    #pragma omp for schedule(static) nowait
+    for (long i = 0; i < n_x; i++) prepare_row(l, x, out, i);
+    return 1;
 }
 
 /* Many rows of x are taken in blocks that stay in a core's cache, each with a group of rows of W that stays there, too:
@@ -603,8 +604,9 @@ static void multiply(const Linear *l, const float *x, const char *digits, float 
 void linear(const Linear *l, const float *x, char *digits, float *y, long n_x, int threads) {
     #pragma omp parallel num_threads(threads)
     {
-        prepare(l, x, digits, n_x);
-        #pragma omp barrier
+        if (prepare(l, x, digits, n_x)) {
+            #pragma omp barrier
+        }
         multiply(l, x, digits, y, n_x, 0);
     }
 }

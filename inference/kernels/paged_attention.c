@@ -135,7 +135,7 @@ INLINE void add_values(int n, Past *pasts, const float *values, int64_t first, i
             }
 }
 
-INLINE int64_t within(int64_t number, int64_t most) { return number < 0 ? 0 : number < most ? number : most; }
+INLINE int64_t within(int64_t number, int64_t most) { return number < 0 ? 0 : at_most(number, most); }
 
 /* out (head_dim,) = softmax(query · keys / √head_dim) · values of n queries, over the first `length` cells of a sequence,
    each of which has one more than the one before it. */
@@ -176,9 +176,8 @@ static void attend(int n, Past *pasts, const Cache *cache, int64_t base, const i
         }
     }
     for (int q = 0; q < n; q++) {
-        float total = 0;
-        for (int lane = 0; lane < LANES; lane++) total += pasts[q].totals[lane];
-        for (int64_t i = 0; i < head_dim; i++) pasts[q].out[i] /= total;
+        float weights = total(pasts[q].totals);
+        for (int64_t i = 0; i < head_dim; i++) pasts[q].out[i] /= weights;
     }
 }
 
