@@ -114,19 +114,12 @@ class LlamaCpp(BatchGenerator):
     def prefill(self, prompt: Prompt) -> np.ndarray:
         return self._next(self._context(1), [prompt], 0)[0]
 
-    def generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
+    def _generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
         context, length = self._context(len(prompts)), len(prompts[0])
         steps = [self._next(context, prompts, 0).argmax(1)]
         for position in range(length, length + n_tokens - 1):
             steps.append(self._next(context, steps[-1][:, None], position).argmax(1))
         return np.stack(steps, axis=1).tolist()
-
-    def close(self) -> None:
-        """Free its memory."""
-        for context in self.contexts.values():
-            self.api.llama_free(context)
-        self.api.llama_batch_free(self.batch)
-        self.api.llama_model_free(self.model)
 
     @staticmethod
     def instructions() -> str:
@@ -161,7 +154,7 @@ class CTranslate2(BatchGenerator):
     def prefill(self, prompt: Prompt) -> np.ndarray:
         return np.array(self._generate([prompt], max_length=1, return_logits_vocab=True)[0].logits[0][0])
 
-    def generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
+    def _generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
         return [each.sequences_ids[0] for each in self._generate(prompts, max_length=n_tokens, min_length=n_tokens)]
 
     @staticmethod
@@ -199,7 +192,7 @@ class OpenVINO(BatchGenerator):
     def prefill(self, prompt: Prompt) -> int:
         return self.generate(prompt, 1)[0]
 
-    def generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
+    def _generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
         settings = self.settings(max_new_tokens=n_tokens, ignore_eos=True, do_sample=False)
         tensors = [self.tensor(np.array([prompt], dtype=np.int64)) for prompt in prompts]
         return [each.m_generation_ids[0] for each in self.pipeline.generate(tensors, [settings] * len(prompts))]
@@ -240,7 +233,7 @@ class OnnxRuntime(BatchGenerator):
     def prefill(self, prompt: Prompt) -> np.ndarray:
         return self._read([prompt], 1).get_logits()[0, -1]
 
-    def generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
+    def _generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
         generator = self._read(prompts, n_tokens)
         for _ in range(n_tokens):
             generator.generate_next_token()

@@ -53,6 +53,12 @@ class BatchGenerator:
 
     def generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
         """What `generate` gives, of prompts of one length."""
+        answers = self._generate_all(prompts, n_tokens)
+        lengths = {len(answer) for answer in answers}
+        assert lengths == {n_tokens}, f"requests for {n_tokens} tokens got {sorted(lengths)}"
+        return answers
+
+    def _generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
         raise NotImplementedError
 
     def generate(self, prompt: Prompt, n_tokens: int) -> list[int]:
@@ -69,50 +75,62 @@ def bytes_read(model: GPTModel) -> int:
     return weight_bytes(model) - position_bytes(model)
 
 
-class Ours:
+class Ours(BatchGenerator):
     """This project's engine, with a model in whatever precision its layers have; it notes the logits of each step."""
 
-    def __init__(self, model: GPTModel) -> None:
-        self.model, self.weight_bytes = model, bytes_read(model)
-        self.engine = Engine(model, None, max_running=1, reuse_prefixes=False)
-        compute = self.engine.model_step.forward
+    def __init__(self, model: GPTModel, tokenizer: ByteLevelBPETokenizer | None = None) -> None:
+        self.model, self.tokenizer, self.weight_bytes = model, tokenizer, bytes_read(model)
+        self.engines: dict[int, Engine] = {}  # by the number of streams
 
-        def forward(ids: list[int], last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-            hidden, self.logits = compute(ids, last)
-            return hidden, self.logits
+    def _engine(self, n_streams: int) -> Engine:
+        if n_streams not in self.engines:
+            engine = Engine(self.model, self.tokenizer, max_running=n_streams, reuse_prefixes=False)
+            compute = engine.model_step.forward
 
-        self.engine.model_step.forward = forward
+            def forward(ids: list[int], last: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+                hidden, self.logits = compute(ids, last)
+                return hidden, self.logits
+
+            engine.model_step.forward = forward
+            self.engines[n_streams] = engine
+        return self.engines[n_streams]
 
     def prefill(self, prompt: Prompt) -> np.ndarray:
         self.generate(prompt, 1)
         return self.logits[0].float().cpu().numpy()  # (V,)
 
-    def generate(self, prompt: Prompt, n_tokens: int) -> list[int]:
-        return self.engine.run([list(prompt)], SamplingParams(n_tokens, temperature=0))[0].token_ids
+    def _generate_all(self, prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
+        params = SamplingParams(n_tokens, temperature=0, ignore_eos=True)
+        generations = self._engine(len(prompts)).run([list(prompt) for prompt in prompts], params)
+        return [generation.token_ids for generation in generations]
 
 
 class Transformers:
     """`GPT2LMHeadModel` of Hugging Face `transformers`, with our weights and its own `generate`."""
 
     def __init__(self, model: GPTModel) -> None:
-        self.use_cache, self.weight_bytes = True, bytes_read(model)
+        self.weight_bytes = bytes_read(model)
         self.model = in_transformers(model, bos_token_id=None, eos_token_id=None)
 
     @torch.inference_mode()
     def prefill(self, prompt: Prompt) -> np.ndarray:
         return self.model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1).logits[0, -1].numpy()  # (V,)
 
-    def generate(self, prompt: Prompt, n_tokens: int) -> list[int]:
+    def generate(self, prompt: Prompt, n_tokens: int, use_cache: bool = True) -> list[int]:
         ids = torch.tensor([prompt])
         output = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=n_tokens,
             do_sample=False,
-            use_cache=self.use_cache,
+            use_cache=use_cache,
             pad_token_id=0,
         )
         return output[0, len(prompt) :].tolist()
+
+    def generate_without_cache(self, prompt: Prompt, n_tokens: int) -> list[int]:
+        """The same tokens, each of which reads the whole text again."""
+        return self.generate(prompt, n_tokens, use_cache=False)
 
 
 def write_gguf(model: GPTModel, path: Path, precision: str) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from byte_level_bpe import ByteLevelBPETokenizer
-from gpt_model import GPTModel
+import torch
+
+from benchmarks.peers import Ours
+from benchmarks.turns import Times, take_turns
 from inference.engine import Engine
 from inference.sampling import SamplingParams
 
@@ -23,8 +25,8 @@ class Load:
         n_tokens: new tokens of each request.
     """
 
-    def __init__(self, model: GPTModel, tokenizer: ByteLevelBPETokenizer, prompts: Prompts, n_tokens: int) -> None:
-        self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
+    def __init__(self, ours: Ours, prompts: Prompts, n_tokens: int) -> None:
+        self.model, self.tokenizer, self.prompts = ours.model, ours.tokenizer, list(prompts)
         self.params = SamplingParams(max_gen_len=n_tokens, temperature=0, ignore_eos=True)
         self.n_tokens = n_tokens
 
@@ -42,15 +44,8 @@ class Load:
         """Each request when the one before has its answer."""
         self._check([engine.run([prompt], self.params)[0] for prompt in self.prompts])
 
-    def through(self, generate_all: Callable[[Prompts, int], Prompts]) -> None:
-        """All requests together, through another program's (prompts, n_tokens) → tokens."""
-        self._check_lengths(generate_all(self.prompts, self.n_tokens))
-
     def _check(self, generations: Sequence[Any]) -> None:
-        self._check_lengths([generation.token_ids for generation in generations])
-
-    def _check_lengths(self, answers: Prompts) -> None:
-        lengths = {len(answer) for answer in answers}
+        lengths = {len(generation.token_ids) for generation in generations}
         assert lengths == {self.n_tokens}, f"requests for {self.n_tokens} tokens got {sorted(lengths)}"
 
     def delays(self, n_streams: int) -> dict[str, float]:
@@ -90,3 +85,41 @@ class Load:
             "sampling": sampling / statistics.steps,
             "engine": (seconds - model - sampling) / statistics.steps,
         }
+
+
+@torch.inference_mode()
+def cache_times(ours: Mapping[str, Ours], token: int, n_tokens: int, n_samples: int, rounds: int) -> Times:
+    """Of `n_tokens` steps with the KV cache, and of `n_samples` of them without it, evenly spaced; FP32 by PyTorch, not
+    in the engine's compiled code."""
+    model = ours["FP32"].model
+    lengths = [round((index + 0.5) * n_tokens / n_samples) for index in range(n_samples)]
+    texts = [torch.full((1, length), token) for length in lengths]
+
+    def steps_without_cache() -> None:
+        for text in texts:
+            model.lm_head(model.hidden_states(text)[:, -1]).argmax().item()
+
+    def steps_with_cache() -> None:
+        model.generate(torch.full((1, 1), token), max_gen_len=n_tokens, temperature=0)
+
+    return take_turns({"with": steps_with_cache, "without": steps_without_cache}, rounds)
+
+
+def stream_times(ours: Mapping[str, Ours], prompts: Prompts, n_tokens: int, rounds: int) -> Times:
+    """Of all prompts at once and of one after another, FP32 and INT8."""
+    actions = {}
+    for kind in ("FP32", "INT8"):
+        load = Load(ours[kind], prompts, n_tokens)
+        engine = load.engine(len(prompts))
+        load.at_once(engine)  # warm up
+        actions[f"{kind}, one after another"] = lambda load=load, engine=engine: load.one_after_another(engine)
+        actions[f"{kind}, at once"] = lambda load=load, engine=engine: load.at_once(engine)
+    return take_turns(actions, rounds)
+
+
+def delays_and_costs(
+    ours: Mapping[str, Ours], prompts: Prompts, n_tokens: int, counts: Sequence[int]
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """`Load.delays` and `Load.step_costs` for each number of streams, INT8."""
+    load = Load(ours["INT8"], prompts, n_tokens)
+    return [load.delays(count) for count in counts], [load.step_costs(count) for count in counts]

@@ -27,9 +27,11 @@ def seconds(action: Callable[[], object]) -> float:
 Times = dict[str, list[float]]  # of each action in seconds, a number for each round
 
 
-def take_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """How long each action takes, in turn, once in each round."""
-    of_rounds = [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
+def take_turns(
+    actions: Mapping[str, Callable[[], Any]], rounds: int, measure: Callable[[Callable[[], Any]], float] = seconds
+) -> Times:
+    """How long each action takes, by `measure`, in turn, once in each round."""
+    of_rounds = [{name: measure(action) for name, action in actions.items()} for _ in range(rounds)]
     return {name: [of_round[name] for of_round in of_rounds] for name in actions}
 
 
@@ -76,7 +78,7 @@ class Report:
         met = None if measured is None else measured >= at_least
         self.goals.append({"goal": name, "measured": measured and round(measured, 3), "at_least": at_least, "met": met})
 
-    def finish(self, page: str, name: str = "inference", title: str = "Inference") -> None:
+    def finish(self, page: str, name: str, title: str) -> None:
         """The table of goals, if there are any; all tables into the section `name` of a Markdown page, if one is named;
         the line of JSON."""
         words = {True: "yes", False: "no", None: "left out"}

@@ -12,7 +12,7 @@ import pytest
 import record_shapes
 import torch
 
-from benchmarks import bench_gpu, bench_inference, bench_service, bench_speculation, real_data
+from benchmarks import bench_gpu, bench_inference, bench_service, bench_speculation, contestants, real_data
 from benchmarks.model_files import LeftOut, ModelFiles
 from benchmarks.peer_programs import PROGRAMS, Setting
 from benchmarks.peers import Ours, Transformers, check_logits, synthetic_tokenizer
@@ -53,7 +53,7 @@ def test_drafts_are_measured_beside_none(capsys, tmp_path, random_model, tokeniz
 
 
 def test_peers_that_are_not_installed_are_left_out(capsys, monkeypatch):
-    monkeypatch.setattr(bench_inference, "find_spec", lambda name: None)
+    monkeypatch.setattr(contestants, "find_spec", lambda name: None)
     figures, text = figures_of_a_quick_run(capsys)
     assert not any(name.startswith(("transformers", "llama.cpp")) for name in figures["decoding"])
     goal = next(goal for goal in figures["goals"] if goal["goal"] == "decoding FP32 ÷ llama.cpp F32")
@@ -84,13 +84,11 @@ def test_a_peer_gets_our_weights(random_model, tmp_path, program, architecture):
         except LeftOut as reason:
             assert "GPT-2" in str(reason) or "pip install" in str(reason)
             continue
-        check_logits(program.name, theirs, expected, PROMPT, bench_inference.LIMITS[bits])
+        check_logits(program.name, theirs, expected, PROMPT, contestants.LIMITS[bits])
         alone, turned = theirs.generate(PROMPT, 6), theirs.generate(PROMPT[::-1], 6)
         together = theirs.generate_all([PROMPT, PROMPT[::-1]], 6)
         assert [tokens[0] for tokens in together] == [alone[0], turned[0]]
         assert [len(tokens) for tokens in together] == [6, 6]
-        if hasattr(theirs, "close"):
-            theirs.close()
 
 
 def test_of_a_peer_that_shows_tokens_only_the_token_is_compared(random_model):
