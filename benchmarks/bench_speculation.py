@@ -1,11 +1,12 @@
 """What does speculative decoding bring? Batch 1, greedy, with and without in turn, by drafter and kind of weights.
 
-    python benchmarks/bench_speculation.py --draft_model models/distill/distill_best.pth
+    python benchmarks/bench_speculation.py --draft_model models/distill/distill_best.pth \\
+        --draft_texts data/sft/sft_data.json
 
 Two tables:
 
-    questions   the test questions of the sample world, each answered by a model without drafts, with prompt lookup and
-                with a draft model; the tokens must be identical
+    questions   the test questions of the sample world, each answered by a model without drafts, with prompt lookup,
+                with a draft model and with drafts from texts; the tokens must be identical
     passes      how much longer a pass takes with more tokens, for the same model and for the shape of GPT-2 (124M,
                 random weights): what drafting costs. A draft of k tokens pays where it is right more often than that
 
@@ -32,6 +33,7 @@ from benchmarks.tables import Table, about, in_a_sentence, write_section  # noqa
 from command_line import UserError, option, parse_config, run_main  # noqa: E402
 from gpt_model import GPTConfig, GPTModel  # noqa: E402
 from inference.draft_model import DraftModel  # noqa: E402
+from inference.draft_texts import FollowerTable, TextLookup, read_texts  # noqa: E402
 from inference.engine import Engine  # noqa: E402
 from inference.quantizer import load_any, prepare_for_inference, quantization_of  # noqa: E402
 from inference.request import encode_prompt  # noqa: E402
@@ -49,6 +51,7 @@ class BenchConfig:
 
     model_path: str = option("models/sft/sft_best.pth", "the checkpoint that answers")
     draft_model: str | None = option(None, "a smaller one with the same tokenizer; none: without that row")
+    draft_texts: list[str] = option(list, "texts to draft from; none: without that row")
     test_data_path: str = option(str(ROOT / "data" / "sft" / "sft_test.json"), "the questions")
     n_questions: int = option(96, "how many of them, evenly spread; 0: all", at_least=0)
     max_gen_len: int = option(100, "the longest answer, in tokens", at_least=1)
@@ -152,6 +155,8 @@ def main(argv: list[str] | None = None) -> None:
         drafters: dict[str, Drafter | None] = {"none": None, "lookup": PromptLookup()}
         if config.draft_model:
             drafters["draft model"] = DraftModel(load_any(config.draft_model)[0], max_running=1)
+        if config.draft_texts:
+            drafters["texts"] = TextLookup(FollowerTable(read_texts(config.draft_texts, tokenizer)))
         for row in answer_speeds(prepared, prompts, params, drafters, config.rounds):
             answers.append({"model": "this one", "weights": kind, **row})
         passes.append({"model": "this one", "weights": kind, "seconds": pass_seconds(prepared, config.rounds)})

@@ -68,8 +68,9 @@ class ChatConfig(SpeculationOptions):
         complaints = self.speculation_complaints()
         if self.url and not self.url.startswith(("http://", "https://")):
             complaints.append(f"--url must begin with http:// or https://, not {self.url!r}")
-        if self.url and self.draft_model:
-            complaints.append("--url and --draft_model do not go together; the service has an option of its own")
+        for name in ("draft_model", "draft_texts"):
+            if self.url and getattr(self, name):
+                complaints.append(f"--url and --{name} do not go together; the service has an option of its own")
         return complaints
 
 

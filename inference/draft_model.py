@@ -18,6 +18,7 @@ from byte_level_bpe import ByteLevelBPETokenizer
 from command_line import UserError, option
 from gpt_model import GPTModel
 from inference.cache_blocks import CachedSequence
+from inference.draft_texts import FollowerTable, TextLookup, read_texts
 from inference.engine import Engine
 from inference.model_step import default_cache_tokens
 from inference.quantizer import load_any
@@ -135,12 +136,19 @@ class SpeculationOptions:
         " the same",
         choices=WAYS,
     )
+    draft_texts: list[str] = option(
+        list,
+        "texts or conversations in whose words answers are likely, such as the training data: what mostly follows there"
+        " is drafted",
+    )
     draft_model: str | None = option(None, "a smaller checkpoint of the same tokenizer, which then drafts")
 
     def speculation_complaints(self) -> list[str]:
         """What does not fit together."""
-        both = self.draft_model and "speculate" in getattr(self, "given", ())
-        return ["--speculate and --draft_model do not go together; leave one out"] if both else []
+        given = [name for name in ("draft_texts", "draft_model") if getattr(self, name)]
+        given += ["speculate"] * ("speculate" in getattr(self, "given", ()))
+        together = " and ".join(f"--{name}" for name in sorted(given, reverse=True))
+        return [f"{together} do not go together; leave all but one out"] if len(given) > 1 else []
 
     def drafter(
         self, model: GPTModel, tokenizer: ByteLevelBPETokenizer, max_running: int, precision: str
@@ -148,8 +156,10 @@ class SpeculationOptions:
         """What drafts for a model in an engine of so many requests; a draft model is computed in this precision.
 
         Raises:
-            UserError: the draft model cannot be used for it.
+            UserError: the draft model cannot be used for it, or texts cannot be read.
         """
+        if self.draft_texts:
+            return TextLookup(FollowerTable(read_texts(self.draft_texts, tokenizer)))
         if self.draft_model is None:
             return PromptLookup() if self.speculate == "lookup" else None
         draft, its_tokenizer, _ = load_any(self.draft_model, model.device, precision=precision)

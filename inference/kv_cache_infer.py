@@ -213,8 +213,9 @@ class GenerationConfig(SpeculationOptions):
             complaints += self.beams.complaints(self.n) + unheeded(self.params)
             if self.cache_dtype != GenerationConfig.cache_dtype:
                 complaints.append("num_beams and cache_dtype do not go together; leave one out")
-            if self.draft_model:
-                complaints.append("num_beams and draft_model do not go together; leave one out")
+            for name in ("draft_model", "draft_texts"):
+                if getattr(self, name):
+                    complaints.append(f"num_beams and {name} do not go together; leave one out")
         return [
             *(["--prompt is missing; give a text"] if not self.prompt else []),
             *(["--prompt is empty; give at least one character"] if "" in self.prompt else []),

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,17 @@ def test_peers_that_are_not_installed_are_left_out(capsys, monkeypatch):
     assert not any(name.startswith(("transformers", "llama.cpp")) for name in figures["decoding"])
     goal = next(goal for goal in figures["goals"] if goal["goal"] == "decoding FP32 ÷ llama.cpp F32")
     assert goal["measured"] is None and goal["met"] is None and "left out" in text
+
+
+def test_a_peer_that_fails_is_left_out_with_the_reason(tmp_path):
+    """Whatever it stumbles over, here a file that is missing; or its process ends."""
+    where, setting = (tmp_path / "missing.pth", tmp_path), Setting(1, context=256, n_streams=2, stream_context=32)
+    process = contestants.Process(1)
+    with pytest.raises(LeftOut, match="missing.pth"):
+        process.call(contestants._open_peer, "one", "transformers", "FP32", where, setting, PROMPT, np.zeros(8))
+    with pytest.raises(BrokenProcessPool):
+        process.call(os._exit, 1)
+    process.close()
 
 
 def test_transformers_gets_our_weights(random_model):
@@ -121,7 +133,7 @@ def test_exchanged_weights_show_in_the_logits_of_the_benchmark():
     attention = broken.layers[1].attention
     attention.query_proj, attention.key_proj = attention.key_proj, attention.query_proj
     with pytest.raises(AssertionError):
-        check_logits("broken", Ours(broken), expected, PROMPT, bench_inference.EXACT)
+        check_logits("broken", Ours(broken), expected, PROMPT, contestants.EXACT)
 
 
 @pytest.mark.parametrize("size", [300, 2000, 50257])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fixed_cost import FixedCost, speculating
 from plain_generation import CONTEXT, GREEDY, PROMPTS, alone, prompt, tokens_of
 
 from byte_level_bpe import ByteLevelBPETokenizer
@@ -23,20 +24,6 @@ from inference.service.settings import ServiceSettings
 from inference.speculation import MOST, PROBE_EVERY, Acceptance, Cost, IndexedText, PromptLookup, Speculation, verify
 
 
-class FixedCost(Cost):
-    """What is measured changes nothing: a pass costs 1, and one more token `token_seconds`."""
-
-    def __init__(self, token_seconds=0.0, pass_seconds=1.0):
-        super().__init__()
-        self.weight, self.token_seconds, self.pass_seconds = 1.0, token_seconds, pass_seconds
-
-    def add(self, n_tokens, seconds):
-        pass
-
-    def seconds(self, n_tokens):
-        return self.pass_seconds + self.token_seconds * n_tokens
-
-
 class Drafts:
     """Proposes what a function makes of a request's context and the number of tokens that are wanted."""
 
@@ -48,13 +35,6 @@ class Drafts:
 
     def drop(self, request):
         self.dropped[request] += 1
-
-
-def speculating(model, drafter, tokenizer=None, token_seconds=0.0, **settings):
-    """An engine in which drafting pays as these costs say, by default always."""
-    engine = Engine(model, tokenizer, drafter=drafter, **settings)
-    engine.speculation.passes, engine.speculation.drafts = FixedCost(token_seconds), FixedCost(pass_seconds=0.0)
-    return engine
 
 
 def knowing(answers, mistake_every=0):
