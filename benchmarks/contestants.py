@@ -7,6 +7,8 @@ more threads than cores, and a token has a hundred such waits. Nobody's threads 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -43,7 +45,7 @@ opened: dict[str, Generator] = {}  # of the process that this module is in, by n
 
 
 class Process:
-    """A process that starts anew, not as a copy of this one, and calls functions for it.
+    """A process that starts anew, not as a copy of this one, calls functions for it, and ends with it.
 
     Args:
         n_threads: of PyTorch in it.
@@ -51,7 +53,7 @@ class Process:
 
     def __init__(self, n_threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.executor = ProcessPoolExecutor(1, context, torch.set_num_threads, (n_threads,))
+        self.executor = ProcessPoolExecutor(1, context, _begin, (n_threads,))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function of an importable module returns there.
@@ -134,6 +136,16 @@ def peer_contestants(
 def with_ours(function: Callable[..., Any], *arguments: Any) -> Any:
     """In the process of ours: a function's result, whose first argument is our generators by kind of weights."""
     return function({name: opened[f"ours {name}"] for name in OURS}, *arguments)
+
+
+def _begin(n_threads: int) -> None:
+    torch.set_num_threads(n_threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # killed, too, when nobody can tell this process to end
+    os._exit(1)
 
 
 def _open_ours(checkpoint: Path, folder: Path, prompt: Prompt, expected: np.ndarray) -> Mapping[str, dict[str, Any]]:

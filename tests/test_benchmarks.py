@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import record_shapes
 import torch
@@ -70,6 +71,17 @@ def test_a_peer_that_fails_is_left_out_with_the_reason(tmp_path):
     with pytest.raises(BrokenProcessPool):
         process.call(os._exit, 1)
     process.close()
+
+
+def test_processes_end_with_the_one_that_started_them():
+    """Killed as well: nobody is left behind with gigabytes of weights."""
+    script = "import os, time; from benchmarks.contestants import Process\nif __name__ == '__main__':\n"
+    script += "    print(Process(1).call(os.getpid), flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as started:
+        process = psutil.Process(int(started.stdout.readline()))
+        assert process.is_running()
+        started.kill()
+    process.wait(timeout=60)
 
 
 def test_transformers_gets_our_weights(random_model):
