@@ -69,7 +69,6 @@ def random_model(config: BenchmarkConfig) -> GPTModel:
 
     Unlike at the start of training, vectors are random as well, and attention is not nearly uniform.
     """
-    torch.manual_seed(config.seed)
     sizes = {name: getattr(config, name) for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len")}
     model = GPTModel.from_config(GPTConfig.for_architecture("gpt2", **sizes)).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -277,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     config = parse_config(BenchmarkConfig, argv, description="Speed of generation, beside other programs.")
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
+    torch.manual_seed(config.seed)
     quick, rounds = config.quick, 1 if config.quick else config.rounds
     n_streams, prompt_tokens, new_tokens = (4, 32, 4) if quick else (16, 32, 64)
     with tempfile.TemporaryDirectory() as name, ExitStack() as cleanup:

@@ -140,7 +140,8 @@ def test_a_contestant_with_other_weights_is_refused(random_model):
 
 
 def test_exchanged_weights_show_in_the_logits_of_the_benchmark():
-    model = bench_inference.random_model(bench_inference.BenchmarkConfig(512, 64, 2, 2, 256, seed=0))
+    torch.manual_seed(0)
+    model = bench_inference.random_model(bench_inference.BenchmarkConfig(512, 64, 2, 2, 256))
     expected, broken = Ours(model).prefill(PROMPT), copy.deepcopy(model)
     attention = broken.layers[1].attention
     attention.query_proj, attention.key_proj = attention.key_proj, attention.query_proj
