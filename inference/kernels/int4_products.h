@@ -6,7 +6,8 @@
    products the lanes hold the sums of as many groups, ready to meet their scales, which lie side by side in memory.
 
    For that the weights of a row stand in blocks of 16 groups (the last may be shorter), made of four parts: part p has
-   four bytes of each group, byte b with weight 8p + b in its lower half and 8p + 4 + b in its upper half. */
+   four bytes of each group, byte b with weight 8p + b in its lower half and 8p + 4 + b in its upper half. A last block
+   so short that all its parts together fit into a vector is multiplied as one part, a group then having four lanes. */
 
 enum { GROUP = 32, GROUPS = 16, PARTS = 4 };
 
@@ -16,13 +17,20 @@ typedef struct { /* the inputs of a block of groups, with zeros where a row has 
     int8_t numbers[2 * PARTS][GROUPS][4]; /* by parts and halves of a byte */
 } InputBlock;
 
+/* How many groups the last block has, if its parts are multiplied as one; otherwise 0. */
+INLINE long groups_at_once(long n_in) {
+    long rest = n_in / GROUP % GROUPS;
+    return rest * PARTS <= LANES && (rest & (rest - 1)) == 0 ? rest : 0;
+}
+
 INLINE long grouped_row_bytes(long n_in) {
     return (n_in / GROUP + GROUPS - 1) / GROUPS * (long)sizeof(InputBlock);
 }
 
 static void split_into_groups(const float *x, char *out, long n_in) {
+    long n_groups = n_in / GROUP, at_once = groups_at_once(n_in);
     memset(out, 0, grouped_row_bytes(n_in));
-    for (long g = 0; g < n_in / GROUP; g++, x += GROUP) {
+    for (long g = 0; g < n_groups; g++, x += GROUP) {
         InputBlock *block = (InputBlock *)out + g / GROUPS;
         long lane = g % GROUPS;
         float largest = largest_of(x, GROUP), factor = largest > 1e-30f ? 127 / largest : 0;
@@ -37,8 +45,11 @@ static void split_into_groups(const float *x, char *out, long n_in) {
             numbers[k] = (int8_t)(int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
             sum += numbers[k];
         }
-        for (int part = 0; part < 2 * PARTS; part++) memcpy(block->numbers[part][lane], numbers + 4 * part, 4);
-        block->scales[lane] = largest / 127;
+        for (int half = 0; half < 2 * PARTS; half++)
+            if (g < n_groups - at_once) memcpy(block->numbers[half][lane], numbers + 4 * half, 4);
+            else memcpy(block->numbers[half % 2][half / 2 * at_once + lane], numbers + 4 * half, 4);
+        for (int part = 0; part < (g < n_groups - at_once ? 1 : PARTS); part++)
+            block->scales[part * at_once + lane] = largest / 127;
         block->sums[lane] = largest / 127 * sum;
         block->eightfold[lane] = 8 * sum;
     }
@@ -124,18 +135,30 @@ INLINE vec load_halves(const uint16_t *row, long first, long count) {
 #endif
 }
 
-/* Adds the products of `count` groups from number `first` on, one in a lane. */
+/* 1, 2 or 4 numbers in fp16 from number `first` on, again and again. */
+INLINE vec repeat_halves(const uint16_t *row, long first, long count) {
+    typedef uint64_t fours __attribute__((vector_size(2 * LANES)));
+    uint64_t four = row[first] * (uint64_t)0x0001000100010001;
+    if (count == 2) four = (row[first] | (uint64_t)row[first + 1] << 16) * 0x0000000100000001;
+    if (count == 4) memcpy(&four, row + first, sizeof four);
+    fours all = four - (fours){0};
+    return load_vec_fp16((const uint16_t *)&all, 0);
+}
+
+/* Adds the products of `count` groups from number `first` on, one in a lane; or, with one part, of the last block in
+   four lanes each. */
 INLINE void add_groups(vec sums[GROUP_X_ROWS][W_ROWS], int x_rows, int w_rows, const char *x, const char *w,
-                       const uint16_t *scale, const uint16_t *minimum, long first, long count, long n_in, long ahead) {
+                       const uint16_t *scale, const uint16_t *minimum, long first, long count, int n_parts, long n_in,
+                       long ahead) {
     part_sums parts[GROUP_X_ROWS][W_ROWS] = {{{0}}};
     long n_groups = n_in / GROUP, block = first / GROUPS, lane = first % GROUPS;
     long in_block = at_most(n_groups - block * GROUPS, GROUPS), row_bytes = grouped_row_bytes(n_in);
     w += block * (GROUPS * GROUP / 2) + 4 * lane;
     x += block * (long)sizeof(InputBlock);
-    UNROLL for (int part = 0; part < PARTS; part++)
+    UNROLL for (int part = 0; part < n_parts; part++)
         UNROLL for (int j = 0; j < w_rows; j++) {
             const char *bytes = w + j * (n_in / 2) + part * 4 * in_block;
-            byte_lanes both = load_lanes(bytes, count);
+            byte_lanes both = load_lanes(bytes, n_parts == 1 ? PARTS * count : count);
             byte_lanes even = both & 15, odd = (byte_lanes)((int_vec)both >> 4) & 15;
             ask_for(bytes, ahead);
             UNROLL for (int i = 0; i < x_rows; i++) {
@@ -147,8 +170,10 @@ INLINE void add_groups(vec sums[GROUP_X_ROWS][W_ROWS], int x_rows, int w_rows, c
             }
         }
     UNROLL for (int j = 0; j < w_rows; j++) {
-        vec scales = load_halves(scale + j * n_groups, first, count), minima;
-        if (minimum) minima = load_halves(minimum + j * n_groups, first, count);
+        const uint16_t *its_scale = scale + j * n_groups, *its_minimum = minimum ? minimum + j * n_groups : NULL;
+        vec scales = n_parts == 1 ? repeat_halves(its_scale, first, count) : load_halves(its_scale, first, count), minima;
+        if (minimum)
+            minima = n_parts == 1 ? repeat_halves(its_minimum, first, count) : load_halves(its_minimum, first, count);
         UNROLL for (int i = 0; i < x_rows; i++) {
             const InputBlock *inputs = (const InputBlock *)(x + i * row_bytes);
             int_vec whole = lanes_of(parts[i][j]), eightfold;
@@ -168,9 +193,10 @@ INLINE void group_tile(int x_rows, int w_rows, const char *x, const char *w, con
     vec sums[GROUP_X_ROWS][W_ROWS] = {{{0}}};
     long first = 0, n_groups = n_in / GROUP;
     for (; first + LANES <= n_groups; first += LANES)
-        add_groups(sums, x_rows, w_rows, x, w, scale, minimum, first, LANES, n_in, ahead);
-    if (first < n_groups)
-        add_groups(sums, x_rows, w_rows, x, w, scale, minimum, first, n_groups - first, n_in, 0);
+        add_groups(sums, x_rows, w_rows, x, w, scale, minimum, first, LANES, PARTS, n_in, ahead);
+    long rest = n_groups - first, at_once = groups_at_once(n_in);
+    if (at_once) add_groups(sums, x_rows, w_rows, x, w, scale, minimum, first, at_once, 1, n_in, 0);
+    else if (rest) add_groups(sums, x_rows, w_rows, x, w, scale, minimum, first, rest, PARTS, n_in, 0);
     UNROLL for (int i = 0; i < x_rows; i++)
         finish(sums_of_four(sums[i]), w_rows, 1, NULL, bias, y + i * n_out, add);
 }
