@@ -35,7 +35,7 @@ from inference.quantizer import (
 from inference.quantizer import main as quantize
 from inference.sampling import SamplingParams
 
-WIDTHS = (32, 96, 512, 576, 768, 1568)  # groups that fill a block, several, and only a part of one
+WIDTHS = (32, 96, 512, 576, 640, 768, 1568)  # groups that fill a block, several, a part of one, and a short last one
 
 
 def int4_layer(n_in, n_out=13, has_minima=False, seed=0):
@@ -92,10 +92,11 @@ def test_kernels_give_the_exact_product_with_the_rounded_inputs(n_in, has_minima
         assert torch.equal(y, torch.cat([product(row[None]) for row in x]))
 
 
+@pytest.mark.parametrize("n_in", [64, 96])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_spoils_its_row_and_no_other(bad, native_level):
-    packed, scale, bias, _ = int4_layer(96)
-    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+def test_what_is_not_finite_spoils_its_row_and_no_other(bad, n_in, native_level):
+    packed, scale, bias, _ = int4_layer(n_in)
+    x = torch.randn(3, n_in, generator=torch.Generator().manual_seed(0))
     expected = native_product(packed, scale, bias, "int4")(x)
     x[1, 40] = bad
     y = native_product(packed, scale, bias, "int4")(x)
