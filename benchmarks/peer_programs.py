@@ -202,7 +202,7 @@ class OpenVINO(BatchGenerator):
         """What it chooses from."""
         if not level:
             return "all that it finds"
-        return f"partly held to {level.name}: its oneDNN and precision are, its own kernels have no switch"
+        return f"not held to {level.name}: its oneDNN is, its other products (MLAS) take what they find"
 
 
 class OnnxRuntime(BatchGenerator):
