@@ -9,7 +9,6 @@ D = d_model, H heads, G key/value heads (G divides H), K = head_dim, V = vocabul
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from command_line import beyond_bounds, option
 from inference.kernels.expert_products import (
@@ -32,9 +30,6 @@ from inference.kernels.expert_products import (
     signature,
 )
 
-# What makes PyTorch's attention to texts of different lengths causal, by the names of newer and of older versions
-IS_NEWER = "window_size" in inspect.signature(varlen_attn).parameters
-CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if IS_NEWER else {"is_causal": True}
 PartClass = TypeVar("PartClass", bound="Part")
 
 
@@ -54,6 +49,8 @@ def attend(
         dropout: the share of attention weights that are dropped.
     """
     if mask is not None and mask.dtype == torch.int32:
+        from training.attention_within_texts import attend_within_texts  # here: it takes a second, and is for GPUs
+
         return attend_within_texts(query, key, value, mask)
     groups = query.size(1) // key.size(1)
     is_grouped = groups > 1
@@ -105,22 +102,6 @@ def text_bounds(segments: torch.Tensor, multiple: int = 64) -> torch.Tensor:
     starts = begins.flatten().nonzero().flatten()
     missing = -(len(starts) + 1) % multiple + 1
     return F.pad(starts, (0, missing), value=segments.numel()).int()
-
-
-def attend_within_texts(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor
-) -> torch.Tensor:
-    """Causal attention of each text to itself, of queries (B, H, T, K), keys and values (B, G, T, K), as (B, H, T, K).
-
-    Args:
-        bounds: see `text_bounds`.
-    """
-    n_rows, length, groups = query.size(0), query.size(2), query.size(1) // key.size(1)
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    tokens = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B · T, H, K) each
-    attended = varlen_attn(*tokens, bounds, bounds, length, length, **CAUSAL)  # no text is longer than a row
-    return attended.unflatten(0, (n_rows, length)).transpose(1, 2)
 
 
 class PartKernels:

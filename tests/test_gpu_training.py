@@ -35,7 +35,7 @@ from lora import LoRAOptions, apply_lora
 from pretrain_trainer import PretrainConfig
 from text.conversation_data import parse_preference, parse_unpaired
 from text.token_shards import tokenize_to_shards
-from training import optimization, parallel_model
+from training import attention_within_texts, optimization, parallel_model
 from training.training_loop import TrainingLoop
 from transformer_components import MixtureOfExperts, attend, takes_groups, takes_text_bounds, text_bounds
 
@@ -194,7 +194,7 @@ def test_bounds_of_texts_are_where_segments_change_and_rows_end():
 def test_packed_texts_need_no_mask(tmp_path, tokenizer, random_model, monkeypatch):
     """Steps and evaluations by bounds, of grouped heads, are those by masks."""
     results = []
-    monkeypatch.setattr(transformer_components, "varlen_attn", one_by_one)
+    monkeypatch.setattr(attention_within_texts, "varlen_attn", one_by_one)
     for by_bounds in (False, True):
         monkeypatch.setattr("training.training_loop.takes_text_bounds", lambda *_, takes=by_bounds: takes)
         loop, masks = packed_loop(tmp_path / str(by_bounds), tokenizer, random_model, lr=1e-3), []

@@ -7,17 +7,20 @@ from the model's own modules under their own names: its weights and those of the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
 from transformer_components import Positions
+
+if TYPE_CHECKING:  # importing it takes a second, which training without a pipeline need not wait
+    from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 
 
 class PipelinePart(GPTModel):
@@ -130,6 +133,8 @@ class Pipeline:
         key = (n_batches, *shape)
         if training not in self._schedules or self._schedules[training][0] != key:
             hidden = torch.empty(*shape, self.part.config.d_model, device="meta", requires_grad=training)
+            from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
             stage = PipelineStage(
                 self.part,
                 dist.get_rank(self.group),

@@ -100,12 +100,15 @@ def has_grouped_product(device: torch.device, dtype: torch.dtype, n_experts: int
     return dtype == torch.bfloat16 and n_experts <= GROUPED_EXPERTS and aligned and has_grouped_kernel(device)
 
 
-@torch.compiler.assume_constant_result
 def has_grouped_kernel(device: torch.device) -> bool:
     """Whether a device is one of those for which PyTorch has it; its builds for Windows have none."""
     if device.type != "cuda" or torch.version.hip or sys.platform == "win32":
         return False
     return torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
+
+
+# As `torch.compiler.assume_constant_result` does it, but without importing the compiler, which takes a second
+has_grouped_kernel._dynamo_marked_constant = True
 
 
 def signature(layer: nn.Module) -> tuple | None:
