@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from alignment.reward_model import RewardModel, compare, load_reward_model, preference_figures
 from byte_level_bpe import ByteLevelBPETokenizer
 from checkpoint import load_checkpoint, weight_fingerprint
 from command_line import UserError, option, parse_config, run_main
@@ -54,6 +53,9 @@ from progress import Progress
 from text.account import Account
 from text.conversation_data import RecordOptions, load_records, parse_columns, parse_preference
 from text.text_files import RECORD_ENDINGS, TEXT_ENDINGS, iter_documents, resolve_files
+
+if TYPE_CHECKING:  # it brings all that trains, which takes a second to import
+    from alignment.reward_model import RewardModel
 
 Window = tuple[list[int], list[int]]  # inputs and targets, of equal length; a target −100 does not count
 PIECE = 256  # questions between two moments at which an interrupted evaluation can go on
@@ -408,6 +410,8 @@ def evaluate_reward(
         of the means among them; "by_defect": the same scores for each defect, if records name one}
     """
 
+    from alignment.reward_model import compare, preference_figures
+
     def parse(record: dict, where: str) -> tuple[str, dict]:
         return str(record.get("defect")), parse_preference(record, where)
 
@@ -523,6 +527,8 @@ def main(argv: list[str] | None = None) -> None:
     if kept.found:
         print(f"going on with {kept.found} finished pieces of an interrupted evaluation", flush=True)
     if model_type == "reward":
+        from alignment.reward_model import load_reward_model
+
         reward_model = load_reward_model(model_path, device)
         report = evaluate_reward(*reward_model, data_path, **sizes, **records, seed=config.seed)
         table, summary, page = reward_table(report), reward_summary(report), reward_page

@@ -59,13 +59,14 @@ class NGramModel:
         self.order, self.vocab_size = order, vocab_size
         self.keys: list[np.ndarray] = []  # by level − 1; int64, sorted
         self.counts: list[np.ndarray] = []  # by level − 1; int64
+        self._likeliest: dict[tuple[int, ...], int] = {}  # what `next_token` found, by context
 
     def fit(self, token_sequences: Iterable[Sequence[int]]) -> NGramModel:
         """Count the n-grams of all orders, none of which crosses from one sequence into the next."""
         sequences = [np.asarray(sequence, dtype=np.int64) for sequence in token_sequences if len(sequence)]
         tokens = np.concatenate(sequences) if sequences else np.zeros(0, dtype=np.int64)  # (N,)
         place = np.concatenate([np.arange(len(sequence)) for sequence in sequences] or [tokens])  # (N,)
-        self.keys, self.counts = [], []
+        self.keys, self.counts, self._likeliest = [], [], {}
         nodes = np.zeros_like(tokens)  # the node of the n-gram that ends at each token; at first the root, (N,)
         for level in range(1, self.order + 1):
             parents = np.roll(nodes, 1) if level > 1 else nodes  # the shorter n-gram ends one token earlier
@@ -109,7 +110,10 @@ class NGramModel:
 
     def next_token(self, context: Sequence[int]) -> int:
         """The likeliest next token; of equally likely ones the smallest id."""
-        return int(self.probabilities(context).argmax())
+        known = tuple(context[max(0, len(context) - self.order + 1) :])  # most contexts come again and again
+        if known not in self._likeliest:
+            self._likeliest[known] = int(self.probabilities(known).argmax())
+        return self._likeliest[known]
 
     def generate(self, prompt_ids: Sequence[int], eos: int, max_len: int = 64) -> list[int]:
         """The greedy continuation, at most max_len tokens; `eos` ends it and is its last token."""
