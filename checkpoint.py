@@ -42,6 +42,7 @@ from command_line import UserError, existing_parent, replacing, require_file
 from gpt_model import GPTConfig, GPTModel
 from inference.kernels.int8_weights import round_to_int8
 from lora import LoRAOptions, attach_lora, detach_lora, lora_state, merge_lora
+from transformer_components import shapes_only
 
 FORMAT = "gpt-checkpoint/1"
 
@@ -200,7 +201,7 @@ def restore_model(
         UserError: another architecture; or the base is missing or has changed.
     """
     if "lora" not in content:
-        with torch.device("meta"):  # shapes without memory, which that of the weights takes the place of
+        with shapes_only():  # shapes without memory, which that of the weights takes the place of
             model = wrap(GPTModel.from_config(config_of(content, path)))
         state = content["model"] if mapped else {name: tensor.clone() for name, tensor in content["model"].items()}
         load_weights(model, state, path, assign=True)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from command_line import beyond_bounds, option
 from inference.kernels.expert_products import (
@@ -31,6 +32,24 @@ from inference.kernels.expert_products import (
 )
 
 PartClass = TypeVar("PartClass", bound="Part")
+
+
+class _Undrawn(TorchFunctionMode):
+    """`torch.nn.init` leaves tensors as they are."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules are made without memory for their weights, which are to come from elsewhere, and without drawing them: to
+    draw what has no memory, PyTorch loads its compiler, which takes a second."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
 
 
 def attend(

@@ -14,6 +14,7 @@ import torch
 
 from command_line import UserError
 from gpt_model import GPTConfig, GPTModel
+from transformer_components import shapes_only
 
 MODELS = {  # by architecture
     "gpt2": "GPT2LMHeadModel",
@@ -157,7 +158,7 @@ def weights_from_transformers(
     Args:
         read: theirs → the tensor.
     """
-    with torch.device("meta"):
+    with shapes_only():
         shapes = {name: tensor.shape for name, tensor in GPTModel.from_config(config).state_dict().items()}
     if config.tie_embeddings:
         del shapes["lm_head.weight"]

@@ -24,6 +24,7 @@ from command_line import UserError
 from exchange.hugging_face import read_json
 from gpt_model import GPTConfig, GPTModel
 from lora import TARGETS, LoRAOptions, attach_lora, lora_layers
+from transformer_components import shapes_only
 
 Adapter = tuple[torch.Tensor, torch.Tensor, float]  # A (R, K), B (N, R), scaling
 # What an adapter may have besides, with the values that add nothing to it
@@ -83,7 +84,7 @@ def read_adapters(folder: Path, config: GPTConfig) -> tuple[dict[str, torch.Tens
         lora_dropout=float(settings.get("lora_dropout") or 0.0),
         lora_targets=",".join(sorted({_target(name) for name in found})),
     )
-    with torch.device("meta"):
+    with shapes_only():
         model = GPTModel.from_config(config)
         attach_lora(model, options)
     state = {}

@@ -21,6 +21,7 @@ from inference.kernels.int4_weights import GROUP
 from inference.kernels.linear_layers import rounded
 from inference.kernels.linear_products import DTYPES
 from inference.quantizer import prepare_for_inference
+from transformer_components import shapes_only
 
 WEIGHTS = ("auto", "fp32", "fp16", "bf16", "int8", "int8_dynamic", "int4")
 ROWS_AT_ONCE = 1 << 20  # numbers that are quantized at once
@@ -55,7 +56,7 @@ class Source:
 
 def expected_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's weights by name; what is tied has one name."""
-    with torch.device("meta"):
+    with shapes_only():
         shapes = {name: tuple(tensor.shape) for name, tensor in GPTModel.from_config(config).state_dict().items()}
     if config.tie_embeddings:
         del shapes["lm_head.weight"]
@@ -151,7 +152,7 @@ def take_in(source: Source, kind: str) -> dict[str, torch.Tensor]:
         for part in ("weight", "scale", "minimum"):
             if (name := f"token_embedding.{part}") in state:
                 state[f"lm_head.{part}"] = state[name]
-    with torch.device("meta"):
+    with shapes_only():
         model = GPTModel.from_config(source.config)
         names = (prepare_for_inference(model, kind) if kind.startswith("int") else model).state_dict().keys()
     rest = [name for name in state if name not in names]  # minima

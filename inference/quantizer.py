@@ -23,7 +23,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ from checkpoint import (
     weight_fingerprint,
 )
 from command_line import UserError, option, parse_config, run_main
-from data_loader import GPTSFTDataset
+from data_loader import GPTSFTDataset, pad_samples
 from gpt_model import IGNORED_LABEL, GPTModel, next_token_loss
 from inference.engine import Engine
 from inference.error_aware_rounding import rounded_layers
@@ -63,12 +63,13 @@ from seq2seq_model import Seq2SeqConfig, Transformer
 from text.account import Account
 from text.conversation_data import RecordOptions, load_conversations, parse_columns
 from text.text_files import holds_records, iter_documents
-from transformer_components import Positions
+from transformer_components import Positions, shapes_only
 
 HALF = ("fp16", "bf16")
 QUANTIZED = tuple(name for name in DTYPES if name != "fp32")
 MAX_PERPLEXITY_RISE = dict.fromkeys(QUANTIZED, 0.005) | {"int4": 0.03}  # more is warned of
 MIN_SPEEDUP = 1.05
+BATCH_TOKENS = 1024  # of samples that are scored at once
 ModelClass = TypeVar("ModelClass", GPTModel, Transformer)
 
 
@@ -199,7 +200,7 @@ def _quantized_model(content: dict[str, Any], path: str | Path, device: torch.de
 
 
 def _mapped_model(content: dict[str, Any], path: str | Path, kind: str, device: torch.device | str) -> GPTModel:
-    with torch.device("meta"):  # shapes without memory
+    with shapes_only():  # shapes without memory
         model = prepare_for_inference(GPTModel.from_config(config_of(content, path)), kind)
     load_weights(model, content["model"], path, assign=True)
     if model.config.tie_embeddings:
@@ -292,7 +293,7 @@ def load_translator(
 def _translator(content: dict[str, Any], path: str | Path, weights: str) -> Transformer:
     config, kind = Seq2SeqConfig(**content["config"]), content.get("quantization")
     if kind:
-        with torch.device("meta"):  # shapes without memory
+        with shapes_only():  # shapes without memory
             model = prepare_for_inference(Transformer.from_config(config), kind)
         load_weights(model, content["model"], path, assign=True)
         return model
@@ -354,18 +355,31 @@ def held_out_samples(
     return chosen
 
 
+def _batches(samples: Iterable[tuple[list[int], list[int]]]) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """As many samples at once as have at most `BATCH_TOKENS` tokens when they are padded, or one."""
+    batch: list[tuple[list[int], list[int]]] = []
+    for sample in samples:
+        if batch and (len(batch) + 1) * max(len(ids) for ids, _ in (*batch, sample)) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
+
+
 @torch.inference_mode()
 def perplexity_and_choices(
     model: GPTModel, samples: Iterable[tuple[list[int], list[int]]]
 ) -> tuple[float, torch.Tensor]:
     """A model's perplexity on samples of token ids and labels, and the token it holds likeliest at each position."""
     nats, n_labels, choices = 0.0, 0, []
-    for ids, labels in samples:
-        logits = model(torch.tensor([ids]))["logits"]  # (1, T, V)
-        count = sum(label != IGNORED_LABEL for label in labels[1:])
-        nats += next_token_loss(logits, torch.tensor([labels])).item() * count
+    for batch in _batches(samples):
+        padded = pad_samples(batch, model.config.pad_token_id)
+        logits = model(padded["input_ids"])["logits"]  # (B, T, V)
+        count = sum(label != IGNORED_LABEL for _, labels in batch for label in labels[1:])
+        nats += next_token_loss(logits, padded["labels"]).item() * count
         n_labels += count
-        choices.append(logits.argmax(dim=-1).flatten())
+        choices += [row[: len(ids)].argmax(dim=-1) for row, (ids, _) in zip(logits, batch, strict=True)]
     return math.exp(min(nats / max(1, n_labels), 700.0)), torch.cat(choices)
 
 

@@ -32,6 +32,7 @@ from inference.service.rate_limit import RateLimit
 from inference.service.settings import ServiceSettings, end_process
 from inference.service.structured import AnswerForm
 from inference.service.text_classifier import load_filter_classifier
+from transformer_components import shapes_only
 
 logger = logging.getLogger("service")
 
@@ -54,7 +55,7 @@ class ServedModel:
         self.stage: str = checkpoint["stage"]
         self.quantization: str | None = checkpoint.get("quantization")
         self.recommended = recommended_sampling(self.tokenizer)  # what requests leave out
-        with torch.device("meta"):  # counted from the configuration, as quantized weights are no parameters
+        with shapes_only():  # counted from the configuration, as quantized weights are no parameters
             self.parameters = GPTModel.from_config(config_of(checkpoint, path)).num_parameters()
         torch.set_num_threads(settings.num_threads)  # the engine's thread will have as many
         self.engine = Engine(
