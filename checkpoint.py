@@ -201,7 +201,7 @@ def restore_model(
         UserError: another architecture; or the base is missing or has changed.
     """
     if "lora" not in content:
-        with shapes_only():  # shapes without memory, which that of the weights takes the place of
+        with shapes_only():  # the weights of the file take their place
             model = wrap(GPTModel.from_config(config_of(content, path)))
         state = content["model"] if mapped else {name: tensor.clone() for name, tensor in content["model"].items()}
         load_weights(model, state, path, assign=True)

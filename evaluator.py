@@ -409,7 +409,6 @@ def evaluate_reward(
         {"scores": {"count", "loss", "accuracy", "margin", "calibration_error"}, see `preference_figures`; "intervals"
         of the means among them; "by_defect": the same scores for each defect, if records name one}
     """
-
     from alignment.reward_model import compare, preference_figures
 
     def parse(record: dict, where: str) -> tuple[str, dict]:

@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         prompt = torch.randint(words.start, words.stop, (max(PREFILLS.values()),)).tolist()
         setting = Setting(torch.get_num_threads(), context, n_streams, prompt_tokens + new_tokens)
         ours = Process(setting.n_threads)
-        cleanup.push(ours.close)
+        cleanup.callback(ours.close)
         expected = logits_of(model, prompt[:64])
         found = our_contestants(files, ours, prompt[:64], expected)
         peers, remarks = peer_contestants(files, setting, prompt[:64], expected, cleanup)

@@ -64,7 +64,7 @@ class Process:
         """
         return self.executor.submit(function, *arguments).result()
 
-    def close(self, *_: object) -> None:
+    def close(self) -> None:
         """End it."""
         self.executor.shutdown()
 
@@ -118,7 +118,7 @@ def peer_contestants(
             continue
         for weights, bits in program.bits.items():
             name, process = f"{program.name} {weights}", Process(setting.n_threads)
-            cleanup.push(process.close)
+            cleanup.callback(process.close)
             where = (files.checkpoint, files.folder)
             try:
                 facts = process.call(_open_peer, name, program.name, weights, where, setting, prompt, expected)

@@ -19,7 +19,7 @@ from command_line import UserError
 from inference.request import Request
 from inference.speculation import Wanted
 from text.conversation_data import load_conversations
-from text.text_files import RECORD_ENDINGS, TEXT_ENDINGS, iter_documents, iter_records, resolve_files
+from text.text_files import RECORD_ENDINGS, TEXT_ENDINGS, holds_records, iter_documents, resolve_files
 
 LONGEST = 12  # tokens of a run
 MOST_TOKENS = 10_000_000  # of all texts
@@ -108,10 +108,10 @@ def read_texts(paths: Sequence[str], tokenizer: ByteLevelBPETokenizer) -> list[l
 def _encoded(path: str, tokenizer: ByteLevelBPETokenizer) -> Iterator[list[int]]:
     """A file of records without "text" holds conversations; whatever else there is, documents."""
     for file in resolve_files(path, tuple(dict.fromkeys(TEXT_ENDINGS + RECORD_ENDINGS))):
-        if ".txt" in file.suffixes or "text" in next(iter_records(file), ("", {}))[1]:
-            documents = iter_documents(file)
-            while some := list(islice(documents, 1000)):
-                encoded = tokenizer.encode_documents(some, add_special_tokens=True)
-                yield from ([*ids, tokenizer.eos_token_id] for ids in encoded)
-        else:
+        if holds_records(file):
             yield from (tokenizer.encode_chat(each)["input_ids"] for each in load_conversations(file))
+            continue
+        documents = iter_documents(file)
+        while some := list(islice(documents, 1000)):
+            encoded = tokenizer.encode_documents(some, add_special_tokens=True)
+            yield from ([*ids, tokenizer.eos_token_id] for ids in encoded)

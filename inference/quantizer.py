@@ -200,7 +200,7 @@ def _quantized_model(content: dict[str, Any], path: str | Path, device: torch.de
 
 
 def _mapped_model(content: dict[str, Any], path: str | Path, kind: str, device: torch.device | str) -> GPTModel:
-    with shapes_only():  # shapes without memory
+    with shapes_only():
         model = prepare_for_inference(GPTModel.from_config(config_of(content, path)), kind)
     load_weights(model, content["model"], path, assign=True)
     if model.config.tie_embeddings:
@@ -293,7 +293,7 @@ def load_translator(
 def _translator(content: dict[str, Any], path: str | Path, weights: str) -> Transformer:
     config, kind = Seq2SeqConfig(**content["config"]), content.get("quantization")
     if kind:
-        with shapes_only():  # shapes without memory
+        with shapes_only():
             model = prepare_for_inference(Transformer.from_config(config), kind)
         load_weights(model, content["model"], path, assign=True)
         return model

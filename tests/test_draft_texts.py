@@ -107,7 +107,7 @@ def test_one_way_of_drafting_is_chosen(settings, others, complaint):
         raise UserError("; ".join(parsed.speculation_complaints()))  # of options alone, which nothing else checks
 
 
-def test_the_command_line_says_how_much_was_right(tmp_path, capsys, random_model, tokenizer):
+def test_the_command_line_writes_the_same_with_drafts_from_texts(tmp_path, capsys, random_model, tokenizer):
     model = random_model("modern", vocab_size=len(tokenizer), max_seq_len=CONTEXT)
     path = str(tmp_path / "model.pth")
     save_checkpoint(path, model_state=model.state_dict(), config=model.config, tokenizer=tokenizer, stage="sft")

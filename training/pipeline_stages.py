@@ -130,11 +130,11 @@ class Pipeline:
 
     def _schedule(self, n_batches: int, shape: torch.Size, training: bool) -> Schedule1F1B | ScheduleGPipe:
         """The schedule for micro-batches of `shape` (B, T); buffers are kept for the last shape only."""
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
         key = (n_batches, *shape)
         if training not in self._schedules or self._schedules[training][0] != key:
             hidden = torch.empty(*shape, self.part.config.d_model, device="meta", requires_grad=training)
-            from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-
             stage = PipelineStage(
                 self.part,
                 dist.get_rank(self.group),
