@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Modules and folders, from the ground up. A file imports from its own layer and from those before it.
 LAYERS = (
     # sampling: arithmetic on logits, which `GPTModel.generate` uses; int8_weights: layers beside which adapters train;
-    # expert_products: those of experts, in training as in inference
+    # expert_products: those of experts, in training as in inference; attention_within_texts: a GPU's, for the model
     ("progress", "command_line", "cpu_level", "machine", "inference.sampling", "inference.kernels.int8_weights")
-    + ("inference.kernels.expert_products",),
+    + ("inference.kernels.expert_products", "training.attention_within_texts"),
     ("text",),
     ("byte_level_bpe", "transformer_components", "lora", "gpt_model", "seq2seq_model"),
     ("data_loader", "checkpoint"),
