@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,14 +74,6 @@ def cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(word for line in lines if line.startswith(("flags", "Features")) for word in line.split()[2:])
-
-
-@functools.cache
-def largest_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """The size of the largest cache that the first core reads through; where Linux does not say, that of a laptop."""
-    texts = " ".join(path.read_text() for path in folder.glob("index*/size"))  # such as 48K
-    sizes = (int(number) << {"": 0, "K": 10, "M": 20}[unit] for number, unit in re.findall(r"\b(\d+)([KM]?)\b", texts))
-    return max((8 << 20, *sizes))
 
 
 def possible_levels() -> list[str]:

@@ -51,7 +51,6 @@ def shapes_only() -> Iterator[None]:
         yield
 
 
-
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,

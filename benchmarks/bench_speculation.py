@@ -2,11 +2,13 @@
 
     python benchmarks/bench_speculation.py --draft_model models/distill/distill_best.pth \\
         --draft_texts data/sft/sft_data.json
+    python benchmarks/bench_speculation.py --model_path models/smollm2.pth --shape false \\
+        --test_data_path benchmarks/questions/editing.json
 
 Two tables:
 
-    questions   the test questions of the sample world, each answered by a model without drafts, with prompt lookup,
-                with a draft model and with drafts from texts; the tokens must be identical
+    questions   those of a test file, each answered by a model without drafts, with prompt lookup, with a draft model
+                and with drafts from texts; the tokens must be identical
     passes      how much longer a pass takes with more tokens, for the same model and for the shape of GPT-2 (124M,
                 random weights): what drafting costs. A draft of k tokens pays where it is right more often than that
 
@@ -69,7 +71,7 @@ def answer_speeds(
     drafters: dict[str, Drafter | None],
     rounds: int,
 ) -> list[dict[str, object]]:
-    """Each drafter's tokens a second, passes and acceptance over the prompts, one after another; prompts are computed.
+    """Each drafter's tokens a second after the first, passes and acceptance over the prompts, one after another.
 
     Raises:
         AssertionError: a drafter changes the tokens.
@@ -78,30 +80,43 @@ def answer_speeds(
         name: Engine(model, None, max_running=1, reuse_prefixes=False, drafter=drafter)
         for name, drafter in drafters.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    reading: dict[str, list[float]] = {name: [] for name in engines}  # seconds until the first tokens, of each round
+    writing: dict[str, list[float]] = {name: [] for name in engines}  # and from then on
     expected: list[list[int]] = []
     for number in range(rounds + 1):  # the first round warms up, and shows the tokens
-        spent = dict.fromkeys(engines, 0.0)
+        spent = {name: [0.0, 0.0] for name in engines}
         for index, prompt in enumerate(prompts):  # question by question, so that what disturbs one disturbs all
             for name, engine in engines.items():
                 began = time.perf_counter()
-                (answer,) = engine.run([prompt], params)
-                spent[name] += time.perf_counter() - began
+                request = engine.submit(prompt, params)
+                while not request.token_ids:
+                    engine.step()
+                first = time.perf_counter()
+                answer = request.result()
+                spent[name][0] += first - began
+                spent[name][1] += time.perf_counter() - first
                 if len(expected) == index:
                     expected.append(answer.token_ids)
                 assert answer.token_ids == expected[index], f"{name} changes the answer to question {index}"
         if number:
             for name in engines:
-                seconds[name].append(spent[name])
+                reading[name].append(spent[name][0])
+                writing[name].append(spent[name][1])
+    whole = {name: [sum(pair) for pair in zip(reading[name], writing[name], strict=True)] for name in engines}
     n_tokens = sum(map(len, expected))
+
+    def speedup(seconds: dict[str, list[float]], name: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds["none"], seconds[name], strict=True))
+
     rows = []
     for name, engine in engines.items():
         counted = engine.statistics()
         rows.append(
             {
                 "drafter": name,
-                "tokens_per_second": n_tokens / statistics.median(seconds[name]),
-                "speedup": statistics.median(a / b for a, b in zip(seconds["none"], seconds[name], strict=True)),
+                "tokens_per_second": (n_tokens - len(prompts)) / statistics.median(writing[name]),
+                "speedup": speedup(writing, name),
+                "speedup_with_prompts": speedup(whole, name),
                 "tokens_per_pass": counted.tokens_generated / counted.steps,
                 "drafted": counted.tokens_drafted,
                 "accepted": counted.tokens_accepted,
@@ -148,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     step = max(1, len(conversations) // config.n_questions) if config.n_questions else 1
     questions = [conversation[:-1] for conversation in conversations[::step][: config.n_questions or None]]
     prompts = [encode_prompt(tokenizer, question, chat=True) for question in questions]
-    answers, passes = [], []
+    answers, passes, name = [], [], Path(config.model_path).name
     kinds = config.weights.split(",")
     for kind in kinds:
         prepared = prepare_for_inference(model, kind)
@@ -158,8 +173,8 @@ def main(argv: list[str] | None = None) -> None:
         if config.draft_texts:
             drafters["texts"] = TextLookup(FollowerTable(read_texts(config.draft_texts, tokenizer)))
         for row in answer_speeds(prepared, prompts, params, drafters, config.rounds):
-            answers.append({"model": "this one", "weights": kind, **row})
-        passes.append({"model": "this one", "weights": kind, "seconds": pass_seconds(prepared, config.rounds)})
+            answers.append({"model": name, "weights": kind, **row})
+        passes.append({"model": name, "weights": kind, "seconds": pass_seconds(prepared, config.rounds)})
     if config.shape:
         torch.manual_seed(0)
         large = GPTModel.from_config(GPTConfig.for_architecture("gpt2", vocab_size=50257, max_seq_len=256)).eval()
@@ -172,23 +187,27 @@ def main(argv: list[str] | None = None) -> None:
     tables = [answers_table(answers, config, len(prompts)), passes_table(passes)]
     print(*(table.plain() for table in tables), sep="\n")
     if config.write:
-        text = "\n\n".join(("## Speculative decoding", in_a_sentence(facts), *(each.markdown() for each in tables)))
-        write_section(Path(config.write), "speculation", text)
+        is_usual = config.test_data_path == BenchConfig.test_data_path
+        of = "" if is_usual else f", {name}, {Path(config.test_data_path).name}"
+        text = "\n\n".join((f"## Speculative decoding{of}", in_a_sentence(facts), *(t.markdown() for t in tables)))
+        write_section(Path(config.write), f"speculation{of}", text)
     print(json.dumps({**facts, "answers": answers, "passes": passes}))
 
 
 def answers_table(rows: Sequence[dict], config: BenchConfig, n_questions: int) -> Table:
     """Speed and acceptance."""
     note = (
-        f"{n_questions} questions of the sample world, one after another, prompts included; greedy, the same tokens in"
-        f" all rows. Medians of {config.rounds} rounds in turn. Random weights of the shape of GPT-2 repeat themselves,"
-        " so their acceptance says nothing about answers."
+        f"{n_questions} questions of {Path(config.test_data_path).name}, one after another, up to"
+        f" {config.max_gen_len} tokens each; greedy, the same tokens in all rows. Tokens/s and × without: after each"
+        f" answer's first token; medians of {config.rounds} rounds in turn."
     )
+    if config.shape:
+        note += " Random weights of the shape of GPT-2 repeat themselves: their acceptance says nothing about answers."
     share: Callable[[dict], str] = lambda row: f"{row['accepted'] / row['drafted']:.0%}" if row["drafted"] else "–"  # noqa: E731
-    header = ["model", "weights", "drafter", "tokens/s", "× without", "tokens a pass", "drafted", "right", "drafting"]
+    header = ["model", "weights", "drafter", "tokens/s", "× without", "with prompts", "tokens a pass", "drafted", "right"]
     cells = [
         [row["model"], row["weights"], row["drafter"], f"{row['tokens_per_second']:.0f}", f"{row['speedup']:.2f}"]
-        + [f"{row['tokens_per_pass']:.2f}", str(row["drafted"]), share(row), f"{row['drafting_share']:.1%}"]
+        + [f"{row['speedup_with_prompts']:.2f}", f"{row['tokens_per_pass']:.2f}", str(row["drafted"]), share(row)]
         for row in rows
     ]
     return Table("Answers with and without drafts, batch 1", note, header, cells)

@@ -51,7 +51,7 @@ def test_drafts_are_measured_beside_none(capsys, tmp_path, random_model, tokeniz
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["drafter"] for row in figures["answers"]] == ["none", "lookup", "draft model"] * 2
     assert all(row["tokens_per_second"] > 0 for row in figures["answers"])
-    assert "| this one | int8 | lookup |" in page.read_text()
+    assert "| model.pth | int8 | lookup |" in page.read_text()
 
 
 def test_peers_that_are_not_installed_are_left_out(capsys, monkeypatch):

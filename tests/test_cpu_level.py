@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, shown_levels
 
-from cpu_level import CPU_LEVELS, cpu_level, largest_cache_bytes, possible_levels
+from cpu_level import CPU_LEVELS, cpu_level, possible_levels
 
 PROGRAM = "import cpu_level, torch; torch.ones(9).exp(); print(torch.backends.cpu.get_cpu_capability())"
 
@@ -32,15 +32,6 @@ def test_a_level_that_the_processor_lacks_is_refused(level):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert f"CPU_LEVEL={level}" in result.stderr and ", ".join(possible_levels()) in result.stderr
-
-
-@pytest.mark.parametrize(("texts", "mib"), [([], 8), (["48K", "2048K", "491520K"], 480), (["32M"], 32), (["", "?"], 8)])
-def test_the_largest_cache_is_what_linux_says_or_that_of_a_laptop(tmp_path, texts, mib):
-    """Virtual machines and containers may have no such files, or empty ones."""
-    for index, text in enumerate(texts):
-        (tmp_path / f"index{index}").mkdir()
-        (tmp_path / f"index{index}" / "size").write_text(text + "\n")
-    assert largest_cache_bytes(tmp_path) == mib << 20
 
 
 def test_an_empty_variable_limits_nothing(monkeypatch):

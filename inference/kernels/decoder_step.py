@@ -35,7 +35,7 @@ from transformer_components import (
 )
 
 SOURCE = Path(__file__).with_suffix(".c")
-WORTH_THREADS = 1 << 19  # multiplications with the weights of one layer
+WORTH_THREADS = 1 << 17  # multiplications with the weights of one layer
 BLOCK_BYTES = 4 * BLOCK_SIZE
 
 logger = logging.getLogger(__name__)
@@ -127,14 +127,13 @@ class DecoderStep:
         linears, tables, positions = [*_linears(model), model.lm_head], _tables(model), model.position_embedding
         # Should the weights move while requests run, the old ones are read until the next request comes
         self.keep_alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
-        n_bytes = sum(linear.weight.nbytes for linear in linears)
-        self.layers = [_layer(layer, n_bytes) for layer in model.layers]  # they hold their experts, their copies do not
+        self.layers = [_layer(layer) for layer in model.layers]  # they hold their experts, their copies do not
         self.model = _Model(
             (_Layer * config.n_layers)(*self.layers),
             _norm(model.final_norm),
             positions.table.data_ptr() if isinstance(positions, RotaryPositions) else None,
             *(config.n_layers, config.d_model, config.d_ff, config.max_seq_len),
-            *(_native(layer, n_bytes) for layer in (model.lm_head, *tables)),
+            *map(_native, (model.lm_head, *tables)),
         )
         idle = sum(layer.feed_forward.num_idle_parameters() for layer in model.layers) if config.n_experts else 0
         n_weights = sum(len(linear.weight) * n_inputs(linear.weight) for linear in _linears(model))
@@ -143,7 +142,7 @@ class DecoderStep:
         query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         widths = (config.d_model, config.d_model, query, key, key, query, config.d_ff, config.d_ff)
         self.token_bytes = [4 * width for width in widths]
-        natives = [_native(linear, 0) for linear in linears]
+        natives = list(map(_native, linears))
         self.token_bytes.append(max(digit_bytes(native.type, native.n_in) for native in natives))
         gathered = config.d_model if config.n_experts else 0
         self.token_bytes += [4 * config.n_experts, 4 * gathered, 4 * gathered, 8 * config.n_experts]
@@ -216,10 +215,10 @@ def _parts_of(network: FeedForwardNetwork) -> tuple[nn.Module | None, ...]:
     return network.up_proj, network.down_proj, network.gate_proj
 
 
-def _native(layer: nn.Module, n_bytes: int) -> NativeLinear:
-    """Of a linear layer, or an embedding table; `n_bytes` is what all linear layers take."""
+def _native(layer: nn.Module) -> NativeLinear:
+    """Of a linear layer, or an embedding table."""
     scale, minimum, bias = (getattr(layer, name, None) for name in ("scale", "minimum", "bias"))
-    return NativeLinear(layer.weight, scale, bias, weights_of(layer), n_bytes, minimum)
+    return NativeLinear(layer.weight, scale, bias, weights_of(layer), minimum)
 
 
 def _norm(norm: nn.Module) -> _Norm:
@@ -230,19 +229,19 @@ def _norm(norm: nn.Module) -> _Norm:
     return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.numel(), is_rms, norm.eps)
 
 
-def _layer(layer: TransformerDecoderLayer, n_bytes: int) -> _Layer:
+def _layer(layer: TransformerDecoderLayer) -> _Layer:
     attention, network = layer.attention, layer.feed_forward
     norms = (layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm)
-    native = [_native(linear, n_bytes) for linear in _linears_of(layer)[:4]]
+    native = list(map(_native, _linears_of(layer)[:4]))
 
     def natives(network: FeedForwardNetwork) -> list[NativeLinear]:
         nothing = NativeLinear.from_buffer_copy(bytes(ctypes.sizeof(NativeLinear)))
-        return [nothing if part is None else _native(part, n_bytes) for part in _parts_of(network)]
+        return [nothing if part is None else _native(part) for part in _parts_of(network)]
 
     if not isinstance(network, MixtureOfExperts):
         return _Layer(*map(_norm, norms), *native, *natives(network))
     experts = [part for expert in network.experts for part in natives(expert)]
     made = _Layer(*map(_norm, norms), *native)
-    made.router, made.experts = _native(network.router, n_bytes), (NativeLinear * len(experts))(*experts)
+    made.router, made.experts = _native(network.router), (NativeLinear * len(experts))(*experts)
     made.n_experts, made.experts_per_token = len(network.experts), network.experts_per_token
     return made

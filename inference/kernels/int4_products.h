@@ -149,7 +149,7 @@ INLINE vec repeat_halves(const uint16_t *row, long first, long count) {
    four lanes each. */
 INLINE void add_groups(vec sums[GROUP_X_ROWS][W_ROWS], int x_rows, int w_rows, const char *x, const char *w,
                        const uint16_t *scale, const uint16_t *minimum, long first, long count, int n_parts, long n_in,
-                       long ahead) {
+                       int is_first) {
     part_sums parts[GROUP_X_ROWS][W_ROWS] = {{{0}}};
     long n_groups = n_in / GROUP, block = first / GROUPS, lane = first % GROUPS;
     long in_block = at_most(n_groups - block * GROUPS, GROUPS), row_bytes = grouped_row_bytes(n_in);
@@ -160,7 +160,7 @@ INLINE void add_groups(vec sums[GROUP_X_ROWS][W_ROWS], int x_rows, int w_rows, c
             const char *bytes = w + j * (n_in / 2) + part * 4 * in_block;
             byte_lanes both = load_lanes(bytes, n_parts == 1 ? PARTS * count : count);
             byte_lanes even = both & 15, odd = (byte_lanes)((int_vec)both >> 4) & 15;
-            ask_for(bytes, ahead);
+            if (is_first) __builtin_prefetch(bytes + AHEAD);
             UNROLL for (int i = 0; i < x_rows; i++) {
                 const InputBlock *inputs = (const InputBlock *)(x + i * row_bytes);
                 byte_lanes low, high;
@@ -189,11 +189,11 @@ INLINE void add_groups(vec sums[GROUP_X_ROWS][W_ROWS], int x_rows, int w_rows, c
 }
 
 INLINE void group_tile(int x_rows, int w_rows, const char *x, const char *w, const uint16_t *scale,
-                       const uint16_t *minimum, const float *bias, float *y, long n_out, long n_in, int add, long ahead) {
+                       const uint16_t *minimum, const float *bias, float *y, long n_out, long n_in, int add, int is_first) {
     vec sums[GROUP_X_ROWS][W_ROWS] = {{{0}}};
     long first = 0, n_groups = n_in / GROUP;
     for (; first + LANES <= n_groups; first += LANES)
-        add_groups(sums, x_rows, w_rows, x, w, scale, minimum, first, LANES, PARTS, n_in, ahead);
+        add_groups(sums, x_rows, w_rows, x, w, scale, minimum, first, LANES, PARTS, n_in, is_first);
     long rest = n_groups - first, at_once = groups_at_once(n_in);
     if (at_once) add_groups(sums, x_rows, w_rows, x, w, scale, minimum, first, at_once, 1, n_in, 0);
     else if (rest) add_groups(sums, x_rows, w_rows, x, w, scale, minimum, first, rest, PARTS, n_in, 0);
@@ -203,18 +203,16 @@ INLINE void group_tile(int x_rows, int w_rows, const char *x, const char *w, con
 
 /* Some rows of x with W_ROWS rows of W, or the fewer that are left, as `strip` does it. */
 INLINE void group_strip(const char *x, const char *w, const uint16_t *scale, const float *bias, float *y, long n_x,
-                        long n_out, long n_in, int add, long left, long ahead, const uint16_t *minimum) {
+                        long n_out, long n_in, int add, long left, int is_first, const uint16_t *minimum) {
     long i = 0, row_bytes = grouped_row_bytes(n_in), n_groups = n_in / GROUP;
-    if (left >= W_ROWS && ahead == READ_ONCE)
-        group_tile(1, W_ROWS, x, w, scale, minimum, bias, y, n_out, n_in, add, READ_ONCE);
-    else if (left >= W_ROWS && ahead == READ_ALONE)
-        group_tile(1, W_ROWS, x, w, scale, minimum, bias, y, n_out, n_in, add, READ_ALONE);
+    if (left >= W_ROWS && n_x == 1)
+        group_tile(1, W_ROWS, x, w, scale, minimum, bias, y, n_out, n_in, add, 1);
     else if (left >= W_ROWS) {
-        for (; i + GROUP_X_ROWS <= n_x; i += GROUP_X_ROWS, ahead = 0)
+        for (; i + GROUP_X_ROWS <= n_x; i += GROUP_X_ROWS, is_first = 0)
             group_tile(GROUP_X_ROWS, W_ROWS, x + i * row_bytes, w, scale, minimum, bias, y + i * n_out, n_out, n_in, add,
-                       ahead);
-        for (; i < n_x; i++, ahead = 0)
-            group_tile(1, W_ROWS, x + i * row_bytes, w, scale, minimum, bias, y + i * n_out, n_out, n_in, add, ahead);
+                       is_first);
+        for (; i < n_x; i++, is_first = 0)
+            group_tile(1, W_ROWS, x + i * row_bytes, w, scale, minimum, bias, y + i * n_out, n_out, n_in, add, is_first);
     } else
         for (; i < n_x; i++)
             for (long j = 0; j < left; j++)

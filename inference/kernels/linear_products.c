@@ -20,19 +20,9 @@
 #endif
 #define W_ROWS 4
 
-/* The processor itself foresees only the next few cache lines of a row. With one row of x, W is read once in a pass: it
-   need not be kept (the last 0) where all weights together are more than the caches hold and would only drive everything
-   else out; smaller models stay there until the next pass. */
-#define READ_ONCE 6144  /* bytes ahead */
-#define READ_ALONE 6208 /* by one row, and kept */
-#define READ_AGAIN 4096 /* by further rows */
-enum { CACHE_LINE = 64 };
-INLINE void ask_for(const char *p, long ahead) {
-    if (ahead == READ_ONCE)
-        __builtin_prefetch(p + ahead, 0, 0);
-    else if (ahead)
-        __builtin_prefetch(p + ahead);
-}
+/* The processor itself foresees only the next few cache lines of a row: the first to read W asks for what lies so many
+   bytes further on. (Not past the caches, as what is read once in a pass would allow: that halves the speed.) */
+enum { AHEAD = 8256, CACHE_LINE = 64 };
 
 typedef float quarter __attribute__((vector_size(16)));
 typedef int32_t int_quarter __attribute__((vector_size(16)));
@@ -201,15 +191,15 @@ INLINE void add_products(vec sums[X_ROWS][W_ROWS], int x_rows, int w_rows, const
     }
 }
 
-/* The products of x_rows rows of x with w_rows rows of W; both counts are constants at each call. What lies `ahead`
-   bytes further in W is asked for meanwhile, once for each cache line. */
+/* The products of x_rows rows of x with w_rows rows of W; both counts are constants at each call. The first to read W
+   asks meanwhile for what lies AHEAD, once for each cache line. */
 INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const float *scale, const float *bias, float *y,
-                 long n_out, long n_in, int add, long bytes, long ahead, load_vec_fn load_vec, load_one_fn load_one) {
+                 long n_out, long n_in, int add, long bytes, int is_first, load_vec_fn load_vec, load_one_fn load_one) {
     vec sums[X_ROWS][W_ROWS] = {{{0}}};
     long k = 0, row_bytes = n_in * bytes, line = CACHE_LINE / bytes;
-    if (ahead)
+    if (is_first)
         for (; k + line <= n_in; k += line) {
-            UNROLL for (int j = 0; j < w_rows; j++) ask_for(w + j * row_bytes + k * bytes, ahead);
+            UNROLL for (int j = 0; j < w_rows; j++) __builtin_prefetch(w + j * row_bytes + k * bytes + AHEAD);
             UNROLL for (long i = 0; i < line; i += LANES)
                 add_products(sums, x_rows, w_rows, x, w, n_in, k + i, bytes, load_vec);
         }
@@ -224,21 +214,19 @@ INLINE void tile(int x_rows, int w_rows, const float *x, const char *w, const fl
 }
 
 /* Some rows of x with W_ROWS rows of W, or with the fewer that are left. The first tile brings these into the first
-   cache, where the others find them: only it asks `ahead`. The counts, and READ_…, are written out in each call of
-   `tile`, as each then becomes a loop of its own without conditions. */
+   cache, where the others find them: only it asks ahead. The counts and, for a single row, the 1 are written out in each call
+   of `tile`, as each then becomes a loop of its own without conditions. */
 INLINE void strip(const float *x, const char *w, const float *scale, const float *bias, float *y, long n_x, long n_out,
-                  long n_in, int add, long left, long ahead, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
+                  long n_in, int add, long left, int is_first, long bytes, load_vec_fn load_vec, load_one_fn load_one) {
     long i = 0;
-    if (left >= W_ROWS && ahead == READ_ONCE)
-        tile(1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, bytes, READ_ONCE, load_vec, load_one);
-    else if (left >= W_ROWS && ahead == READ_ALONE)
-        tile(1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, bytes, READ_ALONE, load_vec, load_one);
+    if (left >= W_ROWS && n_x == 1)
+        tile(1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, bytes, 1, load_vec, load_one);
     else if (left >= W_ROWS) {
-        for (; i + X_ROWS <= n_x; i += X_ROWS, ahead = 0)
-            tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, ahead, load_vec,
+        for (; i + X_ROWS <= n_x; i += X_ROWS, is_first = 0)
+            tile(X_ROWS, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, is_first, load_vec,
                  load_one);
-        for (; i < n_x; i++, ahead = 0)
-            tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, ahead, load_vec,
+        for (; i < n_x; i++, is_first = 0)
+            tile(1, W_ROWS, x + i * n_in, w, scale, bias, y + i * n_out, n_out, n_in, add, bytes, is_first, load_vec,
                  load_one);
     } else /* at most W_ROWS - 1 in a whole matrix: not worth tiles of their own */
         for (; i < n_x; i++)
@@ -410,7 +398,7 @@ INLINE quarter put_together(int digits, int_vec sums[][W_ROWS]) {
 }
 
 INLINE void digit_tile(int digits, int x_rows, int w_rows, const char *x, const char *w, const float *scale,
-                       const float *bias, float *y, long n_out, long n_in, int add, long ahead) {
+                       const float *bias, float *y, long n_out, long n_in, int add, int is_first) {
     int_vec sums[DIGIT_SUMS][W_ROWS] = {{{0}}};
     long k = 0, row_bytes = digit_row_bytes(digits, n_in);
     UNROLL for (int i = 0; i < x_rows; i++)
@@ -418,9 +406,9 @@ INLINE void digit_tile(int digits, int x_rows, int w_rows, const char *x, const 
             UNROLL for (int j = 0; j < w_rows; j++)
                 memcpy(&sums[i * digits + d][j], ((const digit_row *)(x + i * row_bytes))->begin[d], sizeof(int_vec));
     x += sizeof(digit_row); /* to the digits */
-    if (ahead)
+    if (is_first)
         for (; k + CACHE_LINE <= n_in; k += CACHE_LINE) {
-            UNROLL for (int j = 0; j < w_rows; j++) ask_for(w + j * n_in + k, ahead);
+            UNROLL for (int j = 0; j < w_rows; j++) __builtin_prefetch(w + j * n_in + k + AHEAD);
             UNROLL for (long i = k; i < k + CACHE_LINE; i += DIGITS)
                 add_dots(sums, digits, x_rows, w_rows, x + i * sizeof(digit), w + i, DIGITS, n_in);
         }
@@ -435,18 +423,16 @@ INLINE void digit_tile(int digits, int x_rows, int w_rows, const char *x, const 
 
 /* The same of rows of x that are written as digits. */
 INLINE void digit_strip(const char *x, const char *w, const float *scale, const float *bias, float *y, long n_x,
-                        long n_out, long n_in, int add, long left, long ahead, int digits) {
+                        long n_out, long n_in, int add, long left, int is_first, int digits) {
     const int x_rows = DIGIT_SUMS / digits;
     long i = 0, row_bytes = digit_row_bytes(digits, n_in);
-    if (left >= W_ROWS && ahead == READ_ONCE)
-        digit_tile(digits, 1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, READ_ONCE);
-    else if (left >= W_ROWS && ahead == READ_ALONE)
-        digit_tile(digits, 1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, READ_ALONE);
+    if (left >= W_ROWS && n_x == 1)
+        digit_tile(digits, 1, W_ROWS, x, w, scale, bias, y, n_out, n_in, add, 1);
     else if (left >= W_ROWS) {
-        for (; i + x_rows <= n_x; i += x_rows, ahead = 0)
-            digit_tile(digits, x_rows, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add, ahead);
-        for (; i < n_x; i++, ahead = 0)
-            digit_tile(digits, 1, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add, ahead);
+        for (; i + x_rows <= n_x; i += x_rows, is_first = 0)
+            digit_tile(digits, x_rows, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add, is_first);
+        for (; i < n_x; i++, is_first = 0)
+            digit_tile(digits, 1, W_ROWS, x + i * row_bytes, w, scale, bias, y + i * n_out, n_out, n_in, add, is_first);
     } else
         for (; i < n_x; i++)
             for (long j = 0; j < left; j++)
@@ -462,10 +448,9 @@ typedef struct {
     const void *minimum;
     const float *bias; /* (n_out,) or NULL */
     int64_t n_out, n_in, type;
-    int64_t is_kept; /* whether the caches hold it, with all that is read in a pass beside it */
 } Linear;
 LAYOUT(Linear, FIELD(Linear, weight), FIELD(Linear, scale), FIELD(Linear, minimum), FIELD(Linear, bias),
-       FIELD(Linear, n_out), FIELD(Linear, n_in), FIELD(Linear, type), FIELD(Linear, is_kept));
+       FIELD(Linear, n_out), FIELD(Linear, n_in), FIELD(Linear, type));
 
 #include "int4_products.h"
 
@@ -555,12 +540,11 @@ INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
    Each thread takes a stretch of W, in order (static), and writes numbers of y that no other thread writes or reads: it
    need not wait at the end (nowait), but goes on with the next product of the same x. Where x is one block, a group of W
    is needed once, and the smallest groups share out most evenly; otherwise a group meets all rows of a block while it is
-   in the cache. Only the first block asks for W `ahead`. */
+   in the cache. Only the first block asks ahead for W. */
 #define MULTIPLY(name, x_type, x_row_bytes, x_tile, w_row_bytes, scale_bytes, strip, ...)                              \
     static __attribute__((noinline)) void name(const Linear *l, const x_type *x, float *y, long n_x, int add) {       \
         long n_in = l->n_in, n_out = l->n_out, block = rows_of_block(n_x, x_row_bytes, x_tile);                       \
         long group = (1 + W_BYTES / (W_ROWS * (w_row_bytes))) * W_ROWS;                                               \
-        long ahead = n_x > 1 ? READ_AGAIN : l->is_kept ? READ_ALONE : READ_ONCE;                                      \
         if (n_x <= block) group = W_ROWS;                                                                             \
         _Pragma("omp for collapse(2) schedule(static) nowait")                                                        \
         for (long g = 0; g < n_out; g += group)                                                                       \
@@ -568,7 +552,7 @@ INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
                 for (long j = g; j < at_most(g + group, n_out); j += W_ROWS)                                          \
                     strip(x + i * (x_row_bytes / (long)sizeof *x), l->weight + j * (w_row_bytes),                     \
                           FURTHER(l->scale, j * (scale_bytes)), l->bias ? l->bias + j : 0, y + i * n_out + j,         \
-                          at_most(block, n_x - i), n_out, n_in, add, n_out - j, i ? 0 : ahead, __VA_ARGS__);          \
+                          at_most(block, n_x - i), n_out, n_in, add, n_out - j, !i, __VA_ARGS__);          \
     }
 MULTIPLY(multiply_fp32, float, 4 * n_in, X_ROWS, 4 * n_in, 4, strip, 4, load_vec_fp32, load_one_fp32)
 MULTIPLY(multiply_bf16, float, 4 * n_in, X_ROWS, 2 * n_in, 4, strip, 2, load_vec_bf16, load_one_bf16)

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cpu_level import largest_cache_bytes
 from inference.kernels.int4_tiles import TILE_COLUMNS, expand_tiles
 from inference.kernels.int4_weights import expand_int4
 from machine.native_code import check_layout, load_native
@@ -136,12 +135,11 @@ class NativeLinear(ctypes.Structure):
     Args:
         weight, scale, bias, minimum: those of `InferenceLinear`, on a CPU.
         weights: the kind of weights, one of `DTYPES`.
-        n_bytes: of all weights that are read in one pass; None: of this layer alone.
     """
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "minimum", "bias")),
-        *((name, ctypes.c_int64) for name in ("n_out", "n_in", "type", "is_kept")),
+        *((name, ctypes.c_int64) for name in ("n_out", "n_in", "type")),
     ]
 
     def __init__(
@@ -150,14 +148,12 @@ class NativeLinear(ctypes.Structure):
         scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         weights: str,
-        n_bytes: int | None = None,
         minimum: torch.Tensor | None = None,
     ) -> None:
         bias = None if bias is None else bias.float()
         self.tensors = weight.detach().contiguous(), scale, minimum, bias
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
-        is_kept = (n_bytes or weight.nbytes) <= largest_cache_bytes()
-        super().__init__(*addresses, len(weight), n_inputs(weight), list(DTYPES).index(weights), is_kept)
+        super().__init__(*addresses, len(weight), n_inputs(weight), list(DTYPES).index(weights))
 
 
 def native_library() -> ctypes.CDLL | None:
@@ -187,7 +183,7 @@ def native_product(
     minimum: torch.Tensor | None = None,
 ) -> Product:
     """The compiled kernel; it reads the weights where they are."""
-    library, layer = native_library(), NativeLinear(weight, scale, bias, weights, minimum=minimum)
+    library, layer = native_library(), NativeLinear(weight, scale, bias, weights, minimum)
     function, reference = library.linear, ctypes.byref(layer)
     n_out, n_in = len(weight), n_inputs(weight)
     digit_bytes = library.linear_digit_bytes(layer.type, n_in)
