@@ -22,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,11 +203,14 @@ def answers_table(rows: Sequence[dict], config: BenchConfig, n_questions: int) -
     )
     if config.shape:
         note += " Random weights of the shape of GPT-2 repeat themselves: their acceptance says nothing about answers."
-    share: Callable[[dict], str] = lambda row: f"{row['accepted'] / row['drafted']:.0%}" if row["drafted"] else "–"  # noqa: E731
-    header = ["model", "weights", "drafter", "tokens/s", "× without", "with prompts", "tokens a pass", "drafted", "right"]
+    header = ["model", "weights", "drafter", "tokens/s", "× without", "with prompts", "tokens a pass", "drafted, right"]
+
+    def drafted(row: dict) -> str:
+        return f"{row['drafted']}, {row['accepted'] / row['drafted']:.0%}" if row["drafted"] else "–"
+
     cells = [
         [row["model"], row["weights"], row["drafter"], f"{row['tokens_per_second']:.0f}", f"{row['speedup']:.2f}"]
-        + [f"{row['speedup_with_prompts']:.2f}", f"{row['tokens_per_pass']:.2f}", str(row["drafted"]), share(row)]
+        + [f"{row['speedup_with_prompts']:.2f}", f"{row['tokens_per_pass']:.2f}", drafted(row)]
         for row in rows
     ]
     return Table("Answers with and without drafts, batch 1", note, header, cells)

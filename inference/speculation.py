@@ -28,7 +28,8 @@ from inference.sampling import SampledTokens, TokenSampler, sample_batch
 
 MOST = 15  # drafted tokens of a request in a pass
 LONGEST = 4  # tokens that are looked up together
-PROBE_EVERY = 32  # drafts that would not pay: one of so many is made all the same, with one token, as times change
+PROBE_EVERY = 64  # drafts that would not pay: after so many, two are made all the same, as times change
+PROBES = 1, 4  # their tokens: the first also reads what is new in a context, the second shows what tokens cost
 HELD_UP = 1.1  # times the expected seconds
 FADE = 0.97  # what an observation counts for when the next one comes
 
@@ -225,7 +226,7 @@ class Speculation:
     """A drafter, and how many tokens it is worth asking it for.
 
     Attributes:
-        passes, drafts: what passes and drafts cost.
+        passes, drafts: what passes and drafts cost; not what a drafter takes to read a context that is new to it.
         overall: the acceptance of all requests.
     """
 
@@ -234,6 +235,7 @@ class Speculation:
         self.overall = Acceptance()
         self._own: dict[Request, Acceptance] = {}
         self._n_not_worth = 0
+        self._probed: Request | None = None  # for which the first probe has been made
 
     def extended(
         self, spans: Sequence[Span], cache: PagedCache, n_running: int, end_token_ids: Collection[int]
@@ -247,6 +249,7 @@ class Speculation:
             end_token_ids: after which an answer has ended unless it is to go on.
         """
         began, context = time.perf_counter(), cache.config.max_seq_len
+        followed = {request for request, _ in spans if request.draft}  # what the drafter has of these is not old
         wanted = []
         for request, _ in spans:
             request.draft = []
@@ -264,15 +267,16 @@ class Speculation:
             ends = request.params.stop_token_ids, () if request.params.ignore_eos else end_token_ids
             end = next((at for at, token_id in enumerate(draft) if any(token_id in each for each in ends)), len(draft))
             request.draft = draft[:end]  # nothing comes after an end
-        if n_drafted := sum(len(request.draft) for request, _ in wanted):
+        n_drafted = sum(len(request.draft) for request, _ in wanted)
+        if n_drafted and all(request in followed for request, _ in wanted):  # others had a context to be read first
             self.drafts.add(n_drafted, time.perf_counter() - began)
         return sorted(((request, n_new + len(request.draft)) for request, n_new in spans), key=lambda span: span[1])
 
     def lengths(self, wanted: Wanted, n_tokens: int, n_answers: int) -> list[int]:
         """How many tokens to draft for each request, so that tokens come fastest.
 
-        The chance that the k-th token of a draft is right is the k-th power of the request's acceptance. One more is
-        worth its time as long as it promises more tokens a second than the pass without it.
+        The chance that the k-th token of a draft is right is the k-th power of the request's acceptance. All lengths
+        are weighed, as the first token of a draft may cost more than the others.
 
         Args:
             wanted: the most for each request.
@@ -281,14 +285,21 @@ class Speculation:
         expected, seconds = float(n_answers), self.passes.seconds(n_tokens)
         lengths = []
         for request, most in wanted:
-            rate = self.acceptance_of(request).rate
-            length, chance, price = 0, rate, self.passes.token_seconds + self.drafts.seconds(1)
-            while length < min(most, MOST) and chance * seconds > expected * price:
-                length, expected, seconds, chance = length + 1, expected + chance, seconds + price, chance * rate
-                price = self.passes.token_seconds + self.drafts.token_seconds
+            chance = rate = self.acceptance_of(request).rate
+            best = length, with_draft, until = 0, expected, seconds
+            until += self.drafts.seconds(1) - self.drafts.token_seconds
+            for length in range(1, min(most, MOST) + 1):
+                with_draft, chance = with_draft + chance, chance * rate
+                until += self.passes.token_seconds + self.drafts.token_seconds
+                if with_draft * best[2] > best[1] * until:
+                    best = length, with_draft, until
+            length, expected, seconds = best
             if not length and self.passes.weight:
                 self._n_not_worth += 1
-                length = int(self._n_not_worth % PROBE_EVERY == 0)
+                if request is self._probed:
+                    length, self._probed = min(PROBES[1], most), None
+                elif self._n_not_worth % PROBE_EVERY == 0:
+                    length, self._probed = PROBES[0], request
             lengths.append(length)
         return lengths
 

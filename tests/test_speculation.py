@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,17 @@ from inference.quantizer import prepare_for_inference
 from inference.request import Request, RequestFailed
 from inference.sampling import SamplingParams, TokenSampler, sample_batch
 from inference.service.settings import ServiceSettings
-from inference.speculation import MOST, PROBE_EVERY, Acceptance, Cost, IndexedText, PromptLookup, Speculation, verify
+from inference.speculation import (
+    MOST,
+    PROBE_EVERY,
+    PROBES,
+    Acceptance,
+    Cost,
+    IndexedText,
+    PromptLookup,
+    Speculation,
+    verify,
+)
 
 
 class Drafts:
@@ -318,12 +329,12 @@ def test_the_length_is_the_best_one(rate, token_seconds, draft_seconds):
 
 
 def test_drafting_ends_where_it_does_not_pay():
-    """For hopeless requests, for expensive tokens, in a full batch; but for one probe of so many."""
+    """For hopeless requests, for expensive tokens, in a full batch; but for two probes after so many."""
     speculation = line(token_seconds=0.1)
     good, bad = request_of(90, 100, speculation), request_of(1, 100, speculation)
     assert speculation.lengths([(good, 9), (bad, 9)], 2, 2)[0] > 3
-    lengths = [speculation.lengths([(bad, 9)], 1, 1)[0] for _ in range(2 * PROBE_EVERY)]
-    assert Counter(lengths) == {0: 2 * PROBE_EVERY - 2, 1: 2}
+    lengths = [speculation.lengths([(bad, 9)], 1, 1)[0] for _ in range(2 * PROBE_EVERY + 1)]
+    assert Counter(lengths) == {0: 2 * PROBE_EVERY - 3, PROBES[0]: 2, PROBES[1]: 2}
     assert line(token_seconds=0.1, pass_seconds=0.0).lengths([(good, 9)], 16, 16) == [0], "arithmetic is the limit"
     assert Speculation(Drafts(wrong)).lengths([(good, 9)], 1, 1) == [0], "nothing is known yet"
 
@@ -336,8 +347,34 @@ def test_a_bad_drafter_is_soon_asked_no_more(random_model):
     engine.run([prompt(5)], params)
     first = engine.statistics().tokens_drafted
     engine.run([prompt(5, 1)], params)
-    assert engine.statistics().tokens_drafted - first <= 100 // PROBE_EVERY + 2
+    assert engine.statistics().tokens_drafted - first <= (100 // PROBE_EVERY + 1) * sum(PROBES)
     assert engine.speculation.overall.rate < 0.2
+
+
+def test_a_draft_whose_first_token_is_dear_may_still_pay():
+    """A small model reads what was right and one more token before it drafts the first: only longer drafts pay then."""
+    speculation = line(token_seconds=0.05)
+    speculation.drafts.seconds = lambda n_tokens: 0.9 + 0.05 * n_tokens
+    speculation.drafts.token_seconds = 0.05
+    assert speculation.lengths([(request_of(95, 100, speculation), 100)], n_tokens=1, n_answers=1)[0] > 5
+
+
+def test_reading_a_context_is_not_what_a_draft_costs(random_model, monkeypatch):
+    """A small model reads a whole prompt before its first token; taken for the price of drafts, it would end them."""
+    model, clock = random_model(max_seq_len=CONTEXT), SimpleNamespace(now=0.0)
+    monkeypatch.setattr("inference.speculation.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    (expected,) = tokens_of(Engine(model, None).run(PROMPTS[:1], GREEDY))
+    knows, known = knowing([(PROMPTS[0], expected)], mistake_every=3).of, set()
+
+    def slow_at_first(context, most):
+        clock.now += 0.001 if known else 1.0
+        known.add(len(context))
+        return knows(context, most)
+
+    engine = Engine(model, None, drafter=Drafts(slow_at_first))
+    engine.speculation.passes = FixedCost(0.0, 0.01)
+    assert tokens_of(engine.run(PROMPTS[:1], GREEDY)) == [expected]
+    assert engine.statistics().drafts > 3 and engine.speculation.drafts.seconds(1) == pytest.approx(0.001)
 
 
 def test_costs_are_a_line():
