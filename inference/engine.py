@@ -371,7 +371,7 @@ class Engine:
                 statistics.overhead_seconds += seconds - (statistics.seconds_elsewhere - elsewhere)
                 if self.speculation is not None and statistics.tokens_prefilled == prefilled:
                     seconds -= statistics.sampling_seconds + statistics.drafting_seconds - by_token
-                    self.speculation.passes.add(sum(n_new for _, n_new in spans), seconds)
+                    self.speculation.passed(sum(n_new for _, n_new in spans), seconds)
 
     def _leave(self) -> None:
         for request in self._cancelled:

@@ -28,7 +28,9 @@ from inference.sampling import SampledTokens, TokenSampler, sample_batch
 
 MOST = 15  # drafted tokens of a request in a pass
 LONGEST = 4  # tokens that are looked up together
-PROBE_EVERY = 64  # drafts that would not pay: after so many, two are made all the same, as times change
+REST = 8  # passes without a look at drafts, once none was worth its time
+PROBE_EVERY = 8  # looks at a draft that would not pay: after so many, two are made all the same, as times change,
+PROBE_SHARE = 0.02  # or after more, so that reading contexts for them takes at most this share of the time
 PROBES = 1, 4  # their tokens: the first also reads what is new in a context, the second shows what tokens cost
 HELD_UP = 1.1  # times the expected seconds
 FADE = 0.97  # what an observation counts for when the next one comes
@@ -228,13 +230,15 @@ class Speculation:
     Attributes:
         passes, drafts: what passes and drafts cost; not what a drafter takes to read a context that is new to it.
         overall: the acceptance of all requests.
+        resting: for how many passes nobody is asked.
     """
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self.passes, self.drafts = drafter, Cost(), Cost()
         self.overall = Acceptance()
         self._own: dict[Request, Acceptance] = {}
-        self._n_not_worth = 0
+        self.resting = 0
+        self._n_not_worth, self._probe_after = 0, PROBE_EVERY
         self._probed: Request | None = None  # for which the first probe has been made
 
     def extended(
@@ -248,16 +252,24 @@ class Speculation:
             cache: of the engine, with `n_running` requests in it.
             end_token_ids: after which an answer has ended unless it is to go on.
         """
-        began, context = time.perf_counter(), cache.config.max_seq_len
         followed = {request for request, _ in spans if request.draft}  # what the drafter has of these is not old
-        wanted = []
         for request, _ in spans:
             request.draft = []
+        if self.resting:
+            self.resting -= 1
+            return spans
+        began, context = time.perf_counter(), cache.config.max_seq_len
+        wanted = []
+        for request, _ in spans:
             left = min(request.params.max_gen_len - len(request.token_ids), context - len(request.context))
             is_next = request.sequence.length + 1 == len(request.context)
             if is_next and left > 1:  # the pass brings one token more than are drafted
                 wanted.append((request, left - 1))
-        lengths = self.lengths(wanted, sum(n_new for _, n_new in spans), len(spans))
+        n_tokens = sum(n_new for _, n_new in spans)
+        lengths = self.lengths(wanted, n_tokens, len(spans))
+        if not any(lengths):
+            self.resting = REST if wanted and self.passes.weight else 0
+            return spans
         wanted = [
             (request, min(length, cache.stretch(request.sequence, 1 + length, n_running) - 1))
             for (request, _), length in zip(wanted, lengths, strict=True)
@@ -267,9 +279,12 @@ class Speculation:
             ends = request.params.stop_token_ids, () if request.params.ignore_eos else end_token_ids
             end = next((at for at, token_id in enumerate(draft) if any(token_id in each for each in ends)), len(draft))
             request.draft = draft[:end]  # nothing comes after an end
-        n_drafted = sum(len(request.draft) for request, _ in wanted)
-        if n_drafted and all(request in followed for request, _ in wanted):  # others had a context to be read first
-            self.drafts.add(n_drafted, time.perf_counter() - began)
+        n_drafted, seconds = sum(len(request.draft) for request, _ in wanted), time.perf_counter() - began
+        if n_drafted and all(request in followed for request, _ in wanted):
+            self.drafts.add(n_drafted, seconds)
+        elif n_drafted and self.passes.weight:  # a context was to be read first
+            between_looks = (REST + 1) * max(1e-9, self.passes.seconds(n_tokens))
+            self._probe_after = max(PROBE_EVERY, round(seconds / PROBE_SHARE / between_looks))
         return sorted(((request, n_new + len(request.draft)) for request, n_new in spans), key=lambda span: span[1])
 
     def lengths(self, wanted: Wanted, n_tokens: int, n_answers: int) -> list[int]:
@@ -298,8 +313,8 @@ class Speculation:
                 self._n_not_worth += 1
                 if request is self._probed:
                     length, self._probed = min(PROBES[1], most), None
-                elif self._n_not_worth % PROBE_EVERY == 0:
-                    length, self._probed = PROBES[0], request
+                elif self._n_not_worth >= self._probe_after:
+                    length, self._probed, self._n_not_worth = PROBES[0], request, 0
             lengths.append(length)
         return lengths
 
@@ -309,12 +324,18 @@ class Speculation:
             self._own[request] = Acceptance(self.overall.rate)
         return self._own[request]
 
+    def passed(self, n_tokens: int, seconds: float) -> None:
+        """A pass of so many tokens has taken so long."""
+        if not self.resting:
+            self.passes.add(n_tokens, seconds)
+
     def verified(self, request: Request, n_drafted: int, n_accepted: int) -> None:
         """So many of a request's drafted tokens were right."""
         for acceptance in (self.overall, self.acceptance_of(request)):
             acceptance.add(n_drafted, n_accepted)
 
     def drop(self, request: Request) -> None:
-        """Forget a request, see `Drafter.drop`."""
+        """Forget a request, see `Drafter.drop`; the next one may be worth a draft."""
         self.drafter.drop(request)
         self._own.pop(request, None)
+        self.resting = 0

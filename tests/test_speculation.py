@@ -26,6 +26,7 @@ from inference.speculation import (
     MOST,
     PROBE_EVERY,
     PROBES,
+    REST,
     Acceptance,
     Cost,
     IndexedText,
@@ -349,6 +350,28 @@ def test_a_bad_drafter_is_soon_asked_no_more(random_model):
     engine.run([prompt(5, 1)], params)
     assert engine.statistics().tokens_drafted - first <= (100 // PROBE_EVERY + 1) * sum(PROBES)
     assert engine.speculation.overall.rate < 0.2
+
+
+def test_nobody_is_asked_for_a_while_where_nothing_pays(random_model):
+    """It costs a small model a tenth of its time to ask; who comes meanwhile does not wait for the end of the rest."""
+    model, asked = random_model(max_seq_len=CONTEXT), []
+    engine = speculating(model, Drafts(wrong), token_seconds=1.0)
+    usual = engine.speculation.lengths
+    engine.speculation.lengths = lambda *given: asked.append(len(given[0])) or usual(*given)
+    engine.run([prompt(5)], SamplingParams(50, temperature=0, ignore_eos=True))
+    assert asked.count(1) < 50 / REST + 3
+    asked.clear()
+    engine.run([prompt(5)], SamplingParams(3, temperature=0, ignore_eos=True))
+    assert asked.count(1) == 1
+
+
+def test_probes_read_contexts_rarely():
+    """Where reading takes as long as many passes, there are as many passes between two probes."""
+    speculation = line(token_seconds=0.1)
+    bad = request_of(1, 100, speculation)
+    speculation._probe_after = 5 * PROBE_EVERY
+    lengths = [speculation.lengths([(bad, 9)], 1, 1)[0] for _ in range(5 * PROBE_EVERY + 1)]
+    assert Counter(lengths) == {0: 5 * PROBE_EVERY - 1, PROBES[0]: 1, PROBES[1]: 1}
 
 
 def test_a_draft_whose_first_token_is_dear_may_still_pay():
