@@ -57,6 +57,8 @@ X86_LEVELS = [  # from the least to the most
     _x86("avx512", AVX512, "-march=skylake-avx512", "avx512", "AVX512_CORE", "AVX512", "AVX512"),
     _x86("avx512_vnni", f"{AVX512} avx512_vnni", "-march=cascadelake", "avx512", "AVX512_CORE_VNNI", "AVX512_E1",
          "AVX512_VNNI"),
+    _x86("amx", f"{AVX512} avx512_vnni amx_tile amx_int8", "-march=cascadelake -mamx-tile -mamx-int8", "avx512",
+         "AVX512_CORE_AMX", "AVX512_E4", "AVX512_VNNI"),
 ]  # fmt: skip
 ARM_LEVELS = [
     CPULevel("neon", frozenset({"asimd"}), ("-march=armv8-a",), {}),

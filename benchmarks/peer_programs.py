@@ -28,11 +28,17 @@ CTRANSLATE2_LEVELS = {
     "avx2_vnni": "AVX2",
     "avx512": "AVX512",
     "avx512_vnni": "AVX512",
+    "amx": "AVX512",
     "neon": "NEON",
     "neon_dotprod": "NEON",
 }
 WIDE = ("AVX_VNNI", "AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16", "AMX_INT8")  # as llama.cpp names them
-AT_LEVEL = {"avx2_vnni": WIDE[:1], "avx512": WIDE[1:3], "avx512_vnni": WIDE[1:4]}  # what a level has of these
+AT_LEVEL = {  # what a level has of these
+    "avx2_vnni": WIDE[:1],
+    "avx512": WIDE[1:3],
+    "avx512_vnni": WIDE[1:4],
+    "amx": WIDE,
+}
 if level := cpu_level():  # before a peer is loaded
     os.environ["CT2_FORCE_CPU_ISA"] = CTRANSLATE2_LEVELS[level.name]
 

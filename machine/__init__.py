@@ -73,8 +73,9 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
         return named[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported() and not cpu_level():
-        return torch.bfloat16
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        limit = cpu_level()
+        return torch.bfloat16 if limit is None or limit.name == "amx" else torch.float32
     return torch.float32
 
 

@@ -1,6 +1,7 @@
 """Linear layers for inference: every way to compute them is right, and the choice between the ways is sound."""
 
 import copy
+import ctypes
 import json
 
 import at_once
@@ -22,6 +23,7 @@ from inference.kernels.linear_products import (
     integer_product,
     kind_of,
     native_knows,
+    native_library,
     native_product,
     plain_linear,
     round_inputs,
@@ -160,6 +162,27 @@ def test_native_rows_are_independent_to_the_last_bit(weights, native_level):
         assert torch.equal(product(x[start:end].contiguous()), together[start:end])
     torch.set_num_threads(3)
     assert torch.equal(product(x), together)
+
+
+@pytest.mark.parametrize("n_rows", [8, 15, 16, 17, 33, 64])
+@pytest.mark.parametrize("n_out", [7, 16, 33, 96])
+@pytest.mark.parametrize("weights", ["int8", "int8_dynamic"])
+def test_whole_numbers_give_the_same_in_any_count_of_rows(weights, n_out, n_rows, native_level):
+    """Also where a processor multiplies tiles of 16 rows, which do not come out even; with and without a bias."""
+    layer, _ = layer_and_twin(weights, 192, n_out)
+    x = torch.randn(n_rows, 192)
+    x[n_rows // 2] *= 1e6
+    for bias in (layer.bias, None):
+        product = native_product(layer.weight, layer.scale, bias, weights)
+        assert torch.equal(product(x), torch.cat([product(row) for row in x.split(1)]))
+
+
+@pytest.mark.skipif("amx" not in shown_levels(), reason="no AMX here")
+def test_tiles_are_used_where_linux_lets_us(monkeypatch):
+    """Or the test before this one would show nothing of them."""
+    stand_in_for("amx", monkeypatch)
+    is_refused = ctypes.CDLL(None).syscall(158, 0x1023, 18)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    assert ctypes.c_int.in_dll(native_library(), "may_use_tiles").value == (not is_refused)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8", "int8_dynamic", "int4"])

@@ -185,7 +185,7 @@ static void mix_experts(const Layer *layer, const Scratch *s, int64_t tokens, in
         #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < n; i++) {
             memcpy(s->gathered + i * d_model, s->normed + rows[i] * d_model, d_model * sizeof(float));
-            prepare_row(up, s->gathered, s->digits, i);
+            prepare_row(up, s->gathered, s->digits, i, n);
         }
         meet(all);
         feed_forward(up, up + 1, up + 2, s, s->gathered, s->computed, n, d_ff, 0, all);
@@ -221,7 +221,7 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
             #pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < tokens; t++) {
                 normalize(&layer->attention_norm, s.hidden + t * d_model, s.normed + t * d_model);
-                prepare_row(&layer->query, s.normed, s.digits, t); /* the key's and the value's, too: one kind of weights */
+                prepare_row(&layer->query, s.normed, s.digits, t, tokens); /* the key's and the value's, too: one kind of weights */
             }
             meet(all);
             multiply(&layer->query, s.normed, s.digits, s.query, tokens, 0);
@@ -256,7 +256,7 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
             #pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < tokens; t++) {
                 normalize(&layer->feed_forward_norm, s.hidden + t * d_model, s.normed + t * d_model);
-                if (!layer->experts) prepare_row(&layer->up, s.normed, s.digits, t);
+                if (!layer->experts) prepare_row(&layer->up, s.normed, s.digits, t, tokens);
             }
             meet(all);
             if (layer->experts)
@@ -271,7 +271,7 @@ void decoder_step(const Model *model, const Cache *cache, const Tokens *step, co
         #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < n_last; i++) {
             memcpy(s.normed + i * d_model, s.hidden + step->last[i] * d_model, d_model * sizeof(float));
-            prepare_row(&model->head, s.normed, s.digits, i);
+            prepare_row(&model->head, s.normed, s.digits, i, n_last);
         }
         meet(all);
         multiply(&model->head, s.normed, s.digits, logits, n_last, 0);

@@ -24,8 +24,9 @@ ROW_BUCKETS = (1, 4, 16, 64)  # measured are 1, 2–4, 5–16, 17–64 and more 
 TOLERANCE = 1e-5  # relative error of a product that counts as the same
 ADVANTAGE = 0.75  # a way that stands later in the list has to take less than this share of the time
 MEASURE_SECONDS = 1e-3  # all ways together
-SOURCES = ("fastest_way.py", "linear_products.py", "linear_products.c", "int4_products.h", "../../machine/vectors.h")
-SOURCES = tuple(Path(__file__).parent / name for name in SOURCES)  # a change of one of them makes times void
+KERNELS = "linear_products.c", "int4_products.h", "amx_products.h", "../../machine/vectors.h"
+SOURCES = ("fastest_way.py", "linear_products.py", *KERNELS)  # a change of one of them makes times void
+SOURCES = tuple(Path(__file__).parent / name for name in SOURCES)
 
 _lock = threading.Lock()
 _chosen: dict[tuple[Path | None, str], str] = {}  # in this process, which keeps to it whatever others measure

@@ -454,6 +454,18 @@ LAYOUT(Linear, FIELD(Linear, weight), FIELD(Linear, scale), FIELD(Linear, minimu
 
 #include "int4_products.h"
 
+/* Many rows of x are taken in blocks that stay in a core's cache, each with a group of rows of W that stays there, too:
+   otherwise all of x would come from further away for every few rows of W. */
+enum { X_BYTES = 512 << 10, W_BYTES = 32 << 10 };
+
+/* How many rows a block has: all blocks are equal, of about X_BYTES at most and of whole tiles. */
+INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
+    long n_blocks = 1 + n_x * row_bytes / X_BYTES, rows = (n_x + n_blocks - 1) / n_blocks;
+    return (rows + tile_rows - 1) / tile_rows * tile_rows;
+}
+
+#include "amx_products.h"
+
 /* With how many digits x is written, or 0: as it is. */
 INLINE int digits_of(int64_t type, long n_in) {
     if (n_in > LONGEST_ROW || type == INT4) return 0;
@@ -475,10 +487,14 @@ long linear_digit_bytes(int64_t type, long n_in) {
     return digits ? digit_row_bytes(digits, n_in) : 0;
 }
 
-/* Row i of x into digits, if the kernel wants them. */
-static void prepare_row(const Linear *l, const float *x, char *out, long i) {
+/* Row i of n_x rows of x into digits, if the kernel wants them. */
+static void prepare_row(const Linear *l, const float *x, char *out, long i, long n_x) {
     int digits = digits_of(l->type, l->n_in);
     x += i * l->n_in;
+    if (in_tiles(l->type, l->n_in, n_x)) {
+        lay_into_tiles(digits, x, out, i, n_x, l->n_in);
+        return;
+    }
     out += i * linear_digit_bytes(l->type, l->n_in);
     if (digits == 1) split_into_digits(1, x, out, l->n_in);
     if (digits > 1) split_into_digits(MOST_DIGITS, x, out, l->n_in);
@@ -519,18 +535,8 @@ static void meet(Meeting *meeting) {
 static int prepare(const Linear *l, const float *x, char *out, long n_x) {
     if (!linear_digit_bytes(l->type, l->n_in)) return 0;
     #pragma omp for schedule(static) nowait
-    for (long i = 0; i < n_x; i++) prepare_row(l, x, out, i);
+    for (long i = 0; i < n_x; i++) prepare_row(l, x, out, i, n_x);
     return 1;
-}
-
-/* Many rows of x are taken in blocks that stay in a core's cache, each with a group of rows of W that stays there, too:
-   otherwise all of x would come from further away for every few rows of W. */
-enum { X_BYTES = 512 << 10, W_BYTES = 32 << 10 };
-
-/* How many rows a block has: all blocks are equal, of about X_BYTES at most and of whole tiles. */
-INLINE long rows_of_block(long n_x, long row_bytes, long tile_rows) {
-    long n_blocks = 1 + n_x * row_bytes / X_BYTES, rows = (n_x + n_blocks - 1) / n_blocks;
-    return (rows + tile_rows - 1) / tile_rows * tile_rows;
 }
 
 #define FURTHER(p, bytes) ((p) ? (const void *)((const char *)(p) + (bytes)) : NULL)
@@ -572,6 +578,10 @@ MULTIPLY(multiply_int4_with_minima, char, grouped_row_bytes(n_in), GROUP_X_ROWS,
    its part, and none waits for the others. */
 static void multiply(const Linear *l, const float *x, const char *digits, float *y, long n_x, int add) {
     int n_digits = digits_of(l->type, l->n_in);
+    if (in_tiles(l->type, l->n_in, n_x)) {
+        multiply_in_tiles(n_digits, l, digits, y, n_x, add);
+        return;
+    }
     if (n_digits == 1) multiply_digit(l, digits, y, n_x, add);
 #ifdef DOT
     if (n_digits > 1) multiply_digits(l, digits, y, n_x, add);
