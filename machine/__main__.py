@@ -196,8 +196,6 @@ def about_processor() -> Finding:
     if levels:
         limited = cpu_level()
         parts.append(f"instructions up to {levels[-1]}" + (f", limited to {limited.name}" if limited else ""))
-    if torch.cpu._is_amx_tile_supported():
-        parts.append("AMX")
     return Finding("processor", ", ".join(parts))
 
 
