@@ -1,8 +1,8 @@
-import os
 """One optimiser step: groups, AdamW, Muon, schedules, accumulation, clipping and the skipping of non-finite steps."""
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
