@@ -80,8 +80,8 @@ def answer_speeds(
         name: Engine(model, None, max_running=1, reuse_prefixes=False, drafter=drafter)
         for name, drafter in drafters.items()
     }
-    reading: dict[str, list[float]] = {name: [] for name in engines}  # seconds until the first tokens, of each round
-    writing: dict[str, list[float]] = {name: [] for name in engines}  # and from then on
+    whole: dict[str, list[float]] = {name: [] for name in engines}  # seconds of each round
+    writing: dict[str, list[float]] = {name: [] for name in engines}  # and those after the first tokens
     expected: list[list[int]] = []
     for number in range(rounds + 1):  # the first round warms up, and shows the tokens
         spent = {name: [0.0, 0.0] for name in engines}
@@ -93,16 +93,16 @@ def answer_speeds(
                     engine.step()
                 first = time.perf_counter()
                 answer = request.result()
-                spent[name][0] += first - began
-                spent[name][1] += time.perf_counter() - first
+                ended = time.perf_counter()
+                spent[name][0] += ended - began
+                spent[name][1] += ended - first
                 if len(expected) == index:
                     expected.append(answer.token_ids)
                 assert answer.token_ids == expected[index], f"{name} changes the answer to question {index}"
         if number:
             for name in engines:
-                reading[name].append(spent[name][0])
+                whole[name].append(spent[name][0])
                 writing[name].append(spent[name][1])
-    whole = {name: [sum(pair) for pair in zip(reading[name], writing[name], strict=True)] for name in engines}
     n_tokens = sum(map(len, expected))
 
     def speedup(seconds: dict[str, list[float]], name: str) -> float:

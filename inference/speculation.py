@@ -301,8 +301,8 @@ class Speculation:
         lengths = []
         for request, most in wanted:
             chance = rate = self.acceptance_of(request).rate
-            best = length, with_draft, until = 0, expected, seconds
-            until += self.drafts.seconds(1) - self.drafts.token_seconds
+            best = 0, expected, seconds  # the length, and the tokens that it promises in so many seconds
+            with_draft, until = expected, seconds + self.drafts.seconds(1) - self.drafts.token_seconds
             for length in range(1, min(most, MOST) + 1):
                 with_draft, chance = with_draft + chance, chance * rate
                 until += self.passes.token_seconds + self.drafts.token_seconds

@@ -196,6 +196,8 @@ def about_processor() -> Finding:
     if levels:
         limited = cpu_level()
         parts.append(f"instructions up to {levels[-1]}" + (f", limited to {limited.name}" if limited else ""))
+    elif torch.cpu._is_amx_tile_supported():  # where only Linux says more
+        parts.append("AMX")
     return Finding("processor", ", ".join(parts))
 
 
