@@ -34,6 +34,7 @@ from text.conversation_data import load_conversations
 from text.token_shards import TokenShards, in_validation_part, tokenize_to_shards
 
 Batch = dict[str, torch.Tensor]
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples, without their whole part, keep far from each other
 
 
 # ---------------------------------------------------------------------------------------------------------- datasets
@@ -45,6 +46,9 @@ class GPTPretrainDataset(Dataset):
     Neighbouring windows share one token: the last of a window is only predicted, the first only read. So every token
     (but the very first) is predicted exactly once in a pass. The last window reaches back to be full; the tokens that
     the window before it has predicted already carry no label.
+
+    Each pass cuts the text elsewhere, see `window`: a token that has little before it in a window of one pass has more
+    in those of others.
 
     Args:
         eos_token_id: the token that ends a document, if documents in a window must not see each other; the first token
@@ -78,12 +82,22 @@ class GPTPretrainDataset(Dataset):
         return max(1, -(-(self.shards.n_tokens - 1) // (self.max_seq_len - 1)))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """A window of the first pass."""
+        return self.window(index, epoch=0)
+
+    def window(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
         """{"input_ids", "labels"}: both (max_seq_len,) int64; the model shifts the labels. With separate documents
-        "segments" as well, see `GPTModel.forward`."""
+        "segments" as well, see `GPTModel.forward`.
+
+        Args:
+            epoch: the pass, from 0. The first one begins with the text, the others begin further behind, such that cuts
+                are far from those of other passes, and read what they have left out there after the end of the text.
+        """
+        first = int(epoch * GOLDEN_RATIO % 1 * (self.max_seq_len - 1))  # token of the pass
         index = range(len(self))[index]  # an IndexError beyond the end is what stops a `for` loop
         wanted = index * (self.max_seq_len - 1)
         start = min(wanted, self.shards.n_tokens - self.max_seq_len)  # the last window reaches back to be full
-        ids = torch.from_numpy(self.shards.slice(start, start + self.max_seq_len).astype(np.int64))
+        ids = torch.from_numpy(self._tokens(first + start).astype(np.int64))
         labels = ids.clone()
         labels[: wanted - start + 1] = IGNORED_LABEL  # the first has nothing before it; the others are not new
         if self.eos_token_id is None:
@@ -91,6 +105,13 @@ class GPTPretrainDataset(Dataset):
         ended = ids[:-1] == self.eos_token_id  # before the second token and later ones
         labels[1:][ended] = IGNORED_LABEL
         return {"input_ids": ids, "labels": labels, "segments": F.pad(ended.cumsum(0), (1, 0))}
+
+    def _tokens(self, start: int) -> np.ndarray:
+        """(max_seq_len,) tokens from `start` on; the text is a ring."""
+        end, n_tokens = start + self.max_seq_len, self.shards.n_tokens
+        if end <= n_tokens:
+            return self.shards.slice(start, end)
+        return np.concatenate((self.shards.slice(start, n_tokens), self.shards.slice(0, end - n_tokens)))
 
     def collate(self, samples: Sequence[dict[str, torch.Tensor]]) -> Batch:
         """What the samples have, each (B, max_seq_len) int64."""
@@ -123,11 +144,16 @@ class MixedDataset(Dataset):
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """A window, as its own data set gives it."""
+        """A window of the first pass."""
+        return self.window(index, epoch=0)
+
+    def window(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
+        """A window, as its own data set gives it; of a text that is read several times in a pass, each time others."""
         index = range(len(self))[index]
         number = int(np.searchsorted(self.ends, index, "right"))
-        dataset = self.datasets[number]
-        return dataset[(index - int(self.ends[number] - self.counts[number])) % len(dataset)]
+        dataset, count = self.datasets[number], int(self.counts[number])
+        repetition, place = divmod(index - int(self.ends[number]) + count, len(dataset))
+        return dataset.window(place, epoch * -(-count // len(dataset)) + repetition)
 
     def collate(self, samples: Sequence[dict[str, torch.Tensor]]) -> Batch:
         """As a single data set does."""

@@ -310,23 +310,34 @@ def numbered_shards(n_tokens, sizes=()):
     return TokenShards(np.split(np.arange(n_tokens, dtype=np.uint16), np.cumsum(sizes)), n_tokens, 1)
 
 
+@pytest.mark.parametrize("epoch", range(4))
 @pytest.mark.parametrize(
     ("n_tokens", "sizes"), [(8, ()), (9, ()), (15, (4,)), (16, (1, 5)), (100, (33, 33)), (22, (8, 8))]
 )
-def test_every_token_is_predicted_exactly_once_in_a_pass(n_tokens, sizes):
+def test_every_token_is_predicted_exactly_once_in_a_pass(n_tokens, sizes, epoch):
     """All but the very first, each with what stands before it; regression of trap 4, where the rest was dropped."""
     dataset = GPTPretrainDataset(numbered_shards(n_tokens, sizes), max_seq_len=8)
+    samples = [dataset.window(index, epoch) for index in range(len(dataset))]
     predicted = Counter()
-    for sample in dataset:
+    for sample in samples:
         ids, labels = sample["input_ids"], sample["labels"]
         assert ids.shape == labels.shape == (8,)
-        assert (ids.diff() == 1).all()  # a window is a piece of the text
+        assert (ids.diff() % n_tokens == 1).all()  # a window is a piece of the text, whose end the beginning follows
         targets = labels[1:][labels[1:] != IGNORED_LABEL]
         assert torch.equal(targets, ids[1:][labels[1:] != IGNORED_LABEL])
         predicted.update(targets.tolist())
-    assert predicted == Counter(range(1, n_tokens))
-    batch = dataset.collate(list(dataset))
+    first = int(samples[0]["input_ids"][0])
+    assert predicted == Counter(token for token in range(n_tokens) if token != first)
+    assert bool(first) == bool(epoch)  # the first pass begins with the text, the others do not
+    batch = dataset.collate(samples)
     assert dataset.count(batch) == n_tokens - 1
+
+
+def test_a_token_stands_at_many_places_of_its_windows_in_the_course_of_passes():
+    """Eight passes cut windows of 128 tokens at eight places that are far from each other."""
+    dataset = GPTPretrainDataset(numbered_shards(1000), max_seq_len=128)
+    cuts = sorted(int(dataset.window(0, epoch)["input_ids"][0]) for epoch in range(8))
+    assert min(b - a for a, b in zip(cuts, [*cuts[1:], cuts[0] + 127], strict=True)) > 127 // 16
 
 
 @pytest.mark.parametrize("index", [-1, 3, 99])
@@ -728,9 +739,15 @@ def test_sources_are_mixed_by_weight_and_none_is_forgotten():
     sources = [GPTPretrainDataset(TokenShards([array], 0, 1), 11) for array in arrays]
     mixed = MixedDataset(sources, weights)
     assert len(mixed) == 200 and mixed.counts.tolist() == [100, 100]
-    seen = Counter(int(mixed[index]["input_ids"][0]) for index in range(len(mixed)))
-    assert all(seen[int(source[index]["input_ids"][0])] for source in sources for index in range(len(source)))
-    assert set(seen.values()) == {1, 10}
+    cuts = set()  # of the text that is read ten times in a pass
+    for epoch in range(2):
+        windows = [mixed.window(index, epoch)["input_ids"].tolist() for index in range(len(mixed))]
+        predicted = Counter(token for window in windows for token in window[1:])
+        starts = {10_000 + (window[0] - 10_000) % 10 for window in windows if window[0] >= 10_000}
+        assert len(predicted) >= sum(sizes) - len(sizes)  # a pass begins with a token that it does not predict
+        assert all(count == 1 if token < 10_000 else 7 <= count <= 10 for token, count in predicted.items())
+        cuts |= starts
+    assert len(cuts) == 10  # all that there are
     batch = mixed.collate([mixed[0], mixed[150]])
     assert batch["input_ids"].shape == (2, 11) and mixed.count(batch) == 20
     orders = [BatchOrder(len(mixed), 10, seed=3) for _ in range(2)]

@@ -200,6 +200,20 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     assert checkpoints(tmp_path) == ["step_00000005.pth", "step_00000006.pth"]
 
 
+def test_every_pass_cuts_a_text_elsewhere(tmp_path):
+    """What a step reads depends on nothing but its number, so a resumed run reads it, too."""
+    loop = make_loop(tmp_path)
+    steps = loop.order.steps_per_epoch
+
+    def windows_of(epoch):
+        batches = (batch for step in range(epoch * steps, (epoch + 1) * steps) for batch in loop.batches_of(step))
+        return {tuple(ids) for batch in batches for ids in batch["input_ids"].tolist()}
+
+    first, second = windows_of(0), windows_of(1)
+    assert len(first) == len(second) == len(loop.train_data) and not first & second
+    assert windows_of(0) == first
+
+
 # -- resuming what does not fit ----------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,8 @@ def newton_schulz(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     x = x.mT if tall else x
     for _ in range(iterations):
         gram = x @ x.mT  # (…, rows, rows), the smaller side
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = (gram @ gram).mul_(c).add_(gram, alpha=b)  # in place: a pass over memory less for each term
+        x = (polynomial @ x).add_(x, alpha=a)
     return x.mT if tall else x
 
 

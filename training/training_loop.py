@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -280,10 +281,13 @@ class TrainingLoop(MicroBatches, SavedRun):
     def batches_of(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the CPU."""
         size, indices = self.micro_batch_size, self.order.batch(step)
+        sample = self.train_data.__getitem__
+        if hasattr(self.train_data, "window"):  # of a text, which every pass cuts elsewhere
+            sample = partial(self.train_data.window, epoch=step // self.order.steps_per_epoch)
         # Micro-batch k of all ranks is one stretch of the global batch, and this rank's share one piece of that
         starts = [(k * self.ranks + self.data_rank) * size for k in range(self.n_of_step // size)]
         parts = [indices[start : start + size] for start in starts]
-        return [self.train_data.collate([self.train_data[index] for index in part]) for part in parts]
+        return [self.train_data.collate([sample(index) for index in part]) for part in parts]
 
     def _take_batches(self) -> list[Batch]:
         """The micro-batches of the step to come. Beside a GPU a thread prepares those of the next one meanwhile."""
