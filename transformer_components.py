@@ -78,6 +78,8 @@ def attend(
     is_causal = False
     if mask is None and query.size(2) > 1:  # compiled code, to which sizes are symbols, needs a plain bool
         is_causal = True
+    if is_causal and not dropout:
+        return kernels.causal_attention(query, key, value)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -137,6 +139,11 @@ class PartKernels:
     def rotate(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         """x (B, heads, T, K) by `rotary`, see `apply_rotary`."""
         return apply_rotary(x, rotary)
+
+    def causal_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of a text's queries (B, H, T, K) to its keys and values (B, G, T, K) up to their own."""
+        is_grouped = query.size(1) != key.size(1)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=is_grouped)
 
     def cross_entropy_(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The losses (n,) of logits (n, V), which become their gradients: probabilities, less 1 at the target.

@@ -70,6 +70,49 @@ def test_rotation_of_heads(own_positions):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("length", "width"), [(1, 16), (6, 48), (37, 32), (128, 16), (65, 80)])
+def test_causal_attention(length, width, n_heads, n_kv_heads):
+    """Of heads as attention has them, transposed views, with lengths that fill neither tiles nor vectors."""
+    torch.manual_seed(0)
+    sizes = ((2, length, heads, width) for heads in (n_heads, n_kv_heads, n_kv_heads))
+    query, key, value = (torch.randn(size).transpose(1, 2) for size in sizes)  # (B, heads, T, K)
+    assert_same("causal_attention", query, key, value, rtol=1e-5, atol=1e-5)
+    query[0, 0, -1] *= 100  # weights of 0 and 1; the gradients of keys are as large as this query
+    assert_same("causal_attention", query, key, value, rtol=1e-4, atol=1e-3)
+    with fused_parts():
+        weighed = results(transformer_components.kernels.causal_attention, query, key, value)[0]
+    assert weighed.transpose(1, 2).is_contiguous()  # so that the output layer need not copy it
+
+
+@pytest.mark.parametrize("change", ["long", "narrow", "masked heads", "past"])
+def test_attention_that_it_does_not_know_is_pytorchs(change):
+    """Longer texts, heads that do not fill vectors, copies of views, and queries with a past."""
+    length, width = 513 if change == "long" else 20, 12 if change == "narrow" else 16
+    query, key, value = torch.randn(3, 1, 2, length, width)
+    if change != "masked heads":
+        query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value))
+    if change == "past":
+        query = query[:, :, -5:].transpose(1, 2).contiguous().transpose(1, 2)
+    with fused_parts():
+        got = transformer_components.kernels.causal_attention(query, key, value)
+    assert torch.equal(got, PartKernels().causal_attention(query, key, value))
+
+
+def test_attention_passes_on_what_is_not_finite():
+    """So that a step with it is skipped; other heads are not touched."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 20, 2, 16).transpose(2, 3)
+    for tensor, number in ((query, torch.nan), (key, torch.nan), (value, torch.nan), (value, torch.inf)):
+        changed = tensor.clone(memory_format=torch.preserve_format)
+        changed[0, 0, 11, 3] = number
+        inputs = [changed if x is tensor else x for x in (query, key, value)]
+        with fused_parts():
+            got = transformer_components.kernels.causal_attention(*inputs)
+        assert not got[0, 0, 11:].isfinite().all()
+        assert got[0, 1].isfinite().all()
+
+
 @pytest.mark.parametrize(("vocab_size", "at_once"), [(50, 0), (16, 64), (7, 7), (1000, 5000)])
 def test_cross_entropy_in_chunks(vocab_size, at_once):
     """The loss and its gradients are those of PyTorch's cross-entropy, ignored labels and extreme logits included."""
@@ -121,7 +164,10 @@ def test_the_number_of_threads_changes_nothing():
             torch.set_num_threads(n_threads)
             with fused_parts():
                 normed = transformer_components.kernels.rms_norm(x, weight, 1e-6)
-                gradients.append(torch.autograd.grad(normed.square().sum(), (x, weight)))
+                heads = normed.view(2, 50, 2, 32).transpose(1, 2)
+                attended = transformer_components.kernels.causal_attention(heads, heads[:, :1], heads[:, 1:])
+                attended = attended + transformer_components.kernels.causal_attention(heads, heads, heads)
+                gradients.append(torch.autograd.grad(attended.square().sum(), (x, weight)))
     finally:
         torch.set_num_threads(before)
     for others in gradients[1:]:

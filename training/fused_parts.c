@@ -4,6 +4,7 @@
    All tensors are contiguous floats. Rows are shared out among threads, and a row gives the same whoever computes it. */
 
 #include "../machine/vectors.h"
+#include "causal_attention.h"
 
 static inline vec load(const float *from, int64_t n) { /* the first n lanes; the others are 0 */
     vec lanes = {0};

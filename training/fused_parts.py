@@ -21,6 +21,8 @@ from machine.native_code import load_native
 from transformer_components import PartKernels
 
 SOURCE = Path(__file__).with_suffix(".c")
+LONGEST_ATTENTION = 512  # tokens of a text: the weights of longer ones would not fit the cache
+ROWS = 6  # of a tile, as in causal_attention.h
 PARTS_OF_A_SUM = 16  # of rows; a fixed number, so that sums do not depend on the number of threads
 
 POINTER, INTEGER, FLOAT, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -31,6 +33,8 @@ ARGUMENTS = {
     "rms_norm_backward": [*[POINTER] * 6, *[INTEGER] * 3, INT],
     "rotate": [*[POINTER] * 3, *[INTEGER] * 4, INT, INT],
     "cross_entropy": [*[POINTER] * 3, *[INTEGER] * 2, INT],
+    "causal_attention": [*[POINTER] * 6, *[INTEGER] * 6, FLOAT, INT],
+    "causal_attention_backward": [*[POINTER] * 10, *[INTEGER] * 6, FLOAT, INT],
 }
 
 
@@ -89,6 +93,13 @@ class FusedKernels(PartKernels):
             return super().rotate(x, rotary)
         return _Rotation.apply(self, rows, rotary).transpose(1, 2)
 
+    def causal_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        rows = [x.transpose(1, 2) for x in (query, key, value)]  # (B, T, heads, K), as the projections made them
+        length, width = query.shape[2:]
+        if not is_known(*rows) or key.size(2) != length or length > LONGEST_ATTENTION or width % 16:
+            return super().causal_attention(query, key, value)
+        return _CausalAttention.apply(self, *rows).transpose(1, 2)
+
     def cross_entropy_(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if not is_known(logits):
             return super().cross_entropy_(logits, targets)
@@ -145,6 +156,32 @@ class _Rotation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, _rotated(ctx.kernels, of_out.contiguous(), *ctx.saved_tensors, back=True), None
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: FusedKernels, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        batch, length, heads, width = query.shape
+        ctx.padded = padded = -(-length // 32) * 32
+        ctx.sizes = batch, length, padded, heads, key.size(2), width, width**-0.5
+        out, shifts = torch.empty_like(query), query.new_empty(batch, heads, length)
+        memory = query.new_empty(torch.get_num_threads(), padded * (width + ROWS))
+        kernels.run("causal_attention", out, shifts, memory, query, key, value, *ctx.sizes)
+        ctx.kernels = kernels
+        ctx.save_for_backward(out, shifts, query, key, value)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        out, *saved = ctx.saved_tensors
+        gradients = [torch.empty_like(tensor) for tensor in saved[1:]]
+        memory = out.new_empty(torch.get_num_threads(), 2 * ctx.padded * (out.size(3) + out.size(1)))
+        inputs = of_out.contiguous(), out, *saved
+        ctx.kernels.run("causal_attention_backward", *gradients, memory, *inputs, *ctx.sizes)
+        return None, *gradients
 
 
 def _rotated(kernels: FusedKernels, x: torch.Tensor, rotary: torch.Tensor, back: bool) -> torch.Tensor:

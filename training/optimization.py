@@ -87,12 +87,11 @@ def newton_schulz(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
     for _ in range(iterations):
-        gram = x @ x.mT  # (…, rows, rows), the smaller side
+        gram = x.mT @ x if tall else x @ x.mT  # (…, n, n) of the smaller side
         polynomial = (gram @ gram).mul_(c).add_(gram, alpha=b)  # in place: a pass over memory less for each term
-        x = (polynomial @ x).add_(x, alpha=a)
-    return x.mT if tall else x
+        x = (x @ polynomial if tall else polynomial @ x).add_(x, alpha=a)
+    return x
 
 
 class Muon(torch.optim.Optimizer):
