@@ -61,10 +61,10 @@ SIZES: dict[str, dict[str, list[str]]] = {
     },
     "tiny": {
         "tokenizer": ["--vocab_size", "2048"],
-        "pretrain": ["--preset", "tiny", "--epochs", "4"],
+        "pretrain": ["--preset", "tiny", "--epochs", "3.5"],
         "sft": [],
         "reward": [],
-        "ppo": ["--max_gen_len", "48", "--epochs", "1.5"],
+        "ppo": ["--max_gen_len", "48", "--epochs", "1"],
         "evaluate": [],
     },
     "small": {
