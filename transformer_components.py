@@ -125,8 +125,8 @@ def text_bounds(segments: torch.Tensor, multiple: int = 64) -> torch.Tensor:
 
 
 class PartKernels:
-    """How parts that are no matrix products are computed: here by PyTorch, operation by operation. Training on a CPU
-    has faster ones, training/fused_parts.py."""
+    """How parts that are no linear layers are computed: here by PyTorch, operation by operation. Training on a CPU has
+    faster ones, training/fused_parts.py."""
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """silu(gate) · up, of the same shape."""

@@ -4,8 +4,10 @@
    and values (B, T, kv_heads, width), width a multiple of LANES. Heads that share keys are computed by one thread, in
    one order. `padded` is T, rounded up to a multiple of TILE. */
 
-#define ROWS 6           /* of a tile; with two vectors each, its sums hide the latency of a multiplication */
-#define TILE (2 * LANES) /* its columns */
+/* Rows of a tile: with two vectors each, its sums hide the latency of a multiplication. fused_parts.py makes room for as
+   many. */
+#define ROWS 6
+#define TILE (2 * LANES) /* columns */
 
 INLINE void tile(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t b_row,
                  int64_t depth, int add, const int rows, const int vecs) {

@@ -1,8 +1,9 @@
 """Parts of a model in training on a CPU, each computed in one pass over memory: the Python face of fused_parts.c.
 
 PyTorch computes a SwiGLU, a norm, a rotation or a cross-entropy operation by operation, and reads and writes whole
-tensors for each. Beside the matrix products, these passes are most of what a step of a small model takes. The results
-are those of PyTorch but for rounding; what the C code does not know (other types, devices, layouts) PyTorch computes.
+tensors for each. Beside the matrix products, these passes are most of what a step of a small model takes. Attention of
+short texts is computed head by head, whose scores stay in the processor's cache. The results are those of PyTorch but
+for rounding; what the C code does not know (other types, devices, layouts) PyTorch computes.
 """
 
 from __future__ import annotations
