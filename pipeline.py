@@ -61,7 +61,7 @@ SIZES: dict[str, dict[str, list[str]]] = {
     },
     "tiny": {
         "tokenizer": ["--vocab_size", "2048"],
-        "pretrain": ["--preset", "tiny", "--epochs", "3.5"],
+        "pretrain": ["--preset", "tiny", "--epochs", "4"],
         "sft": [],
         "reward": [],
         "ppo": ["--max_gen_len", "48", "--epochs", "1"],
