@@ -75,19 +75,10 @@ def attend(
     if is_grouped and not takes_groups(query.device.type, query.dtype, mask is not None):
         key, value, is_grouped = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), False
     # SDPA aligns its causal mask upper-left: with a past, one new query would see the first key only
-    is_causal = False
-    if mask is None and query.size(2) > 1:  # compiled code, to which sizes are symbols, needs a plain bool
-        is_causal = True
-    if is_causal and not dropout:
-        return kernels.causal_attention(query, key, value)
+    if mask is None and query.size(2) > 1:
+        return kernels.causal_attention(query, key, value, dropout)
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=is_causal,
-        enable_gqa=is_grouped,
+        query, key, value, attn_mask=mask, dropout_p=dropout, enable_gqa=is_grouped
     )
 
 
@@ -140,10 +131,14 @@ class PartKernels:
         """x (B, heads, T, K) by `rotary`, see `apply_rotary`."""
         return apply_rotary(x, rotary)
 
-    def causal_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def causal_attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0
+    ) -> torch.Tensor:
         """Attention of a text's queries (B, H, T, K) to its keys and values (B, G, T, K) up to their own."""
         is_grouped = query.size(1) != key.size(1)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=is_grouped)
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=is_grouped
+        )
 
     def cross_entropy_(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The losses (n,) of logits (n, V), which become their gradients: probabilities, less 1 at the target.

@@ -94,11 +94,13 @@ class FusedKernels(PartKernels):
             return super().rotate(x, rotary)
         return _Rotation.apply(self, rows, rotary).transpose(1, 2)
 
-    def causal_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def causal_attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0
+    ) -> torch.Tensor:
         rows = [x.transpose(1, 2) for x in (query, key, value)]  # (B, T, heads, K), as the projections made them
         length, width = query.shape[2:]
-        if not is_known(*rows) or key.size(2) != length or length > LONGEST_ATTENTION or width % 16:
-            return super().causal_attention(query, key, value)
+        if dropout or not is_known(*rows) or key.size(2) != length or length > LONGEST_ATTENTION or width % 16:
+            return super().causal_attention(query, key, value, dropout)
         return _CausalAttention.apply(self, *rows).transpose(1, 2)
 
     def cross_entropy_(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -165,7 +167,7 @@ class _CausalAttention(torch.autograd.Function):
         ctx: Any, kernels: FusedKernels, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         batch, length, heads, width = query.shape
-        ctx.padded = padded = -(-length // 32) * 32
+        ctx.padded = padded = -(-length // 32) * 32  # whole tiles, of however many lanes
         ctx.sizes = batch, length, padded, heads, key.size(2), width, width**-0.5
         out, shifts = torch.empty_like(query), query.new_empty(batch, heads, length)
         memory = query.new_empty(torch.get_num_threads(), padded * (width + ROWS))
